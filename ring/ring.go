@@ -1,0 +1,299 @@
+package ring
+
+import (
+	"fmt"
+	"sync/atomic"
+
+	"github.com/ingestd/ingestd/internal/park"
+)
+
+// Ring is the writing side of a segment, and the side that hands batches out. One process owns it.
+type Ring struct {
+	View
+
+	// Space is woken when a writer that found the ring full should try again; Ready when a trainer that found nothing should.
+	Space, Ready park.Event
+
+	// Cursors in the segment. Several goroutines move each of them, by compare-and-swap; a position is moved by exactly one.
+	reserved, published, leased *atomic.Uint64
+
+	// order[number%Batches] is (number+1)<<16 | place, for the newest batch that was opened with that remainder. At most Batches batches are live, and a
+	// batch is leased before its word can be taken over, so until then the word is its own.
+	order []atomic.Uint64
+	free  places
+
+	// Poison makes Release overwrite the batch with 0xCC, so that a slice kept too long shows as junk at once. For tests; set before use.
+	Poison bool
+}
+
+const placeBits = 16
+
+// Run is a row of slots inside one batch that its holder may fill. It is a small value; copies mean the same slots.
+type Run struct {
+	Position uint64 // of the first slot
+	Index    uint32 // place of the batch
+	Row      uint32 // of the first slot in the batch
+	N        uint32 // slots
+}
+
+// Format writes the header and empty states into mem, whose length must be at least layout.Bytes and whose start a multiple of 64, and returns its Ring.
+func Format(mem []byte, layout Layout) (*Ring, error) {
+	g, err := layout.geometry()
+	if err != nil {
+		return nil, err
+	}
+	if err := checkMemory(mem); err != nil {
+		return nil, err
+	}
+	if int64(len(mem)) < g.segment {
+		return nil, formatError("%d bytes of memory for a segment of %d", len(mem), g.segment)
+	}
+	layout.writeHeader(mem, g)
+	v, err := OpenView(mem)
+	if err != nil {
+		return nil, fmt.Errorf("reading back the header just written: %w", err)
+	}
+	r := &Ring{
+		View:      *v,
+		reserved:  word(mem, offReserved),
+		published: word(mem, offPublished),
+		leased:    word(mem, offLeased),
+		order:     make([]atomic.Uint64, layout.Batches),
+	}
+	r.free.init(layout.Batches)
+	return r, nil
+}
+
+func (r *Ring) state(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)) }
+func (r *Ring) progress(index uint32) *atomic.Uint64 { return word(r.mem, r.line(index)+8) }
+func (r *Ring) count(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)+16) }
+
+func (r *Ring) orderOf(number uint64) *atomic.Uint64 {
+	return &r.order[number%uint64(len(r.order))]
+}
+
+// TryReserve takes up to n slots, all in one batch: as many as are left in the batch being filled. It returns false when the ring is full.
+func (r *Ring) TryReserve(n int) (Run, bool) {
+	size := uint64(r.layout.BatchSize)
+	for {
+		p := r.reserved.Load()
+		number := p / size
+		row := p - number*size
+		order := r.orderOf(number)
+		// edge(open): acquire - after this load names our batch, its place is clean.
+		w := order.Load()
+		if w>>placeBits != number+1 {
+			if r.reserved.Load() == p && !r.open(number, order, w) {
+				return Run{}, false
+			}
+			continue
+		}
+		m := min(uint64(n), size-row)
+		if r.reserved.CompareAndSwap(p, p+m) {
+			return Run{Position: p, Index: uint32(w & (1<<placeBits - 1)), Row: uint32(row), N: uint32(m)}, true
+		}
+	}
+}
+
+// open binds batch number to a free place. It returns false when there is none; true says to try again, whoever bound it.
+func (r *Ring) open(number uint64, order *atomic.Uint64, was uint64) bool {
+	index, ok := r.free.pop()
+	if !ok {
+		return order.Load() != was // somebody else may have bound it with the last place
+	}
+	// edge(release): acquire - the pop came after the push of whoever read the place last.
+	r.progress(index).Store(0)
+	r.count(index).Store(0)
+	clear(r.slotWords(index, r.geo.arrivals))
+	r.state(index).Store(number<<stateBits | uint64(Open))
+	// edge(open): release - the place is clean before this word says whose it is.
+	if !order.CompareAndSwap(was, (number+1)<<placeBits|uint64(index)) {
+		r.state(index).Store(number<<stateBits | uint64(Free))
+		r.free.push(index)
+	}
+	// A writer that came while we held the last place found none.
+	r.Space.Wake()
+	return true
+}
+
+// RunColumn returns the bytes of one leaf for the slots of a run, to be filled before Commit.
+func (r *Ring) RunColumn(run Run, leaf int) []byte {
+	n := r.layout.Columns[leaf]
+	at := r.base(run.Index) + r.geo.columns[leaf] + int64(run.Row)*n
+	end := at + int64(run.N)*n
+	return r.mem[at:end:end]
+}
+
+// Commit says that the run's slots are filled with samples first, first+1, ... of stream, whose last bytes came at arrival (Unix nanoseconds, not 0). Their
+// batch is published if these were its last.
+func (r *Ring) Commit(run Run, stream, first, arrival uint64) {
+	row, end := run.Row, run.Row+run.N
+	streams := r.slotWords(run.Index, r.geo.streams)[row:end]
+	numbers := r.slotWords(run.Index, r.geo.numbers)[row:end]
+	arrivals := r.slotWords(run.Index, r.geo.arrivals)[row:end]
+	for i := range streams {
+		streams[i] = stream
+		numbers[i] = first + uint64(i)
+		arrivals[i] = max(arrival, 1)
+	}
+	r.advance(run.Index, uint64(run.N))
+}
+
+// Abandon gives a run back unfilled. If no slot after it was reserved it goes to the next sample; otherwise its slots become void, and the rows after them move up
+// when the batch is sealed: the batch is short by them, and no stream's order is broken.
+func (r *Ring) Abandon(run Run) {
+	if r.reserved.CompareAndSwap(run.Position+uint64(run.N), run.Position) {
+		r.Space.Wake()
+		return
+	}
+	r.void(run)
+}
+
+func (r *Ring) void(run Run) {
+	r.advance(run.Index, uint64(run.N)<<progressBits|uint64(run.N))
+}
+
+// Flush closes the batch being filled, so that it is published short once the slots reserved in it are committed. It returns false if no slot is reserved in it.
+func (r *Ring) Flush() bool {
+	size := uint64(r.layout.BatchSize)
+	for {
+		p := r.reserved.Load()
+		number := p / size
+		row := p % size
+		if row == 0 {
+			return false
+		}
+		w := r.orderOf(number).Load()
+		if r.reserved.CompareAndSwap(p, p-row+size) {
+			r.void(Run{Position: p, Index: uint32(w & (1<<placeBits - 1)), Row: uint32(row), N: uint32(size - row)})
+			return true
+		}
+	}
+}
+
+// advance counts slots as done and publishes what became complete.
+func (r *Ring) advance(index uint32, by uint64) {
+	// edge(commit): release - slot bytes and slot words are complete before this count is seen.
+	done := r.progress(index).Add(by) & progressMask
+	switch size := uint64(r.layout.BatchSize); {
+	case done == size:
+		r.publish()
+	case done > size:
+		panic(fmt.Sprintf("ring: %d of %d slots of place %d are committed: a run was committed twice", done, size, index))
+	}
+}
+
+// publish publishes every batch that is complete, in order. Whoever completes a batch calls it: either it gets the batch that is next, or another
+// caller has it and looks at the one after when done.
+func (r *Ring) publish() {
+	size := uint64(r.layout.BatchSize)
+	for {
+		number := r.published.Load()
+		w := r.orderOf(number).Load()
+		if w>>placeBits != number+1 {
+			return
+		}
+		index := uint32(w & (1<<placeBits - 1))
+		// edge(commit): acquire - after this load shows all slots done, their bytes are ours to move and to publish.
+		progress := r.progress(index).Load()
+		if progress&progressMask != size {
+			return
+		}
+		if !r.state(index).CompareAndSwap(number<<stateBits|uint64(Open), number<<stateBits|uint64(Sealing)) {
+			return
+		}
+		rows := size - progress>>progressBits
+		if rows < size {
+			r.closeUp(index)
+		}
+		r.count(index).Store(rows)
+		// edge(publish): release - rows and count are complete before this state is seen.
+		r.state(index).Store(number<<stateBits | uint64(Published))
+		r.published.Store(number + 1)
+		r.Ready.Wake()
+	}
+}
+
+// closeUp moves the rows that hold samples to the front, in order. Rows that do not have arrival 0.
+func (r *Ring) closeUp(index uint32) {
+	arrivals := r.slotWords(index, r.geo.arrivals)
+	to := 0
+	for from := 0; from < len(arrivals); {
+		if arrivals[from] == 0 {
+			from++
+			continue
+		}
+		end := from
+		for end < len(arrivals) && arrivals[end] != 0 {
+			end++
+		}
+		if to != from {
+			r.moveRows(index, to, from, end-from)
+		}
+		to += end - from
+		from = end
+	}
+	clear(arrivals[to:])
+}
+
+func (r *Ring) moveRows(index uint32, to, from, n int) {
+	for _, column := range [...]int64{r.geo.streams, r.geo.numbers, r.geo.arrivals} {
+		w := r.slotWords(index, column)
+		copy(w[to:], w[from:from+n])
+	}
+	base := r.base(index)
+	for leaf, size := range r.layout.Columns {
+		at := base + r.geo.columns[leaf]
+		col := r.mem[at : at+size*int64(r.layout.BatchSize)]
+		copy(col[size*int64(to):], col[size*int64(from):size*int64(from+n)])
+	}
+}
+
+// TryLease returns the oldest published batch that nobody has had, or false.
+func (r *Ring) TryLease() (Batch, bool) {
+	for {
+		number := r.leased.Load()
+		if number >= r.published.Load() {
+			return Batch{}, false
+		}
+		w := r.orderOf(number).Load()
+		if w>>placeBits != number+1 || !r.leased.CompareAndSwap(number, number+1) {
+			continue
+		}
+		b := Batch{Number: number, Index: uint32(w & (1<<placeBits - 1)), view: &r.View}
+		b.Count = int(r.count(b.Index).Load())
+		r.state(b.Index).Store(number<<stateBits | uint64(Leased))
+		if b.Count > 0 {
+			return b, true
+		}
+		r.Release(b) // every slot of it was given up
+	}
+}
+
+// Release gives a leased batch back; its memory may be overwritten at once.
+func (r *Ring) Release(b Batch) {
+	if r.Poison {
+		r.poison(b.Index)
+	}
+	// edge(release): release - the holder's reads are done before the place can be taken.
+	if !r.state(b.Index).CompareAndSwap(b.Number<<stateBits|uint64(Leased), b.Number<<stateBits|uint64(Free)) {
+		panic(fmt.Sprintf("ring: batch %d in place %d is not leased: released twice, or never leased", b.Number, b.Index))
+	}
+	r.free.push(b.Index)
+	r.Space.Wake()
+}
+
+func (r *Ring) poison(index uint32) {
+	at := r.base(index)
+	b := r.mem[at : at+r.geo.stride]
+	for i := range b {
+		b[i] = 0xCC
+	}
+}
+
+// Close says that nothing will be reserved or published any more: waiting writers get os.ErrClosed, trainers io.EOF once they have had everything.
+func (r *Ring) Close() {
+	word(r.mem, offClosed).Store(1)
+	r.Space.Wake()
+	r.Ready.Wake()
+}
