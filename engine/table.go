@@ -1,0 +1,218 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/internal/park"
+	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
+	"github.com/ingestd/ingestd/spec"
+)
+
+// Memory is where a table's segment lies.
+type Memory interface {
+	Bytes() []byte // at least the size asked for, starting on a multiple of 64
+	Close() error
+}
+
+// Config says what a table is.
+type Config struct {
+	Name      string // 1 to 128 bytes
+	Spec      *spec.Spec
+	BatchSize int           // samples in a batch
+	Batches   int           // capacity in batches, at least 2
+	Linger    time.Duration // publish a batch short when its first sample is this old, or a stream ends; 0 (default): never
+	Drainers  *drainer.Pool // shared by all tables; its Run is the caller's
+
+	// Memory makes the segment's memory; nil takes it from the heap.
+	Memory func(size int64) (Memory, error)
+}
+
+// Table is a named ring with one spec, its streams and its sampler.
+type Table struct {
+	cfg     Config
+	ring    *ring.Ring
+	sampler *sampler.FIFO
+	memory  Memory
+
+	mu       sync.Mutex
+	closed   bool
+	next     uint64 // number of the next stream
+	streams  map[uint64]*drainer.Stream
+	past     drainer.StreamStats // of the streams that are gone
+	watching sync.WaitGroup
+}
+
+type heap struct{ b []byte }
+
+func (h heap) Bytes() []byte { return h.b }
+func (heap) Close() error    { return nil }
+
+// SegmentBytes returns how much memory a table of this configuration takes.
+func SegmentBytes(s *spec.Spec, batchSize, batches int) (int64, error) {
+	return layout(&Config{Spec: s, BatchSize: batchSize, Batches: batches}).Bytes()
+}
+
+func layout(cfg *Config) ring.Layout {
+	return ring.Layout{
+		BatchSize:   cfg.BatchSize,
+		Batches:     cfg.Batches,
+		Columns:     cfg.Spec.LeafBytes(),
+		Spec:        cfg.Spec.JSON(),
+		Fingerprint: cfg.Spec.Fingerprint(),
+		Table:       cfg.Name,
+		Created:     time.Now(),
+	}
+}
+
+// New makes a table. It starts nothing: Run and the pool's Run do.
+func New(cfg Config) (*Table, error) {
+	if cfg.Name == "" || cfg.Spec == nil || cfg.Drainers == nil {
+		return nil, fmt.Errorf("engine: a table needs Name, Spec and Drainers")
+	}
+	l := layout(&cfg)
+	size, err := l.Bytes()
+	if err != nil {
+		return nil, fmt.Errorf("table %q: %w", cfg.Name, err)
+	}
+	var memory Memory = heap{}
+	if cfg.Memory != nil {
+		if memory, err = cfg.Memory(size); err != nil {
+			return nil, fmt.Errorf("table %q: %w", cfg.Name, err)
+		}
+	} else {
+		memory = heap{ring.AlignedBytes(size)}
+	}
+	t := &Table{cfg: cfg, memory: memory, streams: map[uint64]*drainer.Stream{}}
+	if t.ring, err = ring.Format(memory.Bytes(), l); err == nil {
+		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger})
+	}
+	if err != nil {
+		_ = memory.Close()
+		return nil, fmt.Errorf("table %q: %w", cfg.Name, err)
+	}
+	return t, nil
+}
+
+// Name returns the table's name.
+func (t *Table) Name() string { return t.cfg.Name }
+
+// Spec returns the layout of a sample.
+func (t *Table) Spec() *spec.Spec { return t.cfg.Spec }
+
+// Ring returns the ring.
+func (t *Table) Ring() *ring.Ring { return t.ring }
+
+// Sampler returns what gives batches to trainers.
+func (t *Table) Sampler() *sampler.FIFO { return t.sampler }
+
+// Memory returns what the segment lies in.
+func (t *Table) Memory() Memory { return t.memory }
+
+// Run runs what the table does by the clock, until ctx ends.
+func (t *Table) Run(ctx context.Context) error { return t.sampler.Run(ctx) }
+
+// OpenStream makes the queue of one producer. It returns os.ErrClosed, wrapped, once Close was called.
+func (t *Table) OpenStream() (*drainer.Stream, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, os.ErrClosed)
+	}
+	t.next++
+	s := t.cfg.Drainers.Open(t.ring, t.next, t.cfg.Linger > 0)
+	t.streams[s.ID()] = s
+	t.watching.Go(func() {
+		<-s.Done()
+		t.forget(s)
+	})
+	return s, nil
+}
+
+func (t *Table) forget(s *drainer.Stream) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	st := s.Stats()
+	t.past.Pushed += st.Pushed
+	t.past.Committed += st.Committed
+	t.past.Abandoned += st.Abandoned
+	delete(t.streams, s.ID())
+}
+
+// Close ends the table for producers: no new streams; when the open ones, which their owners close, are drained, the batch being filled is published short,
+// and trainers get io.EOF after the last batch. If ctx ends before the streams do, Close goes on without them and returns its error.
+func (t *Table) Close(ctx context.Context) error {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	drained := make(chan struct{})
+	go func() {
+		t.watching.Wait()
+		close(drained)
+	}()
+	var err error
+	select {
+	case <-drained:
+	case <-ctx.Done():
+		err = fmt.Errorf("table %q: streams were not drained: %w", t.cfg.Name, park.ContextError(ctx))
+	}
+	t.ring.Flush()
+	t.ring.Close()
+	return err
+}
+
+// Free gives the memory back. Nobody may use the ring or hold a batch any more.
+func (t *Table) Free() error { return t.memory.Close() }
+
+// Stats is a snapshot of a table.
+type Stats struct {
+	Table     string
+	BatchSize int
+	Batches   int
+	Reserved  uint64 // position after the last slot given to a writer
+	Published uint64 // batches
+	Leased    uint64 // batches given to trainers
+	Places    map[string]int
+	Pushed    uint64 // samples taken by transports, all streams there ever were
+	Committed uint64 // of those, in the ring
+	Abandoned uint64 // slots given back unfilled
+	Opened    uint64 // streams there ever were
+	Streams   []drainer.StreamStats
+	Sampler   sampler.Stats
+}
+
+// Stats returns a snapshot; its parts may belong to slightly different moments.
+func (t *Table) Stats() Stats {
+	st := Stats{
+		Table:     t.cfg.Name,
+		BatchSize: t.ring.BatchSize(),
+		Batches:   t.ring.Batches(),
+		Reserved:  t.ring.Reserved(),
+		Published: t.ring.Published(),
+		Leased:    t.ring.Leased(),
+		Places:    map[string]int{},
+		Sampler:   t.sampler.Stats(),
+	}
+	for i := range t.ring.Batches() {
+		st.Places[t.ring.BatchState(i).State.String()]++
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	st.Opened = t.next
+	st.Pushed, st.Committed, st.Abandoned = t.past.Pushed, t.past.Committed, t.past.Abandoned
+	for _, s := range t.streams {
+		ss := s.Stats()
+		st.Pushed += ss.Pushed
+		st.Committed += ss.Committed
+		st.Abandoned += ss.Abandoned
+		st.Streams = append(st.Streams, ss)
+	}
+	sort.Slice(st.Streams, func(i, j int) bool { return st.Streams[i].Stream < st.Streams[j].Stream })
+	return st
+}

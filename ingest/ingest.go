@@ -1,0 +1,155 @@
+package ingest
+
+import (
+	"context"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Transport is a way for samples to come in, as the daemon sees it. How it is started depends on what it listens on and is its own affair.
+type Transport interface {
+	// Shutdown stops accepting, takes the whole samples that are at hand, tells each peer why, and returns when all connections are gone. When
+	// ctx ends first the rest are cut off and ctx's error is returned.
+	Shutdown(ctx context.Context) error
+	Stats() Stats
+}
+
+// Table is what a transport needs of a table.
+type Table interface {
+	Name() string
+	Spec() *spec.Spec
+	// OpenStream makes the queue of one producer. The transport closes it.
+	OpenStream() (*drainer.Stream, error)
+}
+
+// Tables finds tables by name.
+type Tables interface {
+	Lookup(name string) (Table, bool)
+	Names() []string
+}
+
+// Window is the most a producer may have under way without an ack.
+type Window struct {
+	Samples, Bytes int64
+}
+
+// OpenPush judges the hello of a producer: table, spec, options. It returns the open stream with the answer for the peer, or what to refuse with.
+func OpenPush(tables Tables, h *wire.Hello, limit Window) (Table, *drainer.Stream, *wire.AcceptedPush, *wire.Refusal) {
+	t, ok := tables.Lookup(h.Table)
+	if !ok {
+		names := tables.Names()
+		sort.Strings(names)
+		return nil, nil, nil, wire.Refuse(wire.CodeUnknownTable, "there is no table %q; the tables here are: %s", h.Table, strings.Join(names, ", "))
+	}
+	if r := h.CheckSpec(t.Spec()); r != nil {
+		return nil, nil, nil, r
+	}
+	s, err := t.OpenStream()
+	if err != nil {
+		return nil, nil, nil, wire.Refuse(wire.CodeShuttingDown, "table %q takes no new streams: %v", h.Table, err)
+	}
+	return t, s, &wire.AcceptedPush{
+		Table:         t.Name(),
+		Fingerprint:   t.Spec().Fingerprint(),
+		Stream:        s.ID(),
+		Ack:           h.Ack,
+		WindowSamples: within(h.WindowSamples, limit.Samples),
+		WindowBytes:   within(h.WindowBytes, limit.Bytes),
+	}, nil
+}
+
+func within(asked, limit int64) int64 {
+	if asked <= 0 {
+		return limit
+	}
+	return min(asked, limit)
+}
+
+// Reasons for which a stream ends that no notice tells; the others are wire codes.
+const (
+	EndClean = "clean" // the producer closed after a whole sample
+	EndReset = "reset" // the connection broke
+)
+
+// Stats is a snapshot of a transport.
+type Stats struct {
+	Transport    string
+	Accepted     uint64 // connections
+	Open         int    // connections
+	Samples      uint64 // taken into queues
+	Bytes        uint64 // of those samples
+	CutShort     uint64 // samples of which only a part came
+	Ended        map[string]uint64
+	Refused      map[string]uint64
+	AcceptErrors uint64
+	Connections  []Connection
+}
+
+// Connection is the state of one producer's connection.
+type Connection struct {
+	ID      uint64    `json:"id"`
+	Peer    string    `json:"peer"`
+	Table   string    `json:"table,omitempty"`
+	Session string    `json:"session,omitempty"`
+	Client  string    `json:"client,omitempty"`
+	Stream  uint64    `json:"stream"`
+	State   string    `json:"state"` // handshake, receiving, waiting-for-slot, waiting-for-data, closing
+	Since   time.Time `json:"since"` // when the state began
+	Opened  time.Time `json:"opened"`
+	Samples uint64    `json:"samples"`
+	Bytes   uint64    `json:"bytes"`
+}
+
+// Reasons counts ends by reason. The zero value is ready.
+type Reasons struct {
+	mu sync.Mutex
+	n  map[string]uint64
+}
+
+// Add counts one end.
+func (r *Reasons) Add(reason string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.n == nil {
+		r.n = map[string]uint64{}
+	}
+	r.n[reason]++
+}
+
+// Snapshot returns a copy.
+func (r *Reasons) Snapshot() map[string]uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make(map[string]uint64, len(r.n))
+	for k, v := range r.n {
+		out[k] = v
+	}
+	return out
+}
+
+// Counters are the totals of a transport. The zero value is ready.
+type Counters struct {
+	Accepted, Samples, Bytes, CutShort, AcceptErrors atomic.Uint64
+	Ended, Refused                                   Reasons
+}
+
+// Snapshot fills the totals of a Stats.
+func (c *Counters) Snapshot(transport string) Stats {
+	return Stats{
+		Transport:    transport,
+		Accepted:     c.Accepted.Load(),
+		Samples:      c.Samples.Load(),
+		Bytes:        c.Bytes.Load(),
+		CutShort:     c.CutShort.Load(),
+		AcceptErrors: c.AcceptErrors.Load(),
+		Ended:        c.Ended.Snapshot(),
+		Refused:      c.Refused.Snapshot(),
+	}
+}

@@ -1,0 +1,94 @@
+package tcpingest
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime"
+	"time"
+
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Config says what a Server serves and what it puts up with. Zero fields take the default.
+type Config struct {
+	Tables ingest.Tables // required
+
+	// Attach serves the roles other than push on unix sockets, until the attachment ends. The connection is its to close, and Shutdown does
+	// not wait for it. Nil refuses those roles.
+	Attach func(conn *net.UnixConn, hello *wire.Hello) error
+
+	MaxConnections   int           // at once, in any state; default 1024
+	HandshakeTimeout time.Duration // for the whole hello; default 10 s
+	IdleTimeout      time.Duration // without a byte, between samples; default 5 min
+	StallTimeout     time.Duration // without a byte, inside a sample; default 10 s
+	AckTimeout       time.Duration // for the peer to take its acks; default 10 s
+	LingerTimeout    time.Duration // for the peer to read why it was ended; default 2 s
+	WindowSamples    int64         // most samples without an ack; default 65,536
+	WindowBytes      int64         // most bytes without an ack; default 16 MiB
+	StagingBuffers   int           // of readBytes each, shared by all connections; default 4 per processor
+
+	Log *slog.Logger // default: none
+}
+
+func (c *Config) withDefaults() (Config, error) {
+	out := *c
+	if out.Tables == nil {
+		return out, fmt.Errorf("tcpingest: Config.Tables is required")
+	}
+	for _, d := range []struct {
+		name string
+		v    *time.Duration
+		def  time.Duration
+	}{
+		{"HandshakeTimeout", &out.HandshakeTimeout, 10 * time.Second},
+		{"IdleTimeout", &out.IdleTimeout, 5 * time.Minute},
+		{"StallTimeout", &out.StallTimeout, 10 * time.Second},
+		{"AckTimeout", &out.AckTimeout, 10 * time.Second},
+		{"LingerTimeout", &out.LingerTimeout, 2 * time.Second},
+	} {
+		if *d.v < 0 {
+			return out, fmt.Errorf("tcpingest: Config.%s is %v, must not be negative", d.name, *d.v)
+		}
+		if *d.v == 0 {
+			*d.v = d.def
+		}
+	}
+	for _, d := range []struct {
+		name string
+		v    *int64
+		def  int64
+	}{
+		{"WindowSamples", &out.WindowSamples, 1 << 16},
+		{"WindowBytes", &out.WindowBytes, 16 << 20},
+	} {
+		if *d.v < 0 {
+			return out, fmt.Errorf("tcpingest: Config.%s is %d, must not be negative", d.name, *d.v)
+		}
+		if *d.v == 0 {
+			*d.v = d.def
+		}
+	}
+	if out.MaxConnections < 0 || out.StagingBuffers < 0 {
+		return out, fmt.Errorf("tcpingest: MaxConnections is %d, StagingBuffers %d: neither may be negative", out.MaxConnections, out.StagingBuffers)
+	}
+	if out.MaxConnections == 0 {
+		out.MaxConnections = 1024
+	}
+	if out.StagingBuffers == 0 {
+		out.StagingBuffers = 4 * runtime.GOMAXPROCS(0)
+	}
+	if out.Log == nil {
+		out.Log = slog.New(slog.DiscardHandler)
+	}
+	return out, nil
+}
+
+// Listen opens a listener of network "tcp" or "unix" with the options this package wants: no multipath TCP, on whose sockets some options fail, and keepalive.
+func Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}}
+	lc.SetMultipathTCP(false)
+	return lc.Listen(ctx, network, address)
+}

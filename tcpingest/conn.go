@@ -1,0 +1,237 @@
+package tcpingest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// netConn is what both TCP and unix connections offer.
+type netConn interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+}
+
+// conn is one connection. Its fields belong to its goroutine but for those marked.
+type conn struct {
+	netConn
+	server *Server
+	raw    syscall.RawConn
+	id     uint64
+	peer   string
+	opened time.Time
+
+	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status
+	samples    atomic.Uint64
+	bytes      atomic.Uint64
+	agreed     atomic.Pointer[agreed]
+	stopping   atomic.Bool // set by Shutdown
+	readUntil  time.Time   // the read deadline in force
+	writeUntil time.Time
+	readFor    time.Duration // how far ahead readUntil was set
+
+	// Arguments and results of the callbacks given to raw; kept here so that a read allocates nothing.
+	vec            vector
+	got            int
+	errno          unix.Errno
+	lookFn, takeFn func(fd uintptr)
+	waitFn, readFn func(fd uintptr) bool
+}
+
+// agreed is what the handshake settled, for status.
+type agreed struct {
+	table, session, client string
+	stream                 uint64
+}
+
+// What a connection is doing.
+const (
+	stateHandshake = iota
+	stateReceiving
+	stateWaitingForData
+	stateWaitingForSlot
+	stateClosing
+)
+
+var stateNames = [...]string{"handshake", "receiving", "waiting-for-data", "waiting-for-slot", "closing"}
+
+const stateShift = 56
+
+func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
+	raw, err := nc.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{netConn: nc, server: s, raw: raw, id: id, peer: nc.RemoteAddr().String(), opened: time.Now()}
+	if c.peer == "" || c.peer == "@" {
+		c.peer = nc.LocalAddr().Network()
+	}
+	c.lookFn, c.takeFn, c.waitFn, c.readFn = c.look, c.take, c.tryWait, c.tryRead
+	return c, nil
+}
+
+func (c *conn) setState(state int) {
+	c.state.Store(int64(state)<<stateShift | int64(time.Since(c.opened)))
+}
+
+// status is called from other goroutines.
+func (c *conn) status() ingest.Connection {
+	state := c.state.Load()
+	st := ingest.Connection{
+		ID:      c.id,
+		Peer:    c.peer,
+		State:   stateNames[state>>stateShift],
+		Since:   c.opened.Add(time.Duration(state & (1<<stateShift - 1))),
+		Opened:  c.opened,
+		Samples: c.samples.Load(),
+		Bytes:   c.bytes.Load(),
+	}
+	if a := c.agreed.Load(); a != nil {
+		st.Table, st.Session, st.Client, st.Stream = a.table, a.session, a.client, a.stream
+	}
+	return st
+}
+
+// stop makes the connection end at the next sample boundary. Called by Shutdown.
+func (c *conn) stop() {
+	c.stopping.Store(true)
+	_ = c.SetReadDeadline(time.Unix(1, 0))
+}
+
+// allowRead sets the read deadline about d ahead, for a read that may wait. A deadline costs a timer, so one that is near enough stays.
+func (c *conn) allowRead(d time.Duration) {
+	now := time.Now()
+	if d == c.readFor && c.readUntil.Sub(now) > d-d/8 {
+		return
+	}
+	c.readFor, c.readUntil = d, now.Add(d)
+	_ = c.SetReadDeadline(c.readUntil)
+	if c.stopping.Load() { // stop may have come just before
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// errInterrupted is what a wait returns when Shutdown wants the connection to end.
+var errInterrupted = errors.New("tcpingest: stopping")
+
+// atHand returns how many bytes the socket holds, 0 when it would have to wait for the first. io.EOF is the peer's end.
+func (c *conn) atHand() (int, error) {
+	return c.result(c.raw.Control(c.lookFn))
+}
+
+// wait is atHand that waits, until the read deadline.
+func (c *conn) wait() (int, error) {
+	return c.result(c.raw.Read(c.waitFn))
+}
+
+// readNow reads into c.vec what the socket holds, 0 bytes when it would have to wait.
+func (c *conn) readNow() (int, error) {
+	return c.result(c.raw.Control(c.takeFn))
+}
+
+// readWait is readNow that waits for the first byte, until the read deadline.
+func (c *conn) readWait() (int, error) {
+	return c.result(c.raw.Read(c.readFn))
+}
+
+func (c *conn) look(fd uintptr) {
+	if c.got, c.errno = queued(int(fd)); c.got == 0 && c.errno == 0 {
+		if c.got, c.errno = peek(int(fd)); c.got > 0 { // came since
+			c.got, c.errno = queued(int(fd))
+		}
+	}
+}
+
+func (c *conn) take(fd uintptr) {
+	for c.errno = unix.EINTR; c.errno == unix.EINTR; {
+		c.got, c.errno = c.vec.read(int(fd))
+	}
+}
+
+func (c *conn) tryWait(fd uintptr) bool {
+	c.look(fd)
+	return c.errno != unix.EAGAIN
+}
+
+func (c *conn) tryRead(fd uintptr) bool {
+	c.take(fd)
+	return c.errno != unix.EAGAIN
+}
+
+func (c *conn) result(err error) (int, error) {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) && c.stopping.Load():
+		return 0, errInterrupted
+	case err != nil:
+		return 0, err
+	case c.errno == unix.EAGAIN:
+		return 0, nil
+	case c.errno != 0:
+		return 0, os.NewSyscallError("read", c.errno)
+	case c.got == 0:
+		return 0, io.EOF
+	}
+	return c.got, nil
+}
+
+// ackBytes is what acks are written from.
+var ackBytes = func() []byte {
+	b := make([]byte, 16<<10)
+	for i := range b {
+		b[i] = wire.Ack
+	}
+	return b
+}()
+
+// ack writes n acks.
+func (c *conn) ack(n int64) error {
+	if now := time.Now(); c.writeUntil.Sub(now) < c.server.cfg.AckTimeout*7/8 {
+		c.writeUntil = now.Add(c.server.cfg.AckTimeout)
+		_ = c.SetWriteDeadline(c.writeUntil)
+	}
+	for n > 0 {
+		k, err := c.Write(ackBytes[:min(n, int64(len(ackBytes)))])
+		if err != nil {
+			return err
+		}
+		n -= int64(k)
+	}
+	return nil
+}
+
+// dismiss tells the peer why it is ended, or nothing if say is empty, and closes so that the peer can read it: our side first, then
+// what it still sends is read and dropped for a while, since closing over unread bytes would reset the connection and take the reason along.
+func (c *conn) dismiss(ctx context.Context, say []byte) {
+	c.setState(stateClosing)
+	defer c.Close()
+	cfg := &c.server.cfg
+	until := time.Now().Add(cfg.LingerTimeout)
+	_ = c.SetDeadline(until)
+	if len(say) > 0 {
+		if _, err := c.Write(say); err != nil {
+			return
+		}
+	}
+	if err := c.CloseWrite(); err != nil {
+		return
+	}
+	defer context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })()
+	_, _ = io.CopyN(io.Discard, onlyReader{c.netConn}, lingerBytes)
+}
+
+// lingerBytes is the most that is read and dropped while a peer reads why it was ended.
+const lingerBytes = 64 << 20
+
+// onlyReader hides the connection's other methods, so that the copy goes through a small buffer and no splice.
+type onlyReader struct{ io.Reader }

@@ -1,0 +1,15 @@
+// Package tcpingest receives samples over TCP and unix stream sockets: the native protocol of docs/wire-protocol.md, and echo's.
+//
+// It leaves to package wire what a handshake may contain, to ingest how it is judged, and to drainer what happens to filled slots. One goroutine serves one
+// connection; its bytes go from the socket to where a trainer will read them, by one of three ways that the spec decides (plan.go): read straight over the
+// contiguous slots of a one-leaf column, scattered by readv into larger columns, or read many at once into a staging buffer and scattered from there while
+// it is hot. Slots are reserved only for samples whose bytes are in the socket buffer already, so a slow sender holds nothing up; a sample larger
+// than heldMin cannot wait there, so it is received in place, and its slot is given back if it stalls.
+//
+// Memory: a connection owns at most one partial sample of at most heldMin bytes and its goroutine; staging buffers come from a pool of a fixed number
+// that are held only while they are being scattered, never across a wait. So memory does not depend on the size of samples.
+//
+// Errors of a peer end that peer only, are counted by reason, and are told to it (a closing notice, then a close that lingers until the peer has read it). Serve returns
+// when its listener closes. Cost: three system calls per read of up to 256 KiB (how much is there, read, ack), nothing per sample but the bytes and
+// the ack. Proof: the conformance suite (ingest/ingesttest), tcpingest_test.go, and bench/.
+package tcpingest

@@ -1,0 +1,303 @@
+package tcpingest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Server receives samples from any number of listeners. Its methods may be called from any goroutine.
+type Server struct {
+	cfg      Config
+	counters ingest.Counters
+	staging  *staging
+	nextID   atomic.Uint64
+
+	// hurry ends when Shutdown may wait no longer: connections that wait for a slot or for their peer give up.
+	hurry     context.Context
+	stopHurry context.CancelFunc
+
+	mu        sync.Mutex
+	stopping  bool
+	listeners map[net.Listener]struct{}
+	conns     map[*conn]struct{}
+	running   sync.WaitGroup // one per connection
+}
+
+// New returns a server; Serve starts it.
+func New(cfg Config) (*Server, error) {
+	full, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg:       full,
+		staging:   newStaging(full.StagingBuffers),
+		listeners: map[net.Listener]struct{}{},
+		conns:     map[*conn]struct{}{},
+	}
+	s.hurry, s.stopHurry = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// Serve accepts producers of the native protocol on l, TCP or unix, until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
+// Shutdown or ctx's end; connections live on until Shutdown.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	return s.accept(ctx, l, s.servePush)
+}
+
+// ServeEcho is Serve for echo's protocol; all producers push to table.
+func (s *Server) ServeEcho(ctx context.Context, l net.Listener, table ingest.Table) error {
+	hello, err := echoHello(table.Spec())
+	if err != nil {
+		_ = l.Close()
+		return err
+	}
+	return s.accept(ctx, l, func(c *conn) { s.serveEcho(c, table, hello) })
+}
+
+func (s *Server) accept(ctx context.Context, l net.Listener, serve func(*conn)) error {
+	defer l.Close()
+	if !s.addListener(l) {
+		return nil
+	}
+	defer s.removeListener(l)
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	pause := time.Duration(0)
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			if s.isStopping() || ctx.Err() != nil {
+				return nil
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("accept on %v: %w", l.Addr(), err)
+			}
+			// Out of descriptors, most likely, or the peer has gone already: others must not suffer.
+			s.counters.AcceptErrors.Add(1)
+			if pause == 0 {
+				s.cfg.Log.Error("cannot accept; trying again", "component", "tcpingest", "listener", l.Addr().String(), "err", err)
+			}
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		pause = 0
+		s.start(nc, serve)
+	}
+}
+
+func (s *Server) addListener(l net.Listener) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return false
+	}
+	s.listeners[l] = struct{}{}
+	return true
+}
+
+func (s *Server) removeListener(l net.Listener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.listeners, l)
+}
+
+func (s *Server) isStopping() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopping
+}
+
+// start gives a new connection its goroutine.
+func (s *Server) start(nc net.Conn, serve func(*conn)) {
+	s.counters.Accepted.Add(1)
+	both, ok := nc.(netConn)
+	if !ok {
+		_ = nc.Close()
+		return
+	}
+	c, err := newConn(s, both, s.nextID.Add(1))
+	if err != nil {
+		_ = nc.Close()
+		return
+	}
+	full, ok := s.add(c)
+	if !ok {
+		_ = nc.Close()
+		return
+	}
+	go func() {
+		defer s.remove(c)
+		if full {
+			s.refuse(c, wire.Refuse(wire.CodeTooManyConnections, "this daemon serves at most %d connections at once; try again later", s.cfg.MaxConnections))
+			return
+		}
+		serve(c)
+	}()
+}
+
+// refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
+const refusingMax = 64
+
+// add notes the connection. It tells whether the limit is reached, and false if there is not even room to say so.
+func (s *Server) add(c *conn) (full, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping || len(s.conns) >= s.cfg.MaxConnections+refusingMax {
+		s.counters.Refused.Add(string(wire.CodeTooManyConnections))
+		return false, false
+	}
+	full = len(s.conns) >= s.cfg.MaxConnections
+	s.conns[c] = struct{}{}
+	s.running.Add(1)
+	return full, true
+}
+
+func (s *Server) remove(c *conn) {
+	_ = c.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.conns[c]; ok {
+		delete(s.conns, c)
+		s.running.Done()
+	}
+}
+
+// servePush serves one connection of the native protocol.
+func (s *Server) servePush(c *conn) {
+	_ = c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
+	if c.stopping.Load() {
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+	}
+	hello, err := wire.ReadHello(c.netConn)
+	var refusal *wire.Refusal
+	switch {
+	case errors.As(err, &refusal):
+		if c.stopping.Load() {
+			refusal = wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+		}
+		s.refuse(c, refusal)
+		return
+	case err == io.EOF:
+		s.counters.Ended.Add(ingest.EndClean)
+		return
+	case err != nil:
+		s.counters.Ended.Add(ingest.EndReset)
+		return
+	}
+	if hello.Role != wire.RolePush {
+		s.attach(c, hello)
+		return
+	}
+	table, stream, accepted, refusal := ingest.OpenPush(s.cfg.Tables, hello, ingest.Window{Samples: s.cfg.WindowSamples, Bytes: s.cfg.WindowBytes})
+	if refusal != nil {
+		s.refuse(c, refusal)
+		return
+	}
+	defer stream.Close()
+	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, stream: stream.ID()})
+	if err := wire.WriteAccepted(c.netConn, accepted); err != nil {
+		s.counters.Ended.Add(ingest.EndReset)
+		return
+	}
+	ses := newSession(s.hurry, c, stream, newPlan(table.Spec()), accepted)
+	reason, notice := ses.ending(ses.run())
+	s.ended(c, reason)
+	if reason == ingest.EndReset {
+		return
+	}
+	var say []byte
+	if notice != nil {
+		say = wire.AppendNotice(nil, notice)
+	}
+	c.dismiss(s.hurry, say)
+}
+
+// attach hands a connection of another role to whom it may concern. From then on it is none of this server's:
+// neither its limits nor Shutdown concern it.
+func (s *Server) attach(c *conn, hello *wire.Hello) {
+	uc, ok := c.netConn.(*net.UnixConn)
+	if !ok || s.cfg.Attach == nil {
+		s.refuse(c, wire.Refuse(wire.CodeWrongRole, "role %q is served on the daemon's unix socket only; connect to unix:///PATH, which `ingestd serve` prints at its start", hello.Role))
+		return
+	}
+	_ = c.SetDeadline(time.Time{})
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.mu.Unlock()
+	s.running.Done()
+	if err := s.cfg.Attach(uc, hello); err != nil {
+		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "err", err)
+	}
+}
+
+func (s *Server) refuse(c *conn, r *wire.Refusal) {
+	s.counters.Refused.Add(string(r.Code))
+	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
+	c.dismiss(s.hurry, wire.AppendRefusal(nil, r))
+}
+
+func (s *Server) ended(c *conn, reason string) {
+	s.counters.Ended.Add(reason)
+	a := c.agreed.Load()
+	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer,
+		"reason", reason, "samples", c.samples.Load(), "bytes", c.bytes.Load(), "dur", time.Since(c.opened))
+}
+
+// Shutdown implements ingest.Transport.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.mu.Lock()
+	s.stopping = true
+	for l := range s.listeners {
+		_ = l.Close()
+	}
+	for c := range s.conns {
+		c.stop()
+	}
+	s.mu.Unlock()
+	gone := make(chan struct{})
+	go func() {
+		s.running.Wait()
+		close(gone)
+	}()
+	select {
+	case <-gone:
+		s.stopHurry()
+		return nil
+	case <-ctx.Done():
+	}
+	s.stopHurry()
+	s.mu.Lock()
+	for c := range s.conns {
+		_ = c.Close()
+	}
+	s.mu.Unlock()
+	<-gone
+	return fmt.Errorf("connections were cut off: %w", context.Cause(ctx))
+}
+
+// Stats implements ingest.Transport.
+func (s *Server) Stats() ingest.Stats {
+	st := s.counters.Snapshot("tcp")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st.Open = len(s.conns)
+	for c := range s.conns {
+		st.Connections = append(st.Connections, c.status())
+	}
+	return st
+}
+
+var _ ingest.Transport = (*Server)(nil)
