@@ -36,6 +36,17 @@ type Run struct {
 	N        uint32 // slots
 }
 
+// Split cuts the run after n slots, 0 <= n <= N. Either part may be empty; an empty run is neither committed nor abandoned.
+func (run Run) Split(n int) (head, tail Run) {
+	k := uint32(n)
+	head, tail = run, run
+	head.N = k
+	tail.Position += uint64(k)
+	tail.Row += k
+	tail.N -= k
+	return head, tail
+}
+
 // Format writes the header and empty states into mem, whose length must be at least layout.Bytes and whose start a multiple of 64, and returns its Ring.
 func Format(mem []byte, layout Layout) (*Ring, error) {
 	g, err := layout.geometry()

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -323,6 +324,7 @@ func backpressure(t *testing.T, start Start) {
 	c.wantAcks(slots)
 	// The daemon now waits for a slot, and says so.
 	for r.waitingForSlot() == 0 {
+		runtime.Gosched()
 		if r.table.Stats().Pushed > slots {
 			t.Fatal("more samples taken than there are slots")
 		}
@@ -365,6 +367,7 @@ func connectionLimit(t *testing.T, start Start) {
 	}
 	_ = a.Close()
 	for r.transport.Stats().Open > 1 { // until the daemon has seen both closes
+		runtime.Gosched()
 	}
 	d := r.join(3, nil)
 	_ = d.Close()
@@ -396,7 +399,8 @@ func shutdownUnderLoad(t *testing.T, start Start) {
 					_ = c.Close()
 				})
 			}
-			for r.table.Stats().Committed < 2000 {
+			for r.table.Stats().Committed*uint64(r.table.Spec().SampleBytes()) < 4<<20 {
+				runtime.Gosched()
 			}
 			r.finish()
 			wg.Wait()

@@ -1,0 +1,63 @@
+//go:build linux
+
+package shm
+
+import (
+	"time"
+
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Stats counts attachments and batches since the server was made.
+type Stats struct {
+	Attached uint64               // trainers that were accepted
+	Observed uint64               // observers that were served
+	Refused  map[wire.Code]uint64 // peers that were not
+	Detached uint64               // trainers that ended holding nothing
+	Died     uint64               // trainers whose socket ended while they held batches
+	CutOff   uint64               // trainers that the daemon cut off at its end
+	BadPeers uint64               // trainers cut off because they broke the rules of their channel
+
+	Delivered uint64 // batches given to trainers
+	GivenBack uint64 // batches that trainers gave back
+	Returned  uint64 // batches taken from trainers that ended, offered again
+
+	Trainers []TrainerStats // those attached now, by number
+}
+
+// TrainerStats is one attached trainer.
+type TrainerStats struct {
+	ID       uint64
+	Table    string
+	Client   string
+	PID, UID int // 0 where the kernel does not say
+	Since    time.Time
+	Prefetch int // most batches it may hold
+
+	Held       []LeaseStats // batches it was given and has not given back, oldest first
+	State      TrainerState
+	StateSince time.Time
+	Sleeping   bool // it has read everything it was given and sleeps until we wake it
+
+	Delivered, GivenBack uint64
+}
+
+// LeaseStats is a batch in a trainer's hands.
+type LeaseStats struct {
+	Number uint64
+	Index  uint32
+	Since  time.Time
+}
+
+// TrainerState says who waits for whom.
+type TrainerState string
+
+// The states of an attached trainer.
+const (
+	// StateWaiting: it may be given a batch, and the table has none; it waits for producers.
+	StateWaiting TrainerState = "waiting for a batch"
+	// StateAtLimit: it holds all it may; the daemon waits for it.
+	StateAtLimit TrainerState = "holds all it may"
+	// StateEnded: it was given the last batch and told so.
+	StateEnded TrainerState = "told of the end"
+)

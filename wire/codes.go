@@ -1,0 +1,112 @@
+package wire
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/ingestd/ingestd/spec"
+)
+
+// Version is the protocol version that this package speaks, the only one so far.
+const Version = 1
+
+// Limits of the handshake.
+const (
+	BodyBytesMax   = 2 << 20  // body of a hello or a reply
+	NoticeBytesMax = 64 << 10 // body of a closing notice
+	NameBytesMax   = 128      // table, session, client
+	ReasonBytesMax = 8 << 10  // a reason is cut to this
+	DiffMax        = 64       // differences in a refusal
+)
+
+// What the daemon sends after its reply: one Ack per sample; NoticeMark starts the closing notice.
+const (
+	Ack        = 0x01
+	NoticeMark = 0x00
+)
+
+// Magic starts every hello and reply.
+const Magic = "INGESTD\n"
+
+// ErrProtocol is wrapped when the peer's bytes are not this protocol.
+var ErrProtocol = errors.New("wire: not the ingestd protocol")
+
+// Code says why a connection was refused or ended. The docs list when each is used.
+type Code string
+
+// The codes of docs/wire-protocol.md, "Codes".
+const (
+	CodeBadMagic           Code = "bad_magic"
+	CodeBadVersion         Code = "bad_version"
+	CodeBadHandshake       Code = "bad_handshake"
+	CodeHandshakeTimeout   Code = "handshake_timeout"
+	CodeUnknownTable       Code = "unknown_table"
+	CodeSpecMismatch       Code = "spec_mismatch"
+	CodeBadOption          Code = "bad_option"
+	CodeWrongRole          Code = "wrong_role"
+	CodeNotPermitted       Code = "not_permitted"
+	CodeTooManyConnections Code = "too_many_connections"
+	CodeShuttingDown       Code = "shutting_down"
+	CodeIdleTimeout        Code = "idle_timeout"
+	CodeStalled            Code = "stalled"
+	CodeCutShort           Code = "cut_short"
+	CodeAckTimeout         Code = "ack_timeout"
+	CodeBadPeer            Code = "bad_peer"
+	CodeInternal           Code = "internal"
+)
+
+// Codes returns every code, for counters with a fixed set of labels.
+func Codes() []Code {
+	return []Code{
+		CodeBadMagic, CodeBadVersion, CodeBadHandshake, CodeHandshakeTimeout, CodeUnknownTable, CodeSpecMismatch,
+		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
+		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeInternal,
+	}
+}
+
+// Refusal answers a hello with no. It is an error on both sides.
+type Refusal struct {
+	Code   Code              `json:"code"`
+	Reason string            `json:"reason"`         // for a person: what was wrong and what to do
+	Diff   []spec.Difference `json:"diff,omitempty"` // CodeSpecMismatch only; at most DiffMax are sent
+	Spec   *spec.Spec        `json:"spec,omitempty"` // CodeSpecMismatch only: the table's
+}
+
+// Refuse makes a Refusal without a difference.
+func Refuse(code Code, format string, args ...any) *Refusal {
+	return &Refusal{Code: code, Reason: fmt.Sprintf(format, args...)}
+}
+
+func (r *Refusal) Error() string {
+	text := fmt.Sprintf("refused (%s): %s", r.Code, r.Reason)
+	if len(r.Diff) > 0 {
+		text += ": " + spec.FormatDiff(r.Diff)
+	}
+	return text
+}
+
+// Notice is the daemon's last word on an accepted connection: why it ends the stream.
+type Notice struct {
+	Code   Code   `json:"code"`
+	Reason string `json:"reason"`
+}
+
+func (n *Notice) Error() string {
+	return fmt.Sprintf("the daemon ended the stream (%s): %s", n.Code, n.Reason)
+}
+
+// cutText shortens s to legal UTF-8 of at most the given bytes.
+func cutText(s string, bytes int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) <= bytes {
+		return s
+	}
+	const mark = "..."
+	cut := bytes - len(mark)
+	for cut > 0 && !utf8.RuneStart(s[cut]) {
+		cut--
+	}
+	return s[:cut] + mark
+}
