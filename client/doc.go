@@ -26,6 +26,7 @@
 // caller's memory with no copy. In steady state a Push allocates nothing. Memory per Producer: two send buffers of at
 // most Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it.
 //
-// Proof: producer_test.go (every error, both windows, coalescing, interruption half-way, over TCP and unix sockets),
-// producer_alloc_test.go (no allocation), and the conformance suite of the transports.
+// Proof: producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
+// producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), and the conformance suite of the
+// transports. BenchmarkPush sets the rates beside bare writes.
 package client

@@ -19,7 +19,7 @@ import (
 // fake is the daemon's end of one connection.
 type fake struct {
 	net.Conn
-	t           *testing.T
+	t           testing.TB
 	hello       *wire.Hello
 	sampleBytes int
 	received    int // samples checked so far
@@ -75,7 +75,7 @@ func fakeDaemon(t *testing.T, o options, script func(f *fake)) string {
 	return listen(t, o.network, func(conn net.Conn) { acceptPush(t, o, conn, script) })
 }
 
-func acceptPush(t *testing.T, o options, conn net.Conn, script func(f *fake)) {
+func acceptPush(t testing.TB, o options, conn net.Conn, script func(f *fake)) {
 	if o.windowSamples == 0 {
 		o.windowSamples = 1 << 20
 	}

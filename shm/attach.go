@@ -221,6 +221,9 @@ func Observe(ctx context.Context, path string, hello wire.Hello) (*Observation, 
 // View returns the segment; it must not be used after Close.
 func (o *Observation) View() *ring.View { return o.view }
 
+// Bytes returns the whole segment, read-only, for copying; it must not be used after Close.
+func (o *Observation) Bytes() []byte { return o.segment.Bytes() }
+
 // Accepted returns what the daemon said of the table.
 func (o *Observation) Accepted() wire.AcceptedObserve { return o.accepted }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -135,7 +136,7 @@ func (h *Hello) check(given []string) *Refusal {
 		return Refuse(CodeBadOption, "the role %s is not known; it is push, train or observe", short(string(h.Role)))
 	}
 	for _, name := range given {
-		if roles := rolesOf[name]; roles != nil && !contains(roles, h.Role) {
+		if roles := rolesOf[name]; roles != nil && !slices.Contains(roles, h.Role) {
 			return Refuse(CodeBadOption, "the field %q is not for the role %s; take it out", name, h.Role)
 		}
 	}
@@ -168,15 +169,6 @@ func (h *Hello) check(given []string) *Refusal {
 			h.Fingerprint, h.Spec.Fingerprint())
 	}
 	return nil
-}
-
-func contains(roles []Role, role Role) bool {
-	for _, r := range roles {
-		if r == role {
-			return true
-		}
-	}
-	return false
 }
 
 func checkText(s string) error {

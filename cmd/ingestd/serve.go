@@ -1,0 +1,228 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/ingestd/ingestd/internal/daemon"
+)
+
+type serveOptions struct {
+	file        string
+	printConfig bool
+	table       daemon.Table
+	flagged     daemon.Config // what the flags say; only those that were given count
+}
+
+func serveCommand(std streams) *cobra.Command {
+	o := &serveOptions{flagged: daemon.DefaultConfig()}
+	cmd := &cobra.Command{
+		Use:   "serve [flags]",
+		Short: "Run the daemon",
+		Long: `Run the daemon until SIGTERM or SIGINT. Then it takes no new connections, lets producers finish the samples under way, publishes what is there, lets
+trainers read it, and ends with code 0; 6 if samples were left that no trainer has read. A second signal stops it at once, with code 7.
+
+Settings come from the defaults, then --config, then flags. --table and the flags after it add one table, or change the one of that name in the file.
+docs/operations.md describes the file; --print-config writes the settings in force as such a file, and checks them.`,
+		Example: `  ingestd serve --table digits --spec image:F32[8,8],label:I32 --batch-size 64
+  ingestd serve --config /etc/ingestd.yaml --log-format json
+  ingestd serve --table grads --spec @grads.json --batch-size 4 --capacity 2GiB --listen tcp://127.0.0.1:0`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(std, cmd.Flags())
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVarP(&o.file, "config", "c", "", "YAML file with settings")
+	f.BoolVar(&o.printConfig, "print-config", false, "check the settings, print them as YAML and end")
+	f.StringVarP(&o.table.Name, "table", "t", daemon.DefaultTable, "name of the table")
+	f.StringVar(&o.table.Spec, "spec", "", "what one sample is: text such as image:F32[8,8],label:I32, or JSON, or @file")
+	f.IntVar(&o.table.BatchSize, "batch-size", daemon.DefaultBatchSize, "samples in a batch")
+	f.IntVar(&o.table.Batches, "batches", 0, "capacity in batches; default: what fits in 256MiB, at least 4")
+	f.Var(&o.table.Capacity, "capacity", "capacity as memory, such as 2GiB, instead of --batches")
+	f.Var(&o.table.Linger, "linger", "publish a batch short when a sample in it has waited so long, or a stream ends; 0 is never")
+	f.BoolVar(&o.table.HugePages, "huge-pages", false, "take huge pages if there are any")
+	c := &o.flagged
+	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, unix:///path or echo://host:port/table; repeatable")
+	f.StringVar(&c.Admin, "admin", c.Admin, "host:port of the admin HTTP endpoint, or off")
+	f.BoolVar(&c.Insecure, "insecure", false, "allow listeners that other machines can reach, though nobody is asked for credentials")
+	f.IntVar(&c.Drainers, "drainers", c.Drainers, "goroutines that move samples from queues to rings")
+	f.Var(&c.DrainTimeout, "drain-timeout", "how long to wait for producers and trainers when stopping")
+	f.StringVar(&c.ReadyFile, "ready-file", "", "write the real addresses there as JSON once serving; removed at the end")
+	f.StringVar(&c.Log.Level, "log-level", c.Log.Level, "debug, info, warn or error")
+	f.StringVar(&c.Log.Format, "log-format", c.Log.Format, "text or json")
+	l := &c.Limits
+	f.IntVar(&l.MaxConnections, "max-connections", l.MaxConnections, "producers at once")
+	f.IntVar(&l.WindowSamples, "window-samples", l.WindowSamples, "most samples of one producer without an ack")
+	f.Var(&l.WindowBytes, "window-bytes", "most bytes of one producer without an ack")
+	f.Var(&l.HandshakeTimeout, "handshake-timeout", "for a whole handshake")
+	f.Var(&l.IdleTimeout, "idle-timeout", "without a byte between samples")
+	f.Var(&l.StallTimeout, "stall-timeout", "without a byte inside a sample")
+	f.Var(&l.AckTimeout, "ack-timeout", "for a producer to read its acks")
+	f.IntVar(&l.MaxTrainers, "max-trainers", l.MaxTrainers, "trainers of other processes at once")
+	f.IntVar(&l.Prefetch, "prefetch", l.Prefetch, "batches a trainer holds at once, unless it asks for another number")
+	return cmd
+}
+
+// config puts defaults, file and flags together.
+func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
+	cfg := daemon.DefaultConfig()
+	if o.file != "" {
+		if err := cfg.LoadFile(o.file); err != nil {
+			return cfg, err
+		}
+	}
+	given := flags.Changed
+	if given("table") || given("spec") || o.file == "" {
+		o.addTable(&cfg, given)
+	} else if i := slices.IndexFunc([]string{"batch-size", "batches", "capacity", "linger", "huge-pages"}, given); i >= 0 {
+		return cfg, usagef("serve: --batch-size, --batches, --capacity, --linger and --huge-pages belong to a table: say --table NAME, too")
+	}
+	from, to := &o.flagged, &cfg
+	for name, set := range map[string]func(){
+		"listen":            func() { to.Listen = from.Listen },
+		"admin":             func() { to.Admin = from.Admin },
+		"insecure":          func() { to.Insecure = from.Insecure },
+		"drainers":          func() { to.Drainers = from.Drainers },
+		"drain-timeout":     func() { to.DrainTimeout = from.DrainTimeout },
+		"ready-file":        func() { to.ReadyFile = from.ReadyFile },
+		"log-level":         func() { to.Log.Level = from.Log.Level },
+		"log-format":        func() { to.Log.Format = from.Log.Format },
+		"max-connections":   func() { to.Limits.MaxConnections = from.Limits.MaxConnections },
+		"window-samples":    func() { to.Limits.WindowSamples = from.Limits.WindowSamples },
+		"window-bytes":      func() { to.Limits.WindowBytes = from.Limits.WindowBytes },
+		"handshake-timeout": func() { to.Limits.HandshakeTimeout = from.Limits.HandshakeTimeout },
+		"idle-timeout":      func() { to.Limits.IdleTimeout = from.Limits.IdleTimeout },
+		"stall-timeout":     func() { to.Limits.StallTimeout = from.Limits.StallTimeout },
+		"ack-timeout":       func() { to.Limits.AckTimeout = from.Limits.AckTimeout },
+		"max-trainers":      func() { to.Limits.MaxTrainers = from.Limits.MaxTrainers },
+		"prefetch":          func() { to.Limits.Prefetch = from.Limits.Prefetch },
+	} {
+		if given(name) {
+			set()
+		}
+	}
+	return cfg, cfg.Validate()
+}
+
+// addTable adds the table of the flags, or changes the one of that name.
+func (o *serveOptions) addTable(cfg *daemon.Config, given func(string) bool) {
+	i := slices.IndexFunc(cfg.Tables, func(t daemon.Table) bool { return t.Name == o.table.Name })
+	if i < 0 {
+		cfg.Tables = append(slices.Clone(cfg.Tables), o.table)
+		return
+	}
+	t := &cfg.Tables[i]
+	if given("spec") {
+		t.Spec = o.table.Spec
+	}
+	if given("batch-size") {
+		t.BatchSize = o.table.BatchSize
+	}
+	if given("batches") || given("capacity") {
+		t.Batches, t.Capacity = o.table.Batches, o.table.Capacity
+	}
+	if given("linger") {
+		t.Linger = o.table.Linger
+	}
+	if given("huge-pages") {
+		t.HugePages = o.table.HugePages
+	}
+}
+
+func (o *serveOptions) run(std streams, flags *pflag.FlagSet) error {
+	cfg, err := o.config(flags)
+	if err != nil {
+		return err
+	}
+	if o.printConfig {
+		_, err := io.WriteString(std.out, cfg.YAML())
+		return err
+	}
+	// From here on a signal stops the daemon in order; one that comes while segments are populated, as soon as they are.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	d, err := daemon.New(cfg, logger(std.err, cfg.Log), version())
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(std.out, "# settings in force\n%s\n%s", cfg.YAML(), howToConnect(cfg, d.Addresses()))
+	return serve(d, signals)
+}
+
+// serve runs the daemon until a first signal, and stops it at once on a second.
+func serve(d *daemon.Daemon, signals <-chan os.Signal) error {
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		for _, act := range []func(){stop, d.StopNow} {
+			select {
+			case <-signals:
+				act()
+			case <-done:
+				return
+			}
+		}
+	}()
+	return d.Run(ctx)
+}
+
+func logger(w io.Writer, l daemon.Log) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(l.Level)) // validated
+	opts := &slog.HandlerOptions{Level: level}
+	if l.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// howToConnect writes lines to be copied into another terminal.
+func howToConnect(cfg daemon.Config, a daemon.Addresses) string {
+	var b strings.Builder
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "%-7s %s\n", name, fmt.Sprintf(format, args...))
+	}
+	for _, at := range [][2]string{{"tcp", a.TCP}, {"unix", a.Unix}, {"echo", a.Echo}, {"admin", a.Admin}} {
+		if at[1] != "" {
+			line(at[0], "%s", at[1])
+		}
+	}
+	for _, t := range cfg.Tables {
+		fmt.Fprintf(&b, "\n# table %s: %s, %d batches of %d\n", t.Name, cut(t.Spec, 200), t.Batches, t.BatchSize)
+		push := a.TCP
+		if push == "" {
+			push = a.Unix
+		}
+		if push != "" {
+			line("push", "ingestd push --addr %s --table %s FILE.npz", push, quoted(t.Name))
+		}
+		if a.Unix != "" {
+			line("pull", "ingestd pull --addr %s --table %s", a.Unix, quoted(t.Name))
+			line("python", "python3 -c 'import ingestd; r = ingestd.Reader(%q, table=%q); b = r.next(deadline=60); print(b.numbers[:8])'", a.Unix, t.Name)
+		}
+	}
+	return b.String()
+}
+
+// quoted quotes a word for a shell where it must be.
+func quoted(s string) string {
+	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./") == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

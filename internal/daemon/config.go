@@ -1,0 +1,182 @@
+package daemon
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"runtime"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Config is everything that can be set about a daemon. Its YAML form is the configuration file and what serve prints; the names are those of the flags.
+type Config struct {
+	Listen       []string `yaml:"listen"`        // tcp://host:port, unix:///path, echo://host:port/table
+	Admin        string   `yaml:"admin"`         // host:port of the admin HTTP server, or "off"
+	Insecure     bool     `yaml:"insecure"`      // allow listeners that other machines can reach, without credentials
+	Drainers     int      `yaml:"drainers"`      // goroutines that move samples from queues to rings
+	DrainTimeout Duration `yaml:"drain_timeout"` // how long a stopping daemon waits for producers and trainers
+	ReadyFile    string   `yaml:"ready_file,omitempty"`
+	Log          Log      `yaml:"log"`
+	Limits       Limits   `yaml:"limits"`
+	Tables       []Table  `yaml:"tables"`
+}
+
+// Log says what is logged, and how.
+type Log struct {
+	Level  string `yaml:"level"`  // debug, info, warn, error
+	Format string `yaml:"format"` // text, json
+}
+
+// Limits bounds what peers may take.
+type Limits struct {
+	MaxConnections   int      `yaml:"max_connections"`
+	WindowSamples    int      `yaml:"window_samples"`    // most samples of one producer without an ack
+	WindowBytes      Size     `yaml:"window_bytes"`      // most bytes of one producer without an ack
+	HandshakeTimeout Duration `yaml:"handshake_timeout"` // for the whole hello
+	IdleTimeout      Duration `yaml:"idle_timeout"`      // without a byte between samples
+	StallTimeout     Duration `yaml:"stall_timeout"`     // without a byte inside a sample that holds a slot
+	AckTimeout       Duration `yaml:"ack_timeout"`       // for a client to read its acks
+	MaxTrainers      int      `yaml:"max_trainers"`      // in other processes
+	Prefetch         int      `yaml:"prefetch"`          // batches a trainer holds at once, unless it asks for another number
+}
+
+// Table is one ring. Either Batches or Capacity says how large it is; with neither it gets 256 MiB, or 4 batches if that is more.
+type Table struct {
+	Name      string   `yaml:"name"`
+	Spec      string   `yaml:"spec"` // text form, JSON, or @file with either
+	BatchSize int      `yaml:"batch_size"`
+	Batches   int      `yaml:"batches,omitempty"`
+	Capacity  Size     `yaml:"capacity,omitempty"`
+	Linger    Duration `yaml:"linger"`     // publish a batch that waits longer, short; 0 is off
+	HugePages bool     `yaml:"huge_pages"` // try them; ordinary pages are the fallback
+}
+
+// DefaultConfig is the configuration before the file and the flags.
+func DefaultConfig() Config {
+	return Config{
+		Listen:       []string{"tcp://" + DefaultTCP, "unix://" + DefaultSocket()},
+		Admin:        DefaultAdmin,
+		Drainers:     min(max(runtime.GOMAXPROCS(0)/2, 1), 8),
+		DrainTimeout: Duration(30 * time.Second),
+		Log:          Log{Level: "info", Format: "text"},
+		Limits: Limits{
+			MaxConnections:   1024,
+			WindowSamples:    4096,
+			WindowBytes:      16 << 20,
+			HandshakeTimeout: Duration(10 * time.Second),
+			IdleTimeout:      Duration(5 * time.Minute),
+			StallTimeout:     Duration(10 * time.Second),
+			AckTimeout:       Duration(30 * time.Second),
+			MaxTrainers:      256,
+			Prefetch:         4,
+		},
+	}
+}
+
+// DefaultBatchSize and DefaultTable serve where a table is given without them.
+const (
+	DefaultBatchSize = 32
+	DefaultTable     = "default"
+)
+
+// ConfigError says what is wrong with the configuration and what to do. Where names the field or flag.
+type ConfigError struct {
+	Where  string
+	Reason string
+}
+
+func (e *ConfigError) Error() string {
+	if e.Where == "" {
+		return "configuration: " + e.Reason
+	}
+	return "configuration: " + e.Where + ": " + e.Reason
+}
+
+func configErrorf(where, format string, args ...any) error {
+	return &ConfigError{Where: where, Reason: fmt.Sprintf(format, args...)}
+}
+
+const configBytesMax = 4 << 20
+
+// LoadFile reads a YAML file over cfg: what the file does not name stays. A field that is not known is an error, with its line.
+func (cfg *Config) LoadFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return configErrorf("--config", "%v", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, configBytesMax+1))
+	if err != nil {
+		return configErrorf(path, "%v", err)
+	}
+	if len(text) > configBytesMax {
+		return configErrorf(path, "larger than %d bytes: not a configuration file", configBytesMax)
+	}
+	return cfg.load(path, text)
+}
+
+func (cfg *Config) load(name string, text []byte) error {
+	dec := yaml.NewDecoder(bytes.NewReader(text))
+	dec.KnownFields(true)
+	if err := dec.Decode(cfg); err != nil && !errors.Is(err, io.EOF) {
+		return configErrorf(name, "%s", plainYAML(err))
+	}
+	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		return configErrorf(name, "holds a second document: keep one, without a --- between")
+	}
+	return nil
+}
+
+var (
+	unknownField = regexp.MustCompile(`field (\S+) not found in type daemon\.(\w+)`)
+	wrongType    = regexp.MustCompile("cannot unmarshal !!(\\w+) (`.*?` )?into (.*)$")
+)
+
+// plainYAML takes Go's type names out of the decoder's errors and says which fields there are.
+func plainYAML(err error) string {
+	var typed *yaml.TypeError
+	if !errors.As(err, &typed) {
+		return strings.TrimPrefix(err.Error(), "yaml: ")
+	}
+	var out []string
+	for _, line := range typed.Errors {
+		line = unknownField.ReplaceAllStringFunc(line, func(m string) string {
+			part := unknownField.FindStringSubmatch(m)
+			return fmt.Sprintf("unknown field %s; there are %s", part[1], strings.Join(fieldNames(part[2]), ", "))
+		})
+		if part := wrongType.FindStringSubmatch(line); part != nil {
+			line = wrongType.ReplaceAllString(line, part[2]+"is not "+plainType(part[3]))
+		}
+		out = append(out, line)
+	}
+	return strings.Join(out, "; ")
+}
+
+func plainType(name string) string {
+	switch {
+	case strings.HasPrefix(name, "[]"):
+		return "a list"
+	case strings.HasPrefix(name, "int"):
+		return "a whole number"
+	case name == "bool":
+		return "true or false"
+	case strings.HasPrefix(name, "daemon."):
+		return "a group of fields"
+	}
+	return "a text"
+}
+
+// YAML is the effective configuration as a file that LoadFile reads.
+func (cfg *Config) YAML() string {
+	text, err := yaml.Marshal(cfg)
+	if err != nil {
+		panic("daemon: configuration does not marshal: " + err.Error())
+	}
+	return string(text)
+}

@@ -1,0 +1,350 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/tcpingest"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Daemon is tables with listeners before them.
+type Daemon struct {
+	plan    *plan
+	log     *slog.Logger
+	version string
+	started time.Time
+	state   atomic.Int32
+
+	pool      *drainer.Pool
+	tables    []*table
+	ingest    *tcpingest.Server
+	trainers  *shm.Server
+	listeners []listener
+	admin     *admin // nil: off
+
+	now     context.Context // ends with StopNow: no more waiting
+	stopNow context.CancelFunc
+	cutOff  context.Context // ends when trainers are cut off
+	cut     context.CancelFunc
+
+	mu          sync.Mutex
+	leaving     bool // no more attachments; under mu
+	attachments sync.WaitGroup
+}
+
+// table is an engine.Table whose segment other processes may map.
+type table struct {
+	*engine.Table
+	plan     *tablePlan
+	memory   *shm.Memory
+	attached atomic.Int32 // trainers of other processes; its end wakes the ring's Space, too
+}
+
+type listener struct {
+	address
+	net.Listener
+}
+
+// The states of a daemon.
+const (
+	stateStarting = iota
+	stateServing
+	stateDraining
+)
+
+var stateNames = [...]string{"starting", "serving", "draining"}
+
+// ErrStoppedAtOnce is what Run returns after StopNow.
+var ErrStoppedAtOnce = errors.New("stopped at once, without draining: samples that were not read are lost")
+
+// New opens everything that the configuration names. Run serves; Close gives back what was opened if Run is not called.
+func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
+	p, err := cfg.plan()
+	if err != nil {
+		return nil, err
+	}
+	d := &Daemon{plan: p, log: log.With("component", "daemon"), version: version, started: time.Now(), pool: drainer.NewPool(p.Drainers)}
+	d.now, d.stopNow = context.WithCancel(context.Background())
+	d.cutOff, d.cut = context.WithCancel(context.Background())
+	if err := d.open(log); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *Daemon) open(log *slog.Logger) error {
+	for _, a := range d.plan.listeners {
+		l, err := listen(context.Background(), a)
+		if err != nil {
+			return err
+		}
+		d.listeners = append(d.listeners, listener{a, l})
+	}
+	if d.plan.admin != nil {
+		l, err := listen(context.Background(), *d.plan.admin)
+		if err != nil {
+			return err
+		}
+		d.admin = newAdmin(d, l, log)
+	}
+	for i := range d.plan.tables {
+		t, err := newTable(&d.plan.tables[i], d.pool)
+		if err != nil {
+			return err
+		}
+		d.tables = append(d.tables, t)
+		if err := t.memory.HugePagesErr(); err != nil {
+			d.log.Warn("no huge pages; ordinary ones are used", "table", t.Name(), "err", err)
+		}
+	}
+	l := &d.plan.Limits
+	var err error
+	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log}); err != nil {
+		return err
+	}
+	d.ingest, err = tcpingest.New(tcpingest.Config{
+		Tables:           ingestTables{d.registry()},
+		Attach:           d.attach,
+		MaxConnections:   l.MaxConnections,
+		HandshakeTimeout: time.Duration(l.HandshakeTimeout),
+		IdleTimeout:      time.Duration(l.IdleTimeout),
+		StallTimeout:     time.Duration(l.StallTimeout),
+		AckTimeout:       time.Duration(l.AckTimeout),
+		WindowSamples:    int64(l.WindowSamples),
+		WindowBytes:      int64(l.WindowBytes),
+		Log:              log,
+	})
+	return err
+}
+
+func newTable(p *tablePlan, pool *drainer.Pool) (*table, error) {
+	t := &table{plan: p}
+	var err error
+	t.Table, err = engine.New(engine.Config{
+		Name: p.Name, Spec: p.spec, BatchSize: p.BatchSize, Batches: p.Batches, Linger: time.Duration(p.Linger), Drainers: pool,
+		Memory: func(size int64) (engine.Memory, error) {
+			m, err := shm.NewMemory(shm.MemoryConfig{Name: "ingestd " + p.Name, Size: size, HugePages: p.HugePages})
+			if err != nil {
+				return nil, err
+			}
+			t.memory = m
+			return m, nil
+		},
+	})
+	return t, err
+}
+
+// registry finds tables for both servers.
+func (d *Daemon) registry() registry { return registry{d} }
+
+type registry struct{ d *Daemon }
+
+func (r registry) find(name string) *table {
+	for _, t := range r.d.tables {
+		if t.Name() == name {
+			return t
+		}
+	}
+	return nil
+}
+
+// Names implements ingest.Tables and shm.Tables.
+func (r registry) Names() []string {
+	names := make([]string, len(r.d.tables))
+	for i, t := range r.d.tables {
+		names[i] = t.Name()
+	}
+	return names
+}
+
+// Table implements shm.Tables.
+func (r registry) Table(name string) (shm.Table, bool) {
+	t := r.find(name)
+	if t == nil {
+		return shm.Table{}, false
+	}
+	return shm.Table{Name: name, Spec: t.Spec(), View: &t.Ring().View, Memory: t.memory, Source: t.Sampler()}, true
+}
+
+type ingestTables struct{ registry }
+
+// Lookup implements ingest.Tables.
+func (r ingestTables) Lookup(name string) (ingest.Table, bool) {
+	t := r.find(name)
+	return t, t != nil
+}
+
+// attach serves a trainer or an observer until it ends or is cut off.
+func (d *Daemon) attach(conn *net.UnixConn, hello *wire.Hello) error {
+	if !d.enter() {
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
+		return wire.WriteRefusal(conn, wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping"))
+	}
+	defer d.attachments.Done()
+	if t := d.registry().find(hello.Table); t != nil && hello.Role == wire.RoleTrain {
+		t.attached.Add(1)
+		defer func() {
+			t.attached.Add(-1)
+			t.Ring().Space.Wake() // where the draining waits
+		}()
+	}
+	return d.trainers.Serve(d.cutOff, conn, hello)
+}
+
+// enter counts an attachment, unless none may begin any more because the segments are going away.
+func (d *Daemon) enter() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.leaving {
+		d.attachments.Add(1)
+	}
+	return !d.leaving
+}
+
+// Addresses is where the daemon really listens, by scheme; the first of each. It is what ReadyFile holds.
+type Addresses struct {
+	TCP   string `json:"tcp"`
+	Unix  string `json:"unix"`
+	Echo  string `json:"echo"`
+	Admin string `json:"admin"`
+}
+
+// Addresses returns where the daemon listens, with real ports.
+func (d *Daemon) Addresses() Addresses {
+	var a Addresses
+	for _, l := range d.listeners {
+		switch {
+		case l.scheme == "tcp" && a.TCP == "":
+			a.TCP = l.url()
+		case l.scheme == "unix" && a.Unix == "":
+			a.Unix = l.url()
+		case l.scheme == "echo" && a.Echo == "":
+			a.Echo = l.url()
+		}
+	}
+	if d.admin != nil {
+		a.Admin = "http://" + d.admin.listener.Addr().String()
+	}
+	return a
+}
+
+func (l listener) url() string {
+	a := l.address
+	if a.scheme != "unix" {
+		a.host = l.Addr().String()
+	}
+	return a.String()
+}
+
+// Run serves until ctx ends or a listener fails, and then stops in order. It may be called once.
+func (d *Daemon) Run(ctx context.Context) error {
+	running, halt := context.WithCancel(context.Background())
+	var group sync.WaitGroup
+	group.Go(func() { _ = d.pool.Run(running) })
+	for _, t := range d.tables {
+		group.Go(func() { _ = t.Run(running) })
+	}
+	failed := make(chan error, len(d.listeners)+1)
+	for _, l := range d.listeners {
+		group.Go(func() { failed <- d.serve(running, l) })
+	}
+	if d.admin != nil {
+		group.Go(func() { failed <- d.admin.serve() })
+	}
+	err := d.announce()
+	if err == nil {
+		d.state.CompareAndSwap(stateStarting, stateServing)
+		d.log.Info("serving", "tables", len(d.tables), "addresses", d.Addresses())
+		select {
+		case <-ctx.Done():
+		case <-d.now.Done():
+		case err = <-failed:
+		}
+	}
+	err = errors.Join(err, d.stop())
+	halt()
+	err = errors.Join(err, d.closeDoors())
+	group.Wait() // before the memory goes that they work in
+	err = errors.Join(err, d.Close())
+	if d.plan.ReadyFile != "" {
+		_ = os.Remove(d.plan.ReadyFile)
+	}
+	return err
+}
+
+func (d *Daemon) serve(ctx context.Context, l listener) error {
+	if l.scheme == "echo" {
+		return d.ingest.ServeEcho(ctx, l, d.registry().find(l.table))
+	}
+	return d.ingest.Serve(ctx, l)
+}
+
+// announce writes ReadyFile, whole or not at all.
+func (d *Daemon) announce() error {
+	path := d.plan.ReadyFile
+	if path == "" {
+		return nil
+	}
+	text, err := json.Marshal(d.Addresses())
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".ready-*")
+	if err != nil {
+		return fmt.Errorf("write --ready-file: %w", err)
+	}
+	_, err = f.Write(append(text, '\n'))
+	err = errors.Join(err, f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return fmt.Errorf("write --ready-file: %w", err)
+	}
+	return nil
+}
+
+// StopNow makes Run return without waiting for producers and trainers.
+func (d *Daemon) StopNow() { d.stopNow() }
+
+// closeDoors closes listeners and admin endpoint.
+func (d *Daemon) closeDoors() error {
+	var errs []error
+	for _, l := range d.listeners {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	if d.admin != nil {
+		errs = append(errs, d.admin.close())
+	}
+	return errors.Join(errs...)
+}
+
+// Close gives back what New opened. Run does so itself.
+func (d *Daemon) Close() error {
+	errs := []error{d.closeDoors()}
+	for _, t := range d.tables {
+		errs = append(errs, t.Free())
+	}
+	d.tables = nil
+	d.stopNow()
+	d.cut()
+	return errors.Join(errs...)
+}

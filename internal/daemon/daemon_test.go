@@ -1,0 +1,464 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ingestd/ingestd/client"
+	"github.com/ingestd/ingestd/internal/proof"
+	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/wire"
+)
+
+const testSpec = "x:F32[4],y:U8"
+
+// running is a daemon in this process.
+type running struct {
+	*Daemon
+	stop   context.CancelFunc
+	done   chan error
+	folder string
+	addr   Addresses
+}
+
+func testConfig(t testing.TB) Config {
+	cfg := DefaultConfig()
+	cfg.Listen = []string{"tcp://127.0.0.1:0", "unix://" + filepath.Join(t.TempDir(), "d.sock"), "echo://127.0.0.1:0"}
+	cfg.Admin = "127.0.0.1:0"
+	cfg.DrainTimeout = Duration(time.Minute) // far longer than any test: what waits for it hangs visibly
+	cfg.Tables = []Table{{Name: "a", Spec: testSpec, BatchSize: 4, Batches: 4}}
+	return cfg
+}
+
+func start(t testing.TB, cfg Config) *running {
+	t.Helper()
+	d, err := New(cfg, slog.New(slog.DiscardHandler), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	r := &running{Daemon: d, stop: stop, done: make(chan error, 1), addr: d.Addresses()}
+	go func() { r.done <- d.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		d.StopNow()
+		r.done <- <-r.done // it has ended, and others may ask again
+	})
+	return r
+}
+
+// wait returns what Run returned.
+func (r *running) wait() error {
+	err := <-r.done
+	r.done <- err
+	return err
+}
+
+func mustSpec(t testing.TB, text string) *spec.Spec {
+	t.Helper()
+	s, err := spec.ParseText(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (r *running) producer(t testing.TB, addr string) *client.Producer {
+	t.Helper()
+	p, err := client.Dial(t.Context(), addr, client.Config{Table: "a", Spec: mustSpec(t, testSpec)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Abort)
+	return p
+}
+
+// push sends samples until ctx ends or the daemon ends the stream.
+func push(ctx context.Context, p *client.Producer, from, n uint64) error {
+	b := make([]byte, p.Spec().SampleBytes())
+	for i := from; i < from+n; i++ {
+		proof.Sample(b, p.Spec(), p.Accepted().Stream, i)
+		if _, err := p.PushMany(ctx, 1, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *running) trainer(t testing.TB) *shm.Attachment {
+	t.Helper()
+	a, err := shm.Attach(t.Context(), strings.TrimPrefix(r.addr.Unix, "unix://"), wire.Hello{Table: "a", Client: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// read reads to the end of the stream, checks every byte, and returns how many samples of each stream came.
+func read(ctx context.Context, a *shm.Attachment) (map[uint64]uint64, error) {
+	next := map[uint64]uint64{}
+	s := a.Accepted().Spec
+	for {
+		b, err := a.Next(ctx)
+		if err == io.EOF {
+			return next, nil
+		}
+		if err != nil {
+			return next, err
+		}
+		for row, stream := range b.Streams() {
+			if n := b.Numbers()[row]; n != next[stream] {
+				return next, fmt.Errorf("stream %d: sample %d, due %d", stream, n, next[stream])
+			}
+			next[stream]++
+		}
+		for leaf := range s.NumLeaves() {
+			if row, at := proof.CheckColumn(b.Column(leaf), s.Leaf(leaf), leaf, b.Streams(), b.Numbers()); row >= 0 {
+				return next, fmt.Errorf("batch %d row %d leaf %d is wrong at byte %d", b.Number, row, leaf, at)
+			}
+		}
+		a.Release(b)
+	}
+}
+
+// TestStopUnderLoadLosesNothingAcked: producers push without an end over both kinds of socket, a trainer reads, and the daemon is told to stop. Every
+// sample that was acked must be read, and no more than were sent.
+func TestStopUnderLoadLosesNothingAcked(t *testing.T) {
+	r := start(t, testConfig(t))
+	var producers []*client.Producer
+	var pushing, reading sync.WaitGroup
+	enough := make(chan struct{}, 100)
+	for i := range 4 {
+		p := r.producer(t, []string{r.addr.TCP, r.addr.Unix}[i%2])
+		producers = append(producers, p)
+		pushing.Go(func() {
+			var notice *wire.Notice
+			err := push(t.Context(), p, 0, 100)
+			if err == nil {
+				err = p.Flush(t.Context())
+			}
+			enough <- struct{}{}
+			if err == nil {
+				err = push(t.Context(), p, 100, 1<<40)
+			}
+			if !errors.As(err, &notice) || notice.Code != wire.CodeShuttingDown {
+				t.Errorf("the producer was not told why: %v", err)
+			}
+		})
+	}
+	var got map[uint64]uint64
+	a := r.trainer(t)
+	reading.Go(func() {
+		var err error
+		if got, err = read(t.Context(), a); err != nil {
+			t.Error(err)
+		}
+		if err := a.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for range producers {
+		<-enough
+	}
+	r.stop()
+	pushing.Wait()
+	reading.Wait()
+	if err := r.wait(); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range producers {
+		id := p.Accepted().Stream
+		if got[id] < p.Acked() || got[id] > p.Sent() {
+			t.Errorf("stream %d: %d sent, %d acked, %d read", id, p.Sent(), p.Acked(), got[id])
+		}
+	}
+	if _, err := os.Stat(strings.TrimPrefix(r.addr.Unix, "unix://")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
+func TestUnreadSamplesAreSaid(t *testing.T) {
+	r := start(t, testConfig(t))
+	p := r.producer(t, r.addr.TCP)
+	if err := push(t.Context(), p, 0, 6); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	var unread *UnreadError
+	if err := r.wait(); !errors.As(err, &unread) || unread.Samples["a"] != 6 {
+		t.Errorf("got %v, want 6 unread samples", err)
+	}
+}
+
+// TestTrainerThatHoldsOnIsCutOff: one trainer reads nothing. With a full ring and producers waiting, only the drain timeout can end this.
+func TestTrainerThatHoldsOnIsCutOff(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.DrainTimeout = Duration(50 * time.Millisecond)
+	r := start(t, cfg)
+	a := r.trainer(t)
+	defer a.Close()
+	p := r.producer(t, r.addr.TCP)
+	pushed := make(chan error, 1)
+	go func() { pushed <- push(t.Context(), p, 0, 1<<40) }()
+	b, err := a.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	var unread *UnreadError
+	if err := r.wait(); !errors.As(err, &unread) || unread.Samples["a"] < 4 {
+		t.Errorf("got %v", err)
+	}
+	if err := <-pushed; err == nil {
+		t.Error("the producer was not ended")
+	}
+	if acked, have := p.Acked(), unread.Samples["a"]; acked > have {
+		t.Errorf("%d acked, %d said to be unread", acked, have)
+	}
+	a.Release(b)
+}
+
+func TestStopNow(t *testing.T) {
+	r := start(t, testConfig(t))
+	a := r.trainer(t)
+	defer a.Close()
+	p := r.producer(t, r.addr.TCP)
+	go func() { _ = push(t.Context(), p, 0, 1<<40) }()
+	if _, err := a.Next(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	r.StopNow()
+	if err := r.wait(); !errors.Is(err, ErrStoppedAtOnce) {
+		t.Errorf("got %v", err)
+	}
+	p.Abort()
+}
+
+// TestIdleTrainerEndsWithTheDaemon: a trainer that waits is told of the end and the daemon does not wait for the drain timeout.
+func TestIdleTrainerEndsWithTheDaemon(t *testing.T) {
+	r := start(t, testConfig(t))
+	a := r.trainer(t)
+	defer a.Close()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := a.Next(t.Context())
+		ended <- errors.Join(err, a.Close())
+	}()
+	r.stop()
+	if err := <-ended; !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, want the end of the stream", err)
+	}
+	if err := r.wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReadyFileAndAddresses(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.ReadyFile = filepath.Join(t.TempDir(), "ready.json")
+	r := start(t, cfg)
+	p := r.producer(t, r.addr.TCP) // answered, so it serves
+	defer p.Abort()
+	eventually(t, func() bool { _, err := os.Stat(cfg.ReadyFile); return err == nil })
+	text, err := os.ReadFile(cfg.ReadyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var a Addresses
+	if err := json.Unmarshal(text, &a); err != nil || a != r.addr || strings.HasSuffix(a.TCP, ":0") || !strings.HasSuffix(a.Echo, "/a") {
+		t.Errorf("%v: %s, want %+v", err, text, r.addr)
+	}
+	r.stop()
+	p.Abort()
+	if err := r.wait(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(cfg.ReadyFile); !errors.Is(err, os.ErrNotExist) {
+		t.Error("the ready file outlives the daemon")
+	}
+}
+
+// eventually yields until the condition holds; a test that waits in vain ends by the test's own timeout.
+func eventually(t testing.TB, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-t.Context().Done():
+			t.Fatal("the test ended first")
+		}
+	}
+}
+
+func TestEchoListener(t *testing.T) {
+	r := start(t, testConfig(t))
+	addr, _, _ := strings.Cut(strings.TrimPrefix(r.addr.Echo, "echo://"), "/")
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	hello := make([]byte, 4)
+	if _, err := io.ReadFull(c, hello); err != nil || string(hello) != "ECHO" {
+		t.Errorf("%v, %q", err, hello)
+	}
+	_ = c.Close()
+	r.stop()
+	if err := r.wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCannotOpen(t *testing.T) {
+	r := start(t, testConfig(t))
+	var busy *ListenError
+	var memory *shm.InsufficientError
+	for name, c := range map[string]struct {
+		change func(*Config)
+		want   any
+	}{
+		"port in use":   {func(c *Config) { c.Listen = []string{r.addr.TCP} }, &busy},
+		"socket in use": {func(c *Config) { c.Listen = []string{r.addr.Unix} }, &busy},
+		"admin in use":  {func(c *Config) { c.Admin = strings.TrimPrefix(r.addr.Admin, "http://") }, &busy},
+		"ring larger than memory": {func(c *Config) {
+			c.Tables = []Table{{Name: "big", Spec: "x:F32[16777216]", BatchSize: 64, Batches: 10000}}
+		}, &memory},
+	} {
+		cfg := testConfig(t)
+		c.change(&cfg)
+		if d, err := New(cfg, slog.New(slog.DiscardHandler), "test"); !errors.As(err, c.want) {
+			t.Errorf("%s: got %v", name, err)
+			if d != nil {
+				_ = d.Close()
+			}
+		}
+	}
+	cfg := testConfig(t)
+	cfg.ReadyFile = filepath.Join(t.TempDir(), "no", "ready.json")
+	if err := start(t, cfg).wait(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("ready file that cannot be written: %v", err)
+	}
+}
+
+func get(t *testing.T, url string, host string) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if host != "" {
+		req.Host = host
+	}
+	transport := &http.Transport{DisableKeepAlives: true}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func TestAdmin(t *testing.T) {
+	r := start(t, testConfig(t))
+	a := r.trainer(t)
+	p := r.producer(t, r.addr.TCP)
+	if err := push(t.Context(), p, 0, 9); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := a.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		"/healthz":              "ok",
+		"/readyz":               "serving",
+		"/":                     "/metrics",
+		"/metrics":              `ingestd_table_samples_pushed_total{table="a"} 9`,
+		"/debug/pprof/cmdline":  "",
+		"/debug/pprof/heap":     "",
+		"/debug/pprof/?debug=1": "goroutine",
+	} {
+		if code, body := get(t, r.addr.Admin+path, ""); code != http.StatusOK || !strings.Contains(body, want) {
+			t.Errorf("%s: %d %.300s", path, code, body)
+		}
+	}
+	if code, _ := get(t, r.addr.Admin+"/nothing", ""); code != http.StatusNotFound {
+		t.Errorf("a path that is not there: %d", code)
+	}
+	if code, _ := get(t, r.addr.Admin+"/status", "evil.example"); code != http.StatusForbidden {
+		t.Errorf("a foreign Host: %d", code)
+	}
+	var s Status
+	_, body := get(t, r.addr.Admin+"/status", "")
+	if err := json.Unmarshal([]byte(body), &s); err != nil {
+		t.Fatal(err)
+	}
+	if s.State != "serving" || len(s.Tables) != 1 || s.Tables[0].Pushed != 9 || s.Tables[0].Streams != 1 || len(s.Trainers) != 1 || len(s.Producers.Connections) != 1 {
+		t.Errorf("%s", body)
+	}
+	if len(s.Trainers) == 1 && (len(s.Trainers[0].Held) == 0 || s.Trainers[0].Held[0].Batch != b.Number || s.Trainers[0].PID != os.Getpid()) {
+		t.Errorf("%+v", s.Trainers[0])
+	}
+	a.Release(b)
+	_ = a.Close()
+	p.Abort()
+	r.stop()
+	_ = r.wait()
+}
+
+// TestStatusSaysWhoWaitsForWhom: a trainer that keeps its batches stops producers, and the status says so.
+func TestStatusSaysWhoWaitsForWhom(t *testing.T) {
+	r := start(t, testConfig(t))
+	a := r.trainer(t)
+	p := r.producer(t, r.addr.TCP)
+	ctx, cancel := context.WithCancel(t.Context())
+	pushed := make(chan error, 1)
+	go func() { pushed <- push(ctx, p, 0, 1<<40) }()
+	said := func(what string) bool {
+		_, body := get(t, r.addr.Admin+"/status", "")
+		var s Status
+		if err := json.Unmarshal([]byte(body), &s); err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range s.Waits {
+			if strings.Contains(w.Who+" waits for "+w.For, what) && !w.Since.IsZero() {
+				return true
+			}
+		}
+		return false
+	}
+	eventually(t, func() bool { return said(`stream 1 of table "a" waits for a free slot`) })
+	eventually(t, func() bool { return said(`table "a" waits for trainer 1`) })
+	cancel()
+	<-pushed
+	p.Abort()
+	_ = a.Close()
+	r.StopNow()
+	_ = r.wait()
+}

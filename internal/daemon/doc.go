@@ -1,0 +1,22 @@
+// Package daemon assembles what the other packages make: tables in shared memory, listeners, drainers, trainers of other processes, and the admin endpoint. It
+// reads the configuration, starts everything, and stops it in the one order that loses nothing.
+//
+// Config is read from YAML and flags, and validated whole before anything is opened. New opens: listeners first, since a port in use should cost no memory,
+// then the tables' segments. Run serves until its context ends or a listener fails, then stops:
+//
+//  1. not ready any more; listeners close, so nobody new comes
+//  2. each producer is taken to the next whole sample at hand, gets its acks, then the notice shutting_down
+//  3. drainers commit what is queued; the batch being filled is published short; end of stream for trainers (engine.Table.Close)
+//  4. trainers read what is left
+//  5. trainers that still hold on are cut off; connections are gone
+//  6. drainers and lingerers stop; segments are given back; the admin endpoint goes last
+//
+// Steps 1 to 4 together last at most DrainTimeout, and a moment only where no trainer is attached, since then nothing more will be read. StopNow skips the waiting. What was not
+// read by then is an *UnreadError.
+//
+// A Daemon's methods may be called from any goroutine; Run once. Its goroutines: Run's own, one per listener, the drainers, one per table (linger),
+// the admin server's; all have ended when Run returns.
+//
+// Errors: *ConfigError, *ListenError, *shm.InsufficientError (wrapped) from New; *UnreadError, ErrStoppedAtOnce from Run. Nothing here runs per sample.
+// Proof: config_test.go, address_test.go, daemon_test.go (life cycle in process, every way to stop), admin_test.go; cmd/ingestd runs it as a process.
+package daemon

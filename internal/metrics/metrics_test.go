@@ -1,0 +1,148 @@
+package metrics
+
+import (
+	"os"
+	"regexp"
+	"slices"
+	"sort"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/sampler"
+	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/wire"
+)
+
+func collector() *Collector {
+	return New(Sources{
+		Version: "v1",
+		Ready:   func() bool { return true },
+		Tables: func() []engine.Stats {
+			return []engine.Stats{{
+				Table: "a", BatchSize: 4, Batches: 8, Published: 5, Places: map[string]int{"free": 6, "leased": 2}, Pushed: 22, Committed: 21, Opened: 3,
+				Streams: []drainer.StreamStats{{Stream: 1}, {Stream: 2, WaitingSince: time.Now().Add(-time.Hour)}},
+				Sampler: sampler.Stats{Delivered: 5, Released: 3, Returned: 1},
+			}}
+		},
+		Transports: func() []ingest.Stats {
+			return []ingest.Stats{{
+				Transport: "tcp", Accepted: 7, Open: 2, Samples: 22, Bytes: 374, CutShort: 1,
+				Ended:   map[string]uint64{ingest.EndClean: 3, string(wire.CodeStalled): 1, "a reason that a peer made up": 9},
+				Refused: map[string]uint64{string(wire.CodeSpecMismatch): 2},
+			}}
+		},
+		Trainers: func() shm.Stats {
+			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6}, Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}}}
+		},
+		Segments: map[string]int64{"a": 4096},
+	})
+}
+
+func TestValues(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(collector())
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]float64{}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			var labels []string
+			for _, l := range m.GetLabel() {
+				labels = append(labels, l.GetValue())
+			}
+			value := m.GetGauge().GetValue()
+			if m.GetCounter() != nil {
+				value = m.GetCounter().GetValue()
+			}
+			got[strings.Join(append([]string{f.GetName()}, labels...), " ")] = value
+		}
+	}
+	for name, want := range map[string]float64{
+		"ingestd_build_info v1":                        1,
+		"ingestd_ready":                                1,
+		"ingestd_table_segment_bytes a":                4096,
+		"ingestd_table_places free a":                  6, // the labels come sorted by name: state, table
+		"ingestd_table_samples_pushed_total a":         22,
+		"ingestd_table_samples_committed_total a":      21,
+		"ingestd_table_batches_published_total a":      5,
+		"ingestd_table_batches_released_total a":       3,
+		"ingestd_table_streams a":                      2,
+		"ingestd_table_streams_waiting a":              1,
+		"ingestd_streams_ended_total clean tcp":        3,
+		"ingestd_streams_ended_total stalled tcp":      1,
+		"ingestd_streams_ended_total idle_timeout tcp": 0,
+		"ingestd_refused_total spec_mismatch tcp":      2,
+		"ingestd_refused_total unknown_table shm":      6,
+		"ingestd_trainers a":                           1,
+		"ingestd_trainer_batches_held a":               2,
+		"ingestd_trainers_ended_total died":            1,
+		"ingestd_connections_accepted_total tcp":       7,
+		"ingestd_sample_bytes_received_total tcp":      374,
+		"ingestd_table_batches_returned_total a":       1,
+		"ingestd_table_capacity_batches a":             8,
+		"ingestd_trainers_attached_total":              4,
+		"ingestd_samples_cut_short_total tcp":          1,
+		"ingestd_table_streams_opened_total a":         3,
+		"ingestd_table_batches_delivered_total a":      5,
+	} {
+		if got[name] != want {
+			t.Errorf("%s is %v, want %v", name, got[name], want)
+		}
+	}
+	for name := range got {
+		if strings.Contains(name, "made up") {
+			t.Errorf("a peer made a time series: %s", name)
+		}
+	}
+	if v := got["ingestd_table_stream_wait_seconds a"]; v < 3600 {
+		t.Errorf("the longest wait is %v s, want an hour", v)
+	}
+	if problems, err := promlint.NewWithMetricFamilies(families).Lint(); err != nil || len(problems) > 0 {
+		t.Errorf("%v %+v", err, problems)
+	}
+}
+
+// TestDocumented: docs/operations.md lists every metric with its labels, and no other.
+func TestDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(ingestd_\\w+)` \\| ([^|]*) \\|").FindAllStringSubmatch(string(text), -1) {
+		labels := strings.Split(strings.TrimSpace(m[2]), ", ")
+		sort.Strings(labels)
+		documented[m[1]] = strings.Join(labels, ",")
+	}
+	ch := make(chan *prometheus.Desc, 100)
+	collector().Describe(ch)
+	close(ch)
+	form := regexp.MustCompile(`fqName: "(\w+)".*variableLabels: \{([^}]*)\}`)
+	var known []string
+	for d := range ch {
+		m := form.FindStringSubmatch(d.String())
+		if m == nil {
+			t.Fatalf("cannot read %s", d)
+		}
+		labels := strings.FieldsFunc(m[2], func(r rune) bool { return r == ',' })
+		sort.Strings(labels)
+		known = append(known, m[1])
+		if got, ok := documented[m[1]]; !ok || got != strings.Join(labels, ",") {
+			t.Errorf("%s has labels %v; docs/operations.md says %q", m[1], labels, got)
+		}
+	}
+	for name := range documented {
+		if !slices.Contains(known, name) {
+			t.Errorf("docs/operations.md has %s, which there is not", name)
+		}
+	}
+}
