@@ -4,8 +4,8 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -15,89 +15,146 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// TrainerConfig says what a Trainer reads.
+// TrainerConfig says what a trainer attaches to.
 type TrainerConfig struct {
-	Table    string     // required
-	Spec     *spec.Spec // what the samples must be; nil takes the table's
-	Prefetch int        // most batches held at once; 0: the daemon's default
-	Client   string     // free text for the daemon's status and logs
+	// Table is the table's name. Required.
+	Table string
+
+	// Spec, when set, must be the table's: the daemon answers a difference with a *wire.Refusal that shows it. Nil takes the table's.
+	Spec *spec.Spec
+
+	// Prefetch is the most batches to hold at once; 0 takes the daemon's default. The daemon may grant fewer, see Trainer.Prefetch.
+	Prefetch int
+
+	// Client is free text for the daemon's status page and log. Default: ingestd-go.
+	Client string
 }
 
-// Trainer reads the batches of a table from the daemon's memory, on the same machine. Next is for one goroutine at a time;
-// batches may be released from any.
+func (c TrainerConfig) withDefaults() TrainerConfig {
+	if c.Client == "" {
+		c.Client = "ingestd-go"
+	}
+	return c
+}
+
+// Trainer reads the batches of a table from the daemon's own memory. One goroutine at a time calls Next and Copy; batches may be
+// released, and the Trainer closed, from any.
 type Trainer struct {
-	attached *shm.Attachment
-	accepted wire.AcceptedTrain
+	attachment *shm.Attachment
+	accepted   wire.AcceptedTrain
+	leaves     map[string]int
 }
 
-// Attach joins the trainers of a table over the daemon's unix socket: unix:///path or shm:///path, which mean the same. The errors are those of the
-// package, and *shm.PeerGoneError when the daemon goes away without an end of the stream.
+// Attach joins a table as a trainer. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this
+// machine. ctx bounds the attaching only.
 func Attach(ctx context.Context, addr string, cfg TrainerConfig) (*Trainer, error) {
-	path, ok := strings.CutPrefix(addr, "unix://")
-	if !ok {
-		path, ok = strings.CutPrefix(addr, "shm://")
-	}
-	if !ok || path == "" {
-		return nil, fmt.Errorf("client: trainer's address %q: must be unix:///PATH or shm:///PATH, the daemon's unix socket, since trainers map its memory", addr)
-	}
+	cfg = cfg.withDefaults()
 	if cfg.Table == "" {
-		return nil, fmt.Errorf("client: TrainerConfig.Table is required")
+		return nil, fmt.Errorf("client: TrainerConfig.Table is empty: name the table to attach to")
 	}
-	a, err := shm.Attach(ctx, path, wire.Hello{
-		Role: wire.RoleTrain, Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Client: cfg.Client,
-	})
+	if rest, ok := strings.CutPrefix(addr, "shm://"); ok {
+		addr = "unix://" + rest
+	}
+	network, path, err := splitAddress(addr)
 	if err != nil {
-		return nil, fmt.Errorf("attaching to table %q at %s: %w", cfg.Table, addr, err)
+		return nil, err
 	}
-	return &Trainer{attached: a, accepted: a.Accepted()}, nil
+	if network != "unix" {
+		return nil, fmt.Errorf("client: address %q: a trainer maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock", addr)
+	}
+	a, err := shm.Attach(ctx, path, wire.Hello{Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Client: cfg.Client})
+	if err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	t := &Trainer{attachment: a, accepted: a.Accepted(), leaves: map[string]int{}}
+	if cfg.Spec != nil {
+		if err := spec.Check(t.accepted.Spec, cfg.Spec); err != nil {
+			return nil, errors.Join(fmt.Errorf("client: the daemon accepted another spec than its table's: %w", err), a.Close())
+		}
+	}
+	for i := range t.accepted.Spec.NumLeaves() {
+		t.leaves[t.accepted.Spec.Leaf(i).Name] = i
+	}
+	return t, nil
 }
+
+// Spec returns the layout of the table's samples.
+func (t *Trainer) Spec() *spec.Spec { return t.accepted.Spec }
 
 // Table returns the table's name.
 func (t *Trainer) Table() string { return t.accepted.Table }
 
-// Spec returns what a sample is.
-func (t *Trainer) Spec() *spec.Spec { return t.accepted.Spec }
-
-// BatchSize returns the samples in a full batch.
+// BatchSize returns the most rows of a batch.
 func (t *Trainer) BatchSize() int { return int(t.accepted.BatchSize) }
 
 // Batches returns the table's capacity in batches.
 func (t *Trainer) Batches() int { return int(t.accepted.Batches) }
 
-// Prefetch returns how many batches may be held at once.
+// Prefetch returns the most batches this trainer may hold at once: with that many held, the next one comes only after a Release.
 func (t *Trainer) Prefetch() int { return int(t.accepted.Prefetch) }
 
-// Next returns the next batch. The error is io.EOF at the end of the stream, os.ErrDeadlineExceeded when ctx's deadline passed first, os.ErrClosed
-// after Close, *wire.Notice when the daemon cut this trainer off, *shm.PeerGoneError when it is gone. With Prefetch batches held, Next waits for a release.
+// Next waits for a batch, which is this trainer's to read until it releases it. Nothing is copied.
+//
+// Its errors: io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
+// os.ErrDeadlineExceeded, and after which Next may be called again; *wire.Notice when the daemon cut this trainer off;
+// ErrDaemonGone (and *shm.PeerGoneError) when it died; os.ErrClosed after Close.
 func (t *Trainer) Next(ctx context.Context) (*Batch, error) {
-	b, err := t.attached.Next(ctx)
+	b, err := t.attachment.Next(ctx)
 	if err != nil {
-		return nil, err
+		return nil, t.explain(err)
 	}
-	return &Batch{Batch: b, trainer: t}, nil
+	return &Batch{trainer: t, batch: b}, nil
 }
 
-// Close leaves. Batches still held are given to other trainers; their memory may be read until they are released.
-func (t *Trainer) Close() error { return t.attached.Close() }
+func (t *Trainer) explain(err error) error {
+	if gone := (*shm.PeerGoneError)(nil); errors.As(err, &gone) {
+		return fmt.Errorf("%w: %w", ErrDaemonGone, err)
+	}
+	return err
+}
 
-// Batch is a leased batch: its arrays are the ring's own memory, read-only, and are valid until Release.
+// Close detaches. What is still held is offered to another trainer, so it must not be read any more. A Next under way returns
+// os.ErrClosed. Closing twice is no error.
+func (t *Trainer) Close() error { return t.attachment.Close() }
+
+// Batch is a batch in the daemon's memory, held until Release. Asking it for its arrays after that panics; the slices it gave out must
+// not be used any more either, and show other data if they are. (A Batch is one small allocation: one that was used again for a later
+// batch could not tell.)
 type Batch struct {
-	ring.Batch
 	trainer  *Trainer
+	batch    ring.Batch
 	released atomic.Bool
 }
 
-// Number returns the batch's number; it counts up by one with every batch of the table.
-func (b *Batch) Number() uint64 { return b.Batch.Number }
+// Release gives the batch back. Releasing twice is no error, so it can be deferred.
+func (b *Batch) Release() {
+	if b.released.CompareAndSwap(false, true) {
+		b.trainer.attachment.Release(b.batch)
+	}
+}
 
-// Count returns the rows that hold samples: the table's batch size, or fewer for a batch that was published early.
-func (b *Batch) Count() int { return b.Batch.Count }
+func (b *Batch) held() ring.Batch {
+	if b.released.Load() {
+		panic(fmt.Sprintf("client: batch %d is used after its Release", b.batch.Number))
+	}
+	return b.batch
+}
 
-// Column returns one leaf of all rows: the array (Count, *shape), row-major, little-endian, starting on a multiple of 64 bytes. Writing to it faults.
-func (b *Batch) Column(leaf int) []byte { return b.Batch.Column(leaf) }
+// Number returns the batch's number: 0 for the table's first, then up by one.
+func (b *Batch) Number() uint64 { return b.batch.Number }
 
-// Spec returns what a sample is.
-func (b *Batch) Spec() *spec.Spec { return b.trainer.Spec() }
+// Count returns how many rows hold samples; below the table's batch size only in a batch that was published early.
+func (b *Batch) Count() int { return b.batch.Count }
+
+// Spec returns the layout of the samples.
+func (b *Batch) Spec() *spec.Spec { return b.trainer.accepted.Spec }
+
+// Columns returns how many leaves there are.
+func (b *Batch) Columns() int { return b.Spec().NumLeaves() }
+
+// Column returns the bytes of one leaf for all rows: the array (Count, *shape), row-major, little-endian, starting on a multiple of
+// 64. It is the ring's own memory and read-only: writing to it ends the process. A leaf that is not there panics.
+func (b *Batch) Column(leaf int) []byte { return b.held().Column(leaf) }
 
 // ColumnNamed is Column by the leaf's name.
 func (b *Batch) ColumnNamed(name string) ([]byte, error) {
@@ -109,44 +166,53 @@ func (b *Batch) ColumnNamed(name string) ([]byte, error) {
 }
 
 func (b *Batch) leaf(name string) (int, error) {
-	s := b.Spec()
-	for i := range s.NumLeaves() {
-		if s.Leaf(i).Name == name {
-			return i, nil
-		}
+	leaf, ok := b.trainer.leaves[name]
+	if !ok {
+		return 0, fmt.Errorf("client: table %q has no leaf %q; its samples are %s", b.trainer.Table(), name, b.Spec().Text())
 	}
-	return 0, fmt.Errorf("client: table %q has no leaf %q; its spec is %s", b.trainer.Table(), name, s)
+	return leaf, nil
 }
 
-// Release gives the batch back. Its arrays must not be touched afterwards. Releasing twice does nothing.
-func (b *Batch) Release() {
-	if !b.released.Swap(true) {
-		b.trainer.attached.Release(b.Batch)
-	}
-}
+// Streams returns, for each row, the number of the stream that sent the sample.
+func (b *Batch) Streams() []uint64 { return b.held().Streams() }
 
-// Copied is a batch in memory of its own.
+// Numbers returns, for each row, the sample's number in its stream.
+func (b *Batch) Numbers() []uint64 { return b.held().Numbers() }
+
+// Arrivals returns, for each row, when the sample's last byte was read, in Unix nanoseconds.
+func (b *Batch) Arrivals() []uint64 { return b.held().Arrivals() }
+
+// Copied is a batch that was copied out of the ring, for who would rather not mind leases.
 type Copied struct {
-	Number                     uint64
-	Count                      int
-	Columns                    [][]byte // in spec order
-	Streams, Numbers, Arrivals []uint64
+	Number   uint64
+	Count    int
+	Columns  [][]byte // per leaf, as Batch.Column
+	Streams  []uint64
+	Numbers  []uint64
+	Arrivals []uint64
 }
 
-// Copy copies the next batch into into, whose slices are used again where they are large enough, and gives it back to the daemon. The errors are Next's.
+// Copy waits for a batch, copies it into into, whose memory it uses again, and releases it. Its errors are those of Next.
 func (t *Trainer) Copy(ctx context.Context, into *Copied) error {
-	b, err := t.Next(ctx)
+	b, err := t.attachment.Next(ctx)
 	if err != nil {
-		return err
+		return t.explain(err)
 	}
-	defer b.Release()
-	into.Number, into.Count = b.Number(), b.Count()
-	into.Columns = slices.Grow(into.Columns[:0], b.Columns())[:b.Columns()]
+	defer t.attachment.Release(b)
+	into.Number, into.Count = b.Number, b.Count
+	if n := b.Columns(); len(into.Columns) != n {
+		into.Columns = make([][]byte, n)
+	}
 	for i := range into.Columns {
 		into.Columns[i] = append(into.Columns[i][:0], b.Column(i)...)
 	}
 	into.Streams = append(into.Streams[:0], b.Streams()...)
 	into.Numbers = append(into.Numbers[:0], b.Numbers()...)
 	into.Arrivals = append(into.Arrivals[:0], b.Arrivals()...)
+	if err := t.attachment.Err(); err != nil {
+		if notice := (*wire.Notice)(nil); errors.As(err, &notice) {
+			return err // cut off meanwhile: the batch was taken back, and what was copied may be torn
+		}
+	}
 	return nil
 }

@@ -117,8 +117,8 @@ func checkFile(name, path string, fd int, size int64) error {
 		return fmt.Errorf("%s: statfs of %s: %w", name, path, err)
 	}
 	room := limit{math.MaxInt64, "file system of " + path}
-	if st.Bavail < uint64(math.MaxInt64/st.Bsize) {
-		room.bytes = int64(st.Bavail) * st.Bsize
+	if block := int64(st.Bsize); block > 0 && st.Bavail < uint64(math.MaxInt64/block) {
+		room.bytes = int64(st.Bavail) * block
 	}
 	if err := room.check(name, size); err != nil {
 		return err

@@ -9,6 +9,8 @@ const (
 	// heldMin: samples above it are received in place, with their slot held, since a socket buffer may not hold a whole one. Up to it, a part of a
 	// sample waits outside the ring.
 	heldMin = 64 << 10
+	// heldRateMin is the bytes per second at which a sample that holds its slot must come, StallTimeout aside.
+	heldRateMin = 256 << 10
 	// vectoredMin is the mean size of a leaf from which the kernel scatters (readv) cheaper than a copy from the staging buffer does.
 	vectoredMin = 1 << 10
 	// runsMax is how many runs, each in another batch, one read may fill.

@@ -24,8 +24,9 @@ type session struct {
 
 	carry      []byte // the first part of a sample, when its slot is not reserved yet
 	runs       [runsMax]ring.Run
-	partial    bool // the stream ended while a sample was received in place
-	last       bool // Shutdown was noticed: only lastLeft more bytes are taken
+	partial    bool      // the stream ended while a sample was received in place
+	heldSince  time.Time // first wait for the sample that is received in place
+	last       bool      // Shutdown was noticed: only lastLeft more bytes are taken
 	lastLeft   int64
 	unacked    int64 // samples taken and not acked
 	ackSamples int64 // acks are written at this many at the latest
@@ -236,6 +237,7 @@ func (s *session) receive() error {
 func (s *session) receiveInPlace(want int64) (int64, error) {
 	done := int64(len(s.carry))
 	s.to.put(s.carry)
+	s.heldSince = time.Time{}
 	for done < want {
 		s.to.vectors(&s.vec, done)
 		n, err := s.readSome()
@@ -265,10 +267,16 @@ func (s *session) receiveStaged(want int64) (int64, error) {
 	return done, nil
 }
 
-// readSome reads into s.vec, waiting as long as a sender may stall.
+// readSome reads into s.vec, waiting as long as a sender may stall. A sender that dribbles stalls as well: what it holds must come at heldRateMin.
 func (s *session) readSome() (int, error) {
 	if n, err := s.readNow(); n > 0 || err != nil {
 		return n, err
+	}
+	now := time.Now()
+	if s.heldSince.IsZero() {
+		s.heldSince = now
+	} else if now.Sub(s.heldSince) > s.server.cfg.StallTimeout+time.Duration(s.to.samples()*s.to.plan.sample)*time.Second/heldRateMin {
+		return 0, errStalled
 	}
 	if err := s.flushAcks(); err != nil {
 		return 0, err

@@ -81,14 +81,14 @@ func exitCode(err error) int {
 		return exitOK
 	case errors.As(err, &coded):
 		return coded.code
+	case errors.Is(err, errSignal), errors.Is(err, daemon.ErrStoppedAtOnce):
+		return exitInterrupted
 	case is[*daemon.ConfigError](err):
 		return exitUsage
 	case is[*wire.Refusal](err), is[*wire.Notice](err):
 		return exitRefused
 	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err):
 		return exitData
-	case errors.Is(err, errSignal), errors.Is(err, daemon.ErrStoppedAtOnce):
-		return exitInterrupted
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return exitTimeout
 	case unreachable(err):

@@ -71,7 +71,7 @@ type pullResult struct {
 	Streams int     `json:"streams"`
 	Seconds float64 `json:"seconds"`
 	Ended   bool    `json:"ended"` // the stream ended
-	*verdict
+	*Verdict
 	Error string `json:"error,omitempty"`
 }
 
@@ -113,7 +113,7 @@ type puller struct {
 
 func (r *puller) run(ctx context.Context, std streams) (err error) {
 	if r.verify {
-		r.result.verdict = &verdict{next: map[uint64]uint64{}}
+		r.result.Verdict = &Verdict{next: map[uint64]uint64{}}
 	}
 	if r.out != "" {
 		if r.writer, err = tensorfile.Create(r.out, r.trainer.Spec()); err != nil {
@@ -134,7 +134,7 @@ func (r *puller) run(ctx context.Context, std streams) (err error) {
 	took := time.Since(began)
 	r.result.Seconds, r.result.Streams = took.Seconds(), len(r.streams)
 	if err == nil && r.verify {
-		err = r.result.verdict.err(r.gapless)
+		err = r.result.Verdict.err(r.gapless)
 	}
 	if r.writer != nil && r.writer.Samples() > 0 {
 		err = errors.Join(err, r.writer.Close())
@@ -180,7 +180,7 @@ func (r *puller) take(b *client.Batch) error {
 		r.streams[s] = struct{}{}
 	}
 	if r.verify {
-		r.result.verdict.batch(r.trainer, b)
+		r.result.Verdict.batch(r.trainer, b)
 	}
 	if r.writer != nil {
 		if err := r.writer.Append(n, b.Column); err != nil {
@@ -205,14 +205,14 @@ func (r *puller) print(w io.Writer, took time.Duration, err error) error {
 	}
 	_, printed := fmt.Fprintf(w, "pulled %d samples in %d batches of %d streams from table %q: %s in %.2f s, %.0f samples/s, %s/s\n",
 		res.Samples, res.Batches, res.Streams, res.Table, bytesText(float64(res.Bytes)), res.Seconds, perSecond(float64(res.Samples), took), bytesText(perSecond(float64(res.Bytes), took)))
-	if v := res.verdict; v != nil && printed == nil {
+	if v := res.Verdict; v != nil && printed == nil {
 		_, printed = fmt.Fprintf(w, "verified: %d wrong, %d out of order, %d missing before later ones\n", v.Wrong, v.Disorder, v.Gaps)
 	}
 	return printed
 }
 
-// verdict is what --verify found.
-type verdict struct {
+// Verdict is what --verify found; exported so that it is a part of pullResult in JSON.
+type Verdict struct {
 	Wrong    uint64 `json:"wrong"`        // samples whose bytes are not their own
 	Disorder uint64 `json:"out_of_order"` // samples that came after a later one of their stream, or twice
 	Gaps     uint64 `json:"gaps"`         // numbers that are missing before later ones
@@ -221,7 +221,7 @@ type verdict struct {
 	next map[uint64]uint64 // the number due, by stream
 }
 
-func (v *verdict) batch(t *client.Trainer, b *client.Batch) {
+func (v *Verdict) batch(t *client.Trainer, b *client.Batch) {
 	streams, numbers := b.Streams(), b.Numbers()
 	for row, stream := range streams {
 		due, n := v.next[stream], numbers[row]
@@ -242,14 +242,14 @@ func (v *verdict) batch(t *client.Trainer, b *client.Batch) {
 	}
 }
 
-func (v *verdict) found(counter *uint64, format string, args ...any) {
+func (v *Verdict) found(counter *uint64, format string, args ...any) {
 	*counter++
 	if v.First == "" {
 		v.First = fmt.Sprintf(format, args...)
 	}
 }
 
-func (v *verdict) err(gapless bool) error {
+func (v *Verdict) err(gapless bool) error {
 	switch {
 	case v.First != "":
 		return dataf("verification failed: %s", v.First)

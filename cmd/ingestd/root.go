@@ -110,8 +110,14 @@ func versionCommand(std streams) *cobra.Command {
 	}
 }
 
-// version is the module's version, with the commit where the build knows it.
+// stamp is the version that make sets through -ldflags, from git describe.
+var stamp string
+
+// version is the stamp, or of a plain go build the module's version, with the commit where the build knows it.
 func version() string {
+	if stamp != "" {
+		return stamp
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "devel"

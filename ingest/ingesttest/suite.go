@@ -25,6 +25,7 @@ func Run(t *testing.T, start Start) {
 		{"SlowHandshake", slowHandshake},
 		{"CutShort", cutShort},
 		{"Stalled", stalled},
+		{"Dribbled", dribbled},
 		{"Idle", idle},
 		{"AcksNotRead", acksNotRead},
 		{"Backpressure", backpressure},
@@ -275,6 +276,35 @@ func stalled(t *testing.T, start Start) {
 			}
 		})
 	}
+}
+
+// dribbled: a sample that comes byte by byte never stalls for long, and yet must not hold its slot for ever.
+func dribbled(t *testing.T, start Start) {
+	r := newRig(t, start, "a:U8[100000]", 4, 4, Limits{StallTimeout: 200 * time.Millisecond})
+	r.train()
+	c := r.join(1, nil)
+	defer c.Close()
+	ended := make(chan struct{})
+	var dribbling sync.WaitGroup
+	dribbling.Go(func() {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ended:
+				return
+			case <-tick.C:
+				_, _ = c.Write([]byte{0}) // fails once the daemon has closed
+			}
+		}
+	})
+	acks, notice, err := c.ending()
+	close(ended)
+	dribbling.Wait()
+	if err != nil || acks != 0 || notice == nil || notice.Code != wire.CodeStalled {
+		t.Fatalf("got %d acks, notice %v, error %v; want %s", acks, notice, err, wire.CodeStalled)
+	}
+	r.finish()
 }
 
 func idle(t *testing.T, start Start) {

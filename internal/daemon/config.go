@@ -67,7 +67,7 @@ func DefaultConfig() Config {
 		Log:          Log{Level: "info", Format: "text"},
 		Limits: Limits{
 			MaxConnections:   1024,
-			WindowSamples:    4096,
+			WindowSamples:    65536,
 			WindowBytes:      16 << 20,
 			HandshakeTimeout: Duration(10 * time.Second),
 			IdleTimeout:      Duration(5 * time.Minute),

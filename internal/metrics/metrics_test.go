@@ -118,7 +118,7 @@ func TestDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	documented := map[string]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `(ingestd_\\w+)` \\| ([^|]*) \\|").FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `(ingestd_\\w+)` \\|([^|]*)\\|").FindAllStringSubmatch(string(text), -1) {
 		labels := strings.Split(strings.TrimSpace(m[2]), ", ")
 		sort.Strings(labels)
 		documented[m[1]] = strings.Join(labels, ",")

@@ -107,7 +107,12 @@ func (v vocabulary) hasTest(name string) bool {
 }
 
 func words(t *tree) vocabulary {
-	v := vocabulary{map[string]bool{}, map[string]bool{}, map[string]bool{"help": true, "version": true}, map[string]bool{}}
+	v := vocabulary{
+		targets:     map[string]bool{},
+		subcommands: map[string]bool{"help": true, "completion": true}, // cobra's own, as are the flags
+		flags:       map[string]bool{"help": true, "version": true},
+		tests:       map[string]bool{},
+	}
 	if f := t.find("Makefile"); f != nil {
 		for _, m := range makeTarget.FindAllStringSubmatch(f.text, -1) {
 			v.targets[m[1]] = true

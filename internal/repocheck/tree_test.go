@@ -53,15 +53,15 @@ func (t *tree) at(f *file, pos token.Pos, format string, args ...any) problem {
 	return problem{f.path, t.fset.Position(pos).Line, fmt.Sprintf(format, args...)}
 }
 
-// skipped names folders that hold no source of ours: hidden ones (but .ci), and what is built.
+// skipped names folders that hold no source of ours: those the go command skips (but .ci), and what is built.
 func skipped(name string) bool {
 	switch {
 	case name == "." || name == ".ci":
 		return false
-	case strings.HasPrefix(name, "."), strings.HasSuffix(name, ".egg-info"):
+	case strings.HasPrefix(name, "."), strings.HasPrefix(name, "_"), strings.HasSuffix(name, ".egg-info"):
 		return true
 	}
-	return name == "bin" || name == "build" || name == "dist" || name == "__pycache__"
+	return name == "bin" || name == "build" || name == "dist"
 }
 
 var textName = regexp.MustCompile(`\.(go|md|py|pyi|toml|ya?ml|golden|h|sh|cfg|txt|json|editorconfig)$|^(Makefile|LICENSE|go\.mod|run|\.gitignore)$`)

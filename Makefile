@@ -1,0 +1,101 @@
+# ingestd: build, test, show. Needs Go, gcc (for the race detector) and Python 3.9 or newer; the rest is fetched. `make help` lists the targets.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+
+GO       ?= go
+PYTHON   ?= python3
+FUZZTIME ?= 10s
+BENCH    ?=
+
+VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS = -X main.stamp=$(VERSION)
+VENV    := .venv
+IN_VENV := $(CURDIR)/$(VENV)/bin
+RUFF_RULES := --config $(CURDIR)/python/pyproject.toml
+
+# What runs twice, and why. The race detector follows Go's heap. On mapped memory it misses real races and reports correct code, so the algorithms take
+# plain bytes: `go test ./...` runs everything once without it, mappings and processes included, and then the packages below run
+# again with it, on heap memory. A test in one of them that touches a mapping has `//go:build !race` in its file.
+RACE_PACKAGES := ./spec ./wire ./internal/park ./spsc ./ring ./drainer ./sampler ./engine ./tcpingest ./client
+
+# What must build where the daemon does not run: producers.
+PORTABLE_PACKAGES := ./spec ./wire ./client
+PORTABLE_SYSTEMS  := darwin windows
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+.PHONY: build
+build: ## build bin/ingestd
+	@mkdir -p bin
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ingestd ./cmd/ingestd
+
+.PHONY: demo
+demo: build $(VENV)/.ready ## train on digits that four processes stream in; under a minute
+	@$(IN_VENV)/python examples/digits/run.py --daemon bin/ingestd
+
+.PHONY: test
+test: test-go test-race test-python ## run all tests
+
+.PHONY: test-go
+test-go: ## run the Go tests without the race detector
+	$(GO) test -timeout 8m ./...
+
+.PHONY: test-race
+test-race: ## run the Go tests of the heap-only algorithms under the race detector
+	CGO_ENABLED=1 $(GO) test -race -timeout 8m $(RACE_PACKAGES)
+
+.PHONY: test-python
+test-python: build $(VENV)/.ready ## run the Python tests
+	cd python && INGESTD_BIN=$(CURDIR)/bin/ingestd $(IN_VENV)/python -m pytest -q
+	$(IN_VENV)/python -m pytest -q examples/digits
+
+.PHONY: lint
+lint: $(VENV)/.ready ## gofmt, go vet, staticcheck, ruff, mypy
+	@unformatted=$$(find . -name '*.go' -not -path './.*' -print0 | xargs -0 gofmt -l); \
+	if [ -n "$$unformatted" ]; then echo "not formatted, run gofmt -w on:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	cd python && $(IN_VENV)/ruff check . && $(IN_VENV)/ruff format --check . && $(IN_VENV)/mypy
+	cd examples/digits && $(IN_VENV)/ruff check $(RUFF_RULES) . && $(IN_VENV)/ruff format --check $(RUFF_RULES) . && \
+		MYPYPATH=$(CURDIR)/python $(IN_VENV)/mypy --strict --explicit-package-bases .
+
+.PHONY: cross
+cross: ## build what producers need for other systems
+	@for system in $(PORTABLE_SYSTEMS); do \
+		for arch in amd64 arm64; do \
+			echo "GOOS=$$system GOARCH=$$arch $(GO) build $(PORTABLE_PACKAGES)"; \
+			CGO_ENABLED=0 GOOS=$$system GOARCH=$$arch $(GO) build $(PORTABLE_PACKAGES); \
+		done; \
+	done
+
+.PHONY: bench
+bench: build ## measure the whole path beside its baselines (BENCH="--json out.json" adds flags), then the queue and the ring
+	bin/ingestd bench tcp $(BENCH)
+	$(GO) test -run '^$$' -bench . -benchmem ./spsc ./ring
+
+.PHONY: fuzz
+fuzz: ## run each fuzz target for FUZZTIME (10s)
+	@for package in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
+			echo "$$package $$target $(FUZZTIME)"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin build dist $(VENV) python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The tools that Python needs, in a virtual environment of the repository's own.
+$(VENV)/.ready: python/pyproject.toml Makefile
+	@echo "making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "$(PYTHON) is older than 3.9: give another one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
+	@$(IN_VENV)/pip install --quiet --disable-pip-version-check numpy pytest ml_dtypes mypy ruff -e python
+	@touch $@

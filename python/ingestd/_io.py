@@ -1,0 +1,177 @@
+"""Deadlines, addresses and the sockets under them. Private to the package."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import time
+import weakref
+from typing import Any, NamedTuple
+
+from .errors import Error, PeerClosed, Timeout
+
+_forks = 0
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def forks() -> int:
+    """How many forks lie between the process that loaded this package and this one."""
+    return _forks
+
+
+def close_in_child(owner: Any) -> None:
+    """Has ``owner._forked()`` called in the child of a fork: the child must not keep the parent's connection open."""
+    _owners.add(owner)
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+    for owner in list(_owners):
+        owner._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Deadline:
+    """A point in time, ``seconds`` from now; None is never."""
+
+    __slots__ = ("at", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"deadline={seconds!r}: give seconds from now, 0 or more, or None to wait without limit")
+        self.seconds = seconds
+        self.at = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        """Seconds left, 0 when it has passed, None without limit."""
+        return None if self.at is None else max(0.0, self.at - time.monotonic())
+
+    def milliseconds(self) -> int | None:
+        """:meth:`left` for poll(2), rounded up."""
+        left = self.left()
+        return None if left is None else min(int(left * 1000) + (left > 0), 1 << 30)
+
+    def passed(self) -> bool:
+        return self.at is not None and time.monotonic() >= self.at
+
+    def timeout(self, doing: str, taken: int = 0) -> Timeout:
+        return Timeout(f"timed out after {self.seconds:g} s while {doing}", taken)
+
+
+_NEVER = Deadline(None)
+
+
+def deadline_of(seconds: float | None) -> Deadline:
+    """The deadline of a call that was given ``deadline=seconds``. Raises ValueError."""
+    return _NEVER if seconds is None else Deadline(seconds)
+
+
+class Address(NamedTuple):
+    """``tcp`` with host and port, or ``unix`` with a path."""
+
+    kind: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port}" if self.kind == "tcp" else f"unix://{self.host}"
+
+
+def parse_address(text: str) -> Address:
+    """Reads ``tcp://host:port``, ``unix:///path`` and ``shm:///path`` (the same as unix)."""
+    scheme, sep, rest = text.partition("://")
+    if sep and scheme in ("unix", "shm") and rest:
+        return Address("unix", rest, 0)
+    if sep and scheme == "tcp":
+        host, colon, port = rest.rpartition(":")
+        if colon and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
+            host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+            if host:
+                return Address("tcp", host, int(port))
+    raise ValueError(f"address {text!r}: write tcp://host:port or unix:///path")
+
+
+def wait(fd: int, events: int, deadline: Deadline) -> bool:
+    """Waits until ``fd`` is ready for ``events`` or has failed; False when the deadline passed first."""
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(deadline.milliseconds()))
+
+
+def connect(address: Address, deadline: Deadline) -> socket.socket:
+    """A connected, non-blocking socket. Raises PeerClosed with advice, or Timeout."""
+    doing = f"connecting to {address}"
+    try:
+        if address.kind == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(_timeout(deadline))
+                sock.connect(address.host)
+            except BaseException:
+                sock.close()
+                raise
+        else:
+            sock = socket.create_connection((address.host, address.port), _timeout(deadline))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    except (TimeoutError, socket.timeout, BlockingIOError):
+        raise deadline.timeout(doing) from None
+    except OSError as e:
+        advice = "is ingestd running there, and is this the address that it printed?"
+        if e.errno == errno.EACCES:
+            advice = "this user may not use that socket"
+        raise PeerClosed(f"{doing}: {e.strerror or e}; {advice}") from e
+    sock.setblocking(False)
+    return sock
+
+
+def _timeout(deadline: Deadline) -> float | None:
+    left = deadline.left()
+    return None if left is None else max(left, 1e-3)
+
+
+def send_all(sock: socket.socket, data: bytes, deadline: Deadline, doing: str) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except BlockingIOError:
+            if not wait(sock.fileno(), select.POLLOUT, deadline):
+                raise deadline.timeout(doing) from None
+
+
+def receive(sock: socket.socket, n: int, deadline: Deadline, doing: str, fds: list[int] | None = None) -> bytes:
+    """Exactly ``n`` bytes, fewer only at the end of the stream; descriptors that come along go to ``fds``."""
+    got = bytearray()
+    while len(got) < n:
+        try:
+            if fds is None:
+                part = sock.recv(min(n - len(got), 1 << 16))
+            else:
+                part, found, flags, _ = socket.recv_fds(sock, n - len(got), 8, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+                fds += found
+                for fd in found:
+                    os.set_inheritable(fd, False)
+                if flags & socket.MSG_CTRUNC:
+                    raise Error("descriptors of the attachment were lost; raise this process' limit of open files")
+        except BlockingIOError:
+            if not wait(sock.fileno(), select.POLLIN, deadline):
+                raise deadline.timeout(doing) from None
+            continue
+        if not part:
+            break
+        got += part
+    return bytes(got)
+
+
+def close_fds(fds: list[int]) -> None:
+    while fds:
+        with contextlib.suppress(OSError):
+            os.close(fds.pop())

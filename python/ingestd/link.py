@@ -1,0 +1,401 @@
+"""The connection under a producer: what was pushed, what is on the way, what was acknowledged.
+
+Samples that are small wait together (Nagle's rule, applied to samples): they go out at once when nothing is
+unacknowledged, else when 256 KiB have come together or the last acknowledgement arrives. One thread per connection
+reads acknowledgements and sends what waits; the callers send everything else themselves.
+
+All socket calls are made under one lock and never block; waiting happens outside of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import select
+import socket
+import struct
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from . import _io
+from ._io import Deadline
+from .errors import Closed, Ended, Error, FormatError, PeerClosed
+from .wire import NOTICE_BYTES_MAX, parse_notice
+
+__all__ = ["COALESCE_BYTES", "Link"]
+
+#: Small samples that come together before they are sent without waiting for acknowledgements.
+COALESCE_BYTES = 256 << 10
+
+_BUFFERS_MAX = 256  # of one sendmsg; the system allows 1,024
+_RECEIVE_BYTES = 1 << 16
+
+
+_live: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+@atexit.register
+def _abort_all() -> None:
+    """Ends what was never closed while its thread can still be joined: later, the interpreter would wait for ever."""
+    for link in list(_live):
+        if not link.stopped:
+            link.abort()
+
+
+class Link:
+    """Sends samples of ``sample_bytes`` bytes and keeps within the window. Takes the socket over."""
+
+    def __init__(self, sock: socket.socket, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
+        self.sample_bytes = sample_bytes
+        self.window = max(1, min(window_samples, window_bytes // sample_bytes))  # in samples
+        self.pushed = 0  # samples taken from the caller
+        self.acked = 0
+        self._sock = sock
+        self._state = threading.Condition(threading.Lock())
+        self._callers = threading.Lock()  # one caller pushes at a time
+        self._out: deque[memoryview] = deque()  # on the way into the socket, in order
+        self._queued = 0  # bytes ever put into _out
+        self._sent = 0  # bytes ever taken by the kernel
+        self._waiting: list[bytes] = []  # small samples not in _out yet
+        self._waiting_samples = 0
+        self._waiting_bytes = 0
+        self._sending = False  # a caller drives _out
+        self._torn = False  # a send was interrupted between the kernel and our count
+        self._notice = bytearray()
+        self._shut = False  # our writing side is closed
+        self._finished = False  # the daemon closed after the last acknowledgement
+        self._stop = False
+        self._error: Error | None = None
+        self._forks = _io.forks()
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_r, False)
+        os.set_blocking(self._wake_w, False)
+        _io.close_in_child(self)
+        _live.add(self)
+        self._thread = threading.Thread(target=self._run, name="ingestd-acks", daemon=True)
+        self._thread.start()
+
+    # -- calls of the producer ------------------------------------------------------------------------------------
+
+    def push_small(self, data: bytes, deadline: Deadline) -> None:
+        """One sample that may wait for others. Raises Timeout with nothing taken."""
+        self._enter(deadline)
+        try:
+            self._push_small(data, deadline)
+        finally:
+            self._callers.release()
+
+    def _push_small(self, data: bytes, deadline: Deadline) -> None:
+        with self._state:
+            self._make_room(1, deadline)
+            while self._queued - self._sent >= COALESCE_BYTES:
+                self._check()
+                self._kick()
+                self._sleep(deadline, "waiting for the daemon to read")
+            idle = self.pushed - self._waiting_samples == self.acked
+            self._waiting.append(data)
+            self._waiting_samples += 1
+            self._waiting_bytes += len(data)
+            self.pushed += 1
+            if idle or self._waiting_bytes >= COALESCE_BYTES:
+                self._release_waiting()
+                self._pump()
+                if self._out:
+                    self._kick()
+
+    def push_views(self, views: Sequence[memoryview], samples: int, deadline: Deadline) -> int:
+        """``samples`` whole samples (at most :attr:`window`) from the caller's memory; how many were taken.
+
+        All are taken unless the deadline passes first. A sample of which the first byte has gone is taken: the rest of
+        it is copied then and follows in the background. So nothing is ever torn.
+        """
+        total = samples * self.sample_bytes
+        with self._caller(deadline):
+            with self._state:
+                self._make_room(samples, deadline)
+                self._release_waiting()
+                start = self._queued
+                self._out.extend(views)
+                self._queued += total
+                self.pushed += samples
+                self._sending = True
+            try:
+                return samples if self._drive(start + total, deadline) else self._take_back(start, samples)
+            except BaseException:
+                self._take_back(start, samples)
+                raise
+            finally:
+                with self._state:
+                    self._sending = False
+                    if self._out:
+                        self._kick()
+
+    def flush(self, deadline: Deadline) -> None:
+        """Sends what waits, and waits until everything is acknowledged."""
+        with self._caller(deadline), self._state:
+            self._send_waiting()
+            while self.acked < self.pushed:
+                self._check()
+                self._sleep(deadline, f"waiting for {self.pushed - self.acked} acknowledgements")
+            self._check()
+
+    def close(self, deadline: Deadline) -> None:
+        """Ends the stream: sends what waits, closes the writing side, waits for the last acknowledgements."""
+        with self._caller(deadline), self._state:
+            if self._stop:
+                return
+            if not self._finished and self._error is None:
+                self._send_waiting()
+            while not self._finished and self._error is None and not self._stop:
+                if not self._out and not self._shut:
+                    self._shut = True
+                    with contextlib.suppress(OSError):
+                        self._sock.shutdown(socket.SHUT_WR)
+                self._sleep(deadline, f"closing, with {self.pushed - self.acked} samples not acknowledged")
+        error = None if self.acked == self.pushed else self._error
+        self.abort()
+        if error is not None:
+            raise error
+
+    def abort(self) -> None:
+        """Drops the connection at once. What was not acknowledged may be lost."""
+        if self._forks != _io.forks():
+            return
+        with self._state:
+            if self._stop:
+                return
+            self._stop = True
+            self._kick()
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes a caller that waits to send
+            self._state.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        busy = not self._callers.acquire(timeout=1)  # another thread leaves its call; a signal handler's own cannot
+        self._sock.close()
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+        if not busy:
+            self._callers.release()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop
+
+    # -- under the lock -------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._stop or self._shut:
+            raise Closed("the producer is closed")
+        if self._torn:
+            self._fail(PeerClosed("a send was interrupted half-way; connect again"))
+        if self._error is not None:
+            raise self._error
+        if self._finished:
+            raise PeerClosed("the daemon closed the connection")
+
+    def _make_room(self, samples: int, deadline: Deadline) -> None:
+        """Waits until ``samples`` more fit into the window."""
+        self._check()
+        if self.pushed - self.acked + samples <= self.window:
+            return
+        self._read()
+        while self.pushed - self.acked + samples > self.window:
+            self._check()
+            self._send_waiting()
+            self._sleep(deadline, f"waiting for acknowledgements: {self.pushed - self.acked} samples fill the window")
+        self._check()
+
+    def _send_waiting(self) -> None:
+        self._release_waiting()
+        self._pump()
+        if self._out:
+            self._kick()
+
+    def _release_waiting(self) -> None:
+        if self._waiting:
+            data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
+            self._waiting.clear()
+            self._waiting_samples = self._waiting_bytes = 0
+            self._out.append(memoryview(data))
+            self._queued += len(data)
+
+    def _pump(self) -> None:
+        """Gives the kernel what it takes without waiting."""
+        out = self._out
+        while out and self._error is None:
+            try:
+                self._torn = True
+                n = self._sock.sendmsg(list(itertools.islice(out, _BUFFERS_MAX)))
+                self._sent += n
+                while n:
+                    first = out.popleft()
+                    if n < len(first):
+                        out.appendleft(first[n:])
+                        n = 0
+                    else:
+                        n -= len(first)
+                self._torn = False
+            except BlockingIOError:
+                self._torn = False
+                return
+            except OSError as e:
+                self._torn = False
+                self._read()  # the reason may have come before the reset
+                self._fail(PeerClosed(f"the connection broke: {e.strerror or e}{self._unacked()}"))
+
+    def _read(self) -> None:
+        """Reads the acknowledgements that are there."""
+        while self._error is None and not self._finished:
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as e:
+                self._fail(PeerClosed(f"the connection broke: {e.strerror or e}{self._unacked()}"))
+                return
+            if not data:
+                self._at_end()
+            elif self._notice:
+                self._notice += data
+            else:
+                rest = data.lstrip(b"\x01")
+                self.acked += len(data) - len(rest)
+                if self.acked > self.pushed - self._waiting_samples:
+                    self._fail(FormatError("the daemon acknowledged more samples than were sent"))
+                elif rest and rest[0] != 0:
+                    self._fail(FormatError(f"the daemon sent {rest[0]:#04x} where an acknowledgement (0x01) was due"))
+                self._notice += rest
+            if self._notice:
+                self._parse_notice()
+            if len(data) < _RECEIVE_BYTES:
+                return
+
+    def _parse_notice(self) -> None:
+        if len(self._notice) < 5 or self._error is not None:
+            return
+        (length,) = struct.unpack_from("<I", self._notice, 1)
+        if not 2 <= length <= NOTICE_BYTES_MAX:
+            self._fail(FormatError(f"the daemon's closing notice says it has {length} bytes"))
+        elif len(self._notice) >= 5 + length:
+            try:
+                code, reason = parse_notice(bytes(self._notice[5 : 5 + length]))
+            except FormatError as e:
+                self._fail(e)
+            else:
+                self._fail(Ended(code, reason, self._unacked()))
+
+    def _at_end(self) -> None:
+        if self._shut and self.acked == self.pushed:
+            self._finished = True
+        else:
+            self._fail(
+                PeerClosed(f"the daemon closed the connection without a reason{self._unacked()}; its log has more")
+            )
+
+    def _unacked(self) -> str:
+        n = self.pushed - self.acked
+        return f"; {n} samples were not acknowledged" if n else ""
+
+    def _fail(self, error: Error) -> None:
+        if self._error is None:
+            self._error = error
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes a caller that waits to send
+            self._state.notify_all()
+
+    def _sleep(self, deadline: Deadline, doing: str) -> None:
+        left = deadline.left()
+        if left == 0 or not self._state.wait(left):
+            raise deadline.timeout(doing)
+
+    def _kick(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_w, b"\0")
+
+    # -- sending from the caller's memory -------------------------------------------------------------------------
+
+    def _enter(self, deadline: Deadline) -> None:
+        """Makes this thread the one that pushes, until it releases _callers."""
+        if self._forks != _io.forks():
+            raise Closed("this producer belongs to the parent process; make a new one after the fork")
+        if not self._callers.acquire(False):
+            left = deadline.left()
+            if not self._callers.acquire(timeout=-1 if left is None else left):
+                raise deadline.timeout("waiting for another thread that pushes")
+
+    @contextlib.contextmanager
+    def _caller(self, deadline: Deadline) -> Iterator[None]:
+        self._enter(deadline)
+        try:
+            yield
+        finally:
+            self._callers.release()
+
+    def _drive(self, end: int, deadline: Deadline) -> bool:
+        """Sends until ``end`` bytes have gone in all; False when the deadline passed first."""
+        while True:
+            with self._state:
+                self._pump()
+                if self._sent >= end:
+                    return True
+                self._check()
+            if not _io.wait(self._sock.fileno(), select.POLLOUT, deadline):
+                return False
+
+    def _take_back(self, start: int, samples: int) -> int:
+        """Keeps what has begun to go, as a copy, and forgets the rest; how many samples remain taken."""
+        with self._state:
+            taken = min(samples, -(-max(0, self._sent - start) // self.sample_bytes))
+            end = start + taken * self.sample_bytes
+            keep, kept = end - self._sent, bytearray()
+            for view in self._out:
+                kept += view[: max(0, keep - len(kept))]
+            self._out.clear()
+            if kept:
+                self._out.append(memoryview(bytes(kept)))
+            self._queued = end
+            self.pushed -= samples - taken
+            return taken
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Reads acknowledgements, sends what waits once nothing is unacknowledged, and what callers left behind."""
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        events = -1
+        while True:
+            with self._state:
+                if self._stop or self._error is not None or self._finished:
+                    self._state.notify_all()
+                    return
+                want = select.POLLIN
+                if self._out and not self._sending:
+                    want |= select.POLLOUT
+            if want != events:
+                poll.register(self._sock, want)
+                events = want
+            ready = dict(poll.poll())
+            with self._state:
+                if self._wake_r in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_r, 4096)
+                self._read()
+                if not self._sending:
+                    if self._waiting and self.pushed - self._waiting_samples == self.acked:
+                        self._release_waiting()
+                    self._pump()
+                self._state.notify_all()
+
+    def _forked(self) -> None:
+        """In the child of a fork: the parent's connection must not stay open because of the child."""
+        self._sock.close()
+        for fd in (self._wake_r, self._wake_w):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._stop = True

@@ -1,0 +1,266 @@
+"""The reading side: :class:`Reader`."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+
+from . import _io
+from ._io import Deadline
+from .batch import Batch, CheckedWindow, Window
+from .channel import Channel, Descriptor
+from .errors import AllHeld, Closed, Ended, EndOfStream, Error, FormatError, PeerClosed
+from .segment import LEASED, Segment
+from .spec import Spec
+from .version import CLIENT
+from .wire import NOTICE_BYTES_MAX, Reply, handshake, hello, parse_notice
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """A trainer in a process of its own: leases batches of one table, in order, each to one trainer.
+
+    ::
+
+        with Reader("unix:///run/user/1000/ingestd.sock", "digits") as reader:
+            with reader.next(deadline=1.0) as batch:
+                image = batch["image"]            # (batch.count, 8, 8), the shared memory itself
+            for batch in reader:                  # until the end of the stream; each is released by the next step
+                train(batch.tree)
+
+    Several batches may be held at once, at most ``prefetch``. ``next`` and ``release`` may run in different threads.
+    Not for use after a fork (Closed): attach in the child.
+
+    Args:
+        address: ``unix:///path`` (``shm:///path`` means the same).
+        table: name of the table.
+        spec: what the samples must look like; None takes the table's spec.
+        prefetch: most batches held at once; None takes the daemon's default.
+        check: replace the memory of released batches by 0xCC bytes for everyone who kept an array; slower. Default: on
+            when the environment has ``INGESTD_CHECK=1``.
+        client: free text for the daemon's status and logs.
+        deadline: seconds for connecting and attaching.
+
+    Raises:
+        Refused: with ``code``, ``reason`` and, where the spec differs from the table's, ``diff``.
+        PeerClosed: nobody listens there. Timeout: the deadline passed. FormatError: the daemon is of another version.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        table: str,
+        spec: Spec | str | None = None,
+        *,
+        prefetch: int | None = None,
+        check: bool | None = None,
+        client: str = CLIENT,
+        deadline: float | None = 10.0,
+    ) -> None:
+        self._closed = True
+        self.address = _io.parse_address(address)
+        if self.address.kind != "unix":
+            raise ValueError(f"address {address!r}: trainers attach over a unix socket; write unix:///path")
+        want = Spec.parse(spec) if isinstance(spec, str) else spec
+        self._checked = os.environ.get("INGESTD_CHECK", "0") not in ("", "0") if check is None else check
+        self._forks = _io.forks()
+        self._taking, self._giving = threading.Lock(), threading.Lock()
+        self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
+        self._leased = 0  # taken and not given back
+        body = hello("train", table, want, prefetch=prefetch or 0, client=client)
+        until = _io.deadline_of(deadline)
+        sock = _io.connect(self.address, until)
+        fds: list[int] = []
+        try:
+            reply = handshake(sock, body, until, fds)
+            if len(fds) != 4:
+                raise FormatError(f"the daemon passed {len(fds)} descriptors, want 4")
+            self._attach(reply, fds)
+            #: name of the table
+            self.table = table
+            #: number of this trainer in the daemon's life
+            self.trainer = reply.integer("trainer") if "trainer" in reply.body else 0
+            #: most batches held at once
+            self.prefetch = reply.integer("prefetch", 1, self._channel.capacity)
+        except BaseException:
+            sock.close()
+            _io.close_fds(fds)
+            raise
+        self._sock, self._fds = sock, fds
+        self._closed = False
+        _io.close_in_child(self)
+
+    def _attach(self, reply: Reply, fds: list[int]) -> None:
+        segment_fd, channel_fd, wake, signal = fds
+        size = os.fstat(segment_fd).st_size
+        if size < reply.integer("segment_bytes", 1):
+            raise FormatError(f"the segment has {size} bytes, the daemon said {reply.body['segment_bytes']}")
+        # Mapping the pages now keeps the first touch of each out of the training loop.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        memory = mmap.mmap(segment_fd, size, flags=flags, prot=mmap.PROT_READ)
+        self._segment = segment = Segment(memory)
+        self._memory = memory
+        #: the table's spec
+        self.spec = segment.spec
+        if segment.fingerprint.hex() != segment.spec.fingerprint:
+            raise FormatError("the segment's fingerprint is not that of its spec")
+        if reply.body.get("fingerprint") not in (None, segment.spec.fingerprint):
+            raise FormatError("the segment's spec is not the one that the daemon agreed to")
+        for field, have in (("batch_size", segment.batch_size), ("batches", segment.batches)):
+            if reply.body.get(field, have) != have:
+                raise FormatError(f"the segment has {field} {have}, the daemon said {reply.body[field]}")
+        #: rows of a full batch
+        self.batch_size = segment.batch_size
+        channel = mmap.mmap(channel_fd, os.fstat(channel_fd).st_size, flags=mmap.MAP_SHARED)
+        self._channel = Channel(channel, wake, signal)
+
+    def next(self, deadline: float | None = None) -> Batch:
+        """Leases the next batch; release it, best by using it as a context manager.
+
+        Args:
+            deadline: seconds to wait; None waits without limit, 0 only looks.
+
+        Raises:
+            Timeout: no batch came in time; try again.
+            EndOfStream: the table was closed, every batch was delivered.
+            AllHeld: this reader already holds ``prefetch`` batches, so none can come before one is released.
+            Ended, PeerClosed: the daemon ended the attachment or went away.
+        """
+        until = _io.deadline_of(deadline)
+        left = until.left()
+        self._check()
+        if not self._taking.acquire(timeout=-1 if left is None else left):
+            raise until.timeout("waiting for another thread that waits for a batch")
+        try:
+            while True:
+                self._check()
+                lease = self._channel.take()
+                if lease is not None:
+                    return self._batch(lease)
+                if self._channel.drained():
+                    raise EndOfStream(f"table {self.table!r} is closed and every batch was delivered")
+                self._wait(until)
+        finally:
+            self._taking.release()
+
+    def _wait(self, until: Deadline) -> None:
+        with self._giving:
+            if self._leased >= self.prefetch:
+                raise AllHeld(
+                    f"this reader holds {self._leased} batches and may hold {self.prefetch}; release one before the "
+                    "next, or attach with a larger prefetch"
+                )
+        woken, ended = self._channel.wait(self._sock.fileno(), until)
+        if ended and not self._channel.closed:
+            self._raise_end()
+        if not woken and not ended:
+            raise until.timeout(f"waiting for a batch of table {self.table!r}")
+
+    def _raise_end(self) -> None:
+        """Says why the socket is readable: a closing notice, or the end."""
+        notice = None
+        with contextlib.suppress(OSError, Error):
+            until, doing = Deadline(1), "reading the closing notice"
+            head = _io.receive(self._sock, 5, until, doing)
+            if len(head) == 5 and head[0] == 0:
+                length = min(int.from_bytes(head[1:], "little"), NOTICE_BYTES_MAX)
+                notice = parse_notice(_io.receive(self._sock, length, until, doing))
+        self._disconnect("the daemon ended the attachment of this batch's reader")
+        if notice is not None:
+            raise Ended(*notice)
+        raise PeerClosed("the daemon went away; its log says why")
+
+    def _batch(self, lease: Descriptor) -> Batch:
+        """Checks a descriptor against the segment before anything is read through it."""
+        segment = self._segment
+        if lease.place >= segment.batches or not 1 <= lease.rows <= segment.batch_size:
+            raise FormatError(f"the daemon delivered {lease}, which is not in this segment; attach again")
+        state = segment.state(lease.place)
+        if (state.number, state.phase, state.count) != (lease.number, LEASED, lease.rows):
+            raise FormatError(f"the daemon delivered {lease}, but the segment says {state}; attach again")
+        window = CheckedWindow(self._fds[0], segment, lease.place) if self._checked else None
+        batch = Batch(
+            segment, self.spec, lease, window or Window(self._memory, segment.place(lease.place)), self._release
+        )
+        with self._giving:
+            self._leased += 1
+            self._held[lease.number] = batch
+        return batch
+
+    def _release(self, batch: Batch) -> None:
+        with self._giving:
+            if self._closed:
+                return
+            self._held.pop(batch.seq, None)
+            self._leased -= 1
+            self._channel.give_back(batch.seq, batch.place)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches until the end of the stream; each is released when the next one is asked for."""
+        while True:
+            try:
+                batch = self.next()
+            except EndOfStream:
+                return
+            try:
+                yield batch
+            finally:
+                if not batch.released and not self._closed:
+                    batch.release()
+
+    def close(self) -> None:
+        """Detaches. The daemon takes back what is still held; batches of this reader raise Closed afterwards."""
+        self._disconnect("the reader of this batch was closed")
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`, or when the daemon has gone."""
+        return self._closed
+
+    @property
+    def held(self) -> int:
+        """Batches leased and not released."""
+        return self._leased
+
+    def _disconnect(self, why: str) -> None:
+        with self._giving:
+            self._closed = True
+            for batch in list(self._held.values()):
+                batch._lose(why)
+            self._sock.close()
+            _io.close_fds(self._fds)
+
+    def _check(self) -> None:
+        if self._forks != _io.forks():
+            raise Closed("this reader belongs to the parent process; attach a new one after the fork")
+        if self._closed:
+            raise Closed("the reader is closed")
+
+    def _forked(self) -> None:
+        """In the child of a fork: the parent's attachment must not stay open because of the child."""
+        self._closed = True
+        for batch in list(self._held.values()):
+            batch._lose("this batch belongs to the parent process; attach a new reader after the fork")
+        self._sock.close()
+        _io.close_fds(self._fds)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            warnings.warn(f"unclosed {self!r}; use 'with' or close()", ResourceWarning, stacklevel=2, source=self)
+            self._disconnect("the reader of this batch was dropped")
+
+    def __repr__(self) -> str:
+        return f"<Reader {self.address} table={getattr(self, 'table', '?')!r}>"
