@@ -317,7 +317,7 @@ func TestViewChecksWhatItIsTold(t *testing.T) {
 		number uint64
 		index  uint32
 		count  int
-	}{{1, b.Index, 2}, {0, 2, 2}, {0, 1 << 31, 2}, {0, b.Index, 1}, {0, b.Index, 3}, {0, b.Index, -1}, {0, b.Index ^ 1, 2}} {
+	}{{1, b.Index, 2}, {1 << 61, b.Index, 2}, {0, 2, 2}, {0, 1 << 31, 2}, {0, b.Index, 1}, {0, b.Index, 3}, {0, b.Index, -1}, {0, b.Index ^ 1, 2}} {
 		if _, err := v.Batch(bad.number, bad.index, bad.count); err == nil {
 			t.Errorf("%+v was handed out", bad)
 		}

@@ -117,7 +117,7 @@ func (v *View) Batch(number uint64, index uint32, count int) (Batch, error) {
 	}
 	at := v.line(index)
 	// edge(publish): acquire - after this load, the batch's rows and count are ours to read.
-	if got, want := word(v.mem, at).Load(), number<<stateBits|uint64(Leased); got != want {
+	if got := word(v.mem, at).Load(); State(got&stateMask) != Leased || got>>stateBits != number {
 		return Batch{}, formatError("place %d is %v with batch %d, not leased with batch %d", index, State(got&stateMask), got>>stateBits, number)
 	}
 	if have := word(v.mem, at+16).Load(); count < 1 || count > v.layout.BatchSize || have != uint64(count) {

@@ -10,6 +10,7 @@ import (
 // handOver publishes n batches and reads them through an attachment, both in this process.
 func handOver(tb testing.TB, n int) time.Duration {
 	d := startDaemon(tb, 16, ServerConfig{})
+	d.ring.Poison = false
 	a := d.attach(8)
 	start := time.Now()
 	published := make(chan error, 1)

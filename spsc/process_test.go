@@ -20,7 +20,7 @@ import (
 
 const (
 	processCapacity = 8
-	processCount    = 200000
+	processCount    = 40000
 	roleVariable    = "SPSC_TEST_ROLE"
 	seedVariable    = "SPSC_TEST_SEED"
 )

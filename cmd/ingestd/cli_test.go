@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/pflag"
+
 	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/internal/tensorfile"
 	"github.com/ingestd/ingestd/spec"
@@ -284,4 +286,27 @@ func samplesOf(t testing.TB, path string, s *spec.Spec) []byte {
 			}
 		}
 	}
+}
+
+// TestEveryServeFlagCounts: each flag changes the settings in force, so none is forgotten on its way there.
+func TestEveryServeFlagCounts(t *testing.T) {
+	values := map[string]string{
+		"table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
+		"listen": "tcp://127.0.0.1:9", "admin": "off", "insecure": "true", "drainers": "3", "drain-timeout": "9s", "ready-file": "/x", "log-level": "debug",
+		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "handshake-timeout": "9s", "idle-timeout": "9s",
+		"stall-timeout": "9s", "ack-timeout": "9s", "max-trainers": "9", "prefetch": "9",
+	}
+	base := ingestd(t, "", "serve", "--spec", "x:F32[4]", "--print-config").want(t, exitOK).out
+	flags := serveCommand(streams{}).Flags()
+	flags.VisitAll(func(f *pflag.Flag) {
+		switch value, known := values[f.Name]; {
+		case f.Name == "config", f.Name == "print-config":
+		case !known:
+			t.Errorf("--%s: give this test a value for it", f.Name)
+		default:
+			if ingestd(t, "", "serve", "--spec", "x:F32[4]", "--"+f.Name+"="+value, "--print-config").want(t, exitOK).out == base {
+				t.Errorf("--%s %s changes nothing", f.Name, value)
+			}
+		}
+	})
 }

@@ -158,9 +158,9 @@ func (o *pushOptions) push(ctx context.Context, std streams, p *client.Producer,
 // finishTimeout is how long an interrupted push still waits for the acks of what it has sent.
 const finishTimeout = 5 * time.Second
 
-// finish waits for the acks that are due. What was interrupted gets a moment for it.
+// finish waits for the acks that are due. What a signal interrupted gets a moment for it.
 func (o *pushOptions) finish(ctx context.Context, p *client.Producer) error {
-	if ctx.Err() != nil {
+	if errors.Is(context.Cause(ctx), errSignal) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), finishTimeout)
 		defer cancel()

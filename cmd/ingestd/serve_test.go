@@ -105,7 +105,7 @@ func TestSIGTERMUnderLoad(t *testing.T) {
 	}
 	eventually(t, func() bool { // all three are at it
 		text := s.status(t)
-		return strings.Count(text, `"stream": `) == 3 && strings.Contains(text, `"batches_released": 1`)
+		return strings.Contains(text, `"streams": 3,`) && strings.Contains(text, `"batches_released": 1`)
 	})
 	s.signal(t, syscall.SIGTERM)
 	var sent, acked uint64

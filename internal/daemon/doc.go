@@ -18,5 +18,5 @@
 // the admin server's; all have ended when Run returns.
 //
 // Errors: *ConfigError, *ListenError, *shm.InsufficientError (wrapped) from New; *UnreadError, ErrStoppedAtOnce from Run. Nothing here runs per sample.
-// Proof: config_test.go, address_test.go, daemon_test.go (life cycle in process, every way to stop), admin_test.go; cmd/ingestd runs it as a process.
+// Proof: config_test.go, address_test.go, daemon_test.go (life cycle in process, every way to stop, the admin endpoint); cmd/ingestd runs it as a process.
 package daemon
