@@ -165,7 +165,7 @@ func handshake(ctx context.Context, conn net.Conn, cfg Config) (accepted wire.Ac
 		if writeErr != nil {
 			err = writeErr
 		}
-		return accepted, fmt.Errorf("%w before it replied: %w", ErrDaemonGone, err)
+		return accepted, fmt.Errorf("%w before it replied (%w): it may be stopping, or serve all it can: try again; its log may say why", ErrDaemonGone, err)
 	}
 	return accepted, err
 }

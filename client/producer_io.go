@@ -266,7 +266,7 @@ func (p *Producer) end(err error) {
 		if p.writeErr != nil && deadlineExceeded(err) {
 			err = p.writeErr
 		}
-		p.err = fmt.Errorf("%w: %d samples sent, %d acked: %w", ErrDaemonGone, p.sent, p.acked, err)
+		p.err = fmt.Errorf("%w: %d samples sent, %d acked (%w): start it again and push those that were not acked; its log may say why", ErrDaemonGone, p.sent, p.acked, err)
 	}
 	p.conn.Close() // a write that blocks must return
 	p.rouse()

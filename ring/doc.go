@@ -19,5 +19,6 @@
 // this process's own bugs. Nothing read from a segment by View can make it panic.
 //
 // Cost: one compare-and-swap per reserved run, one atomic add per committed run, 24 bytes written per sample, a few atomic words per batch; no
-// allocation, no system call. Proof: the model test and the race tests (ring_test.go), the golden bytes (golden_test.go), fuzz/.
+// allocation, no system call. Proof: the model test and the race tests (ring_test.go), the golden bytes (golden_test.go), the twins
+// (ring_bench_test.go), fuzz/.
 package ring

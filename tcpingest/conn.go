@@ -37,6 +37,7 @@ type conn struct {
 	bytes      atomic.Uint64
 	agreed     atomic.Pointer[agreed]
 	stopping   atomic.Bool // set by Shutdown
+	refused    bool        // it is being told why it is refused; under server.mu
 	readUntil  time.Time   // the read deadline in force
 	writeUntil time.Time
 	readFor    time.Duration // how far ahead readUntil was set

@@ -24,11 +24,15 @@ type Server struct {
 	// hurry ends when Shutdown may wait no longer: connections that wait for a slot or for their peer give up.
 	hurry     context.Context
 	stopHurry context.CancelFunc
+	// cut ends a little later: until then they tell their peers why.
+	cut     context.Context
+	stopCut context.CancelFunc
 
 	mu        sync.Mutex
 	stopping  bool
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
+	refusing  int            // of conns, those that are only told why they are refused
 	running   sync.WaitGroup // one per connection
 }
 
@@ -45,6 +49,7 @@ func New(cfg Config) (*Server, error) {
 		conns:     map[*conn]struct{}{},
 	}
 	s.hurry, s.stopHurry = context.WithCancel(context.Background())
+	s.cut, s.stopCut = context.WithCancel(context.Background())
 	return s, nil
 }
 
@@ -151,7 +156,8 @@ func (s *Server) start(nc net.Conn, serve func(*conn)) {
 // refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
 const refusingMax = 64
 
-// add notes the connection. It tells whether the limit is reached, and false if there is not even room to say so.
+// add notes the connection. It tells whether the limit is reached, and false if there is not even room to say so. A connection that is being told why it is
+// refused takes nobody's place.
 func (s *Server) add(c *conn) (full, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,7 +165,7 @@ func (s *Server) add(c *conn) (full, ok bool) {
 		s.counters.Refused.Add(string(wire.CodeTooManyConnections))
 		return false, false
 	}
-	full = len(s.conns) >= s.cfg.MaxConnections
+	full = len(s.conns)-s.refusing >= s.cfg.MaxConnections
 	s.conns[c] = struct{}{}
 	s.running.Add(1)
 	return full, true
@@ -171,6 +177,9 @@ func (s *Server) remove(c *conn) {
 	defer s.mu.Unlock()
 	if _, ok := s.conns[c]; ok {
 		delete(s.conns, c)
+		if c.refused {
+			s.refusing--
+		}
 		s.running.Done()
 	}
 }
@@ -222,7 +231,7 @@ func (s *Server) servePush(c *conn) {
 	if notice != nil {
 		say = wire.AppendNotice(nil, notice)
 	}
-	c.dismiss(s.hurry, say)
+	c.dismiss(s.cut, say)
 }
 
 // attach hands a connection of another role to whom it may concern. From then on it is none of this server's:
@@ -246,7 +255,11 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 func (s *Server) refuse(c *conn, r *wire.Refusal) {
 	s.counters.Refused.Add(string(r.Code))
 	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
-	c.dismiss(s.hurry, wire.AppendRefusal(nil, r))
+	s.mu.Lock()
+	c.refused = true
+	s.refusing++
+	s.mu.Unlock()
+	c.dismiss(s.cut, wire.AppendRefusal(nil, r))
 }
 
 func (s *Server) ended(c *conn, reason string) {
@@ -255,6 +268,9 @@ func (s *Server) ended(c *conn, reason string) {
 	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer,
 		"reason", reason, "samples", c.samples.Load(), "bytes", c.bytes.Load(), "dur", time.Since(c.opened))
 }
+
+// lastWords is how long peers have for reading why they are cut off.
+const lastWords = 500 * time.Millisecond
 
 // Shutdown implements ingest.Transport.
 func (s *Server) Shutdown(ctx context.Context) error {
@@ -272,13 +288,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.running.Wait()
 		close(gone)
 	}()
+	defer s.stopCut()
+	defer s.stopHurry()
 	select {
 	case <-gone:
-		s.stopHurry()
 		return nil
 	case <-ctx.Done():
 	}
+	// Who waited for a slot, or still sends, is told why before it is cut off.
 	s.stopHurry()
+	select {
+	case <-gone:
+	case <-time.After(lastWords):
+	}
+	s.stopCut()
 	s.mu.Lock()
 	for c := range s.conns {
 		_ = c.Close()

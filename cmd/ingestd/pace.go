@@ -33,7 +33,8 @@ func (p *pace) due(ctx context.Context, most int) (int, error) {
 		}
 		// To the next sample, or where many are due in a step, to the next step.
 		next := float64(p.sent) + math.Max(0, math.Floor(p.rate/paceSteps)-1)
-		p.timer.Reset(time.Until(p.start.Add(time.Duration(next / p.rate * float64(time.Second)))))
+		at := p.start.Add(time.Duration(next / p.rate * float64(time.Second)))
+		p.timer.Reset(max(time.Until(at), time.Microsecond)) // rounding may put it a hair too early
 		select {
 		case <-p.timer.C:
 		case <-ctx.Done():

@@ -213,7 +213,7 @@ func howToConnect(cfg daemon.Config, a daemon.Addresses) string {
 		}
 		if a.Unix != "" {
 			line("pull", "ingestd pull --addr %s --table %s", a.Unix, quoted(t.Name))
-			line("python", "python3 -c 'import ingestd; r = ingestd.Reader(%q, table=%q); b = r.next(deadline=60); print(b.numbers[:8])'", a.Unix, t.Name)
+			line("python", "python3 -c 'import ingestd; r = ingestd.Reader(%q, table=%q); print(r.next(deadline=60))'", a.Unix, t.Name)
 		}
 	}
 	return b.String()

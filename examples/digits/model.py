@@ -34,7 +34,7 @@ class Classifier:
         back = error @ self.weights[2].T
         back[hidden <= 0] = 0
         gradients = [pixels.T @ back, back.sum(axis=0), hidden.T @ error, error.sum(axis=0)]
-        for weight, velocity, gradient in zip(self.weights, self.velocity, gradients, strict=True):
+        for weight, velocity, gradient in zip(self.weights, self.velocity, gradients):
             velocity *= self.momentum
             velocity -= self.rate * gradient
             weight += velocity

@@ -66,7 +66,7 @@ def test_classifier_learns_from_read_only_batches() -> None:
 
 
 def batch(*pairs: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    streams, numbers = (np.array(column, np.uint64) for column in zip(*pairs, strict=True))
+    streams, numbers = (np.array(column, np.uint64) for column in zip(*pairs))
     return streams, numbers, np.full(len(pairs), 1_000_000_000, np.uint64), 1_002_000_000
 
 

@@ -1,7 +1,9 @@
 package ingesttest
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -31,6 +33,7 @@ func Run(t *testing.T, start Start) {
 		{"Backpressure", backpressure},
 		{"ConnectionLimit", connectionLimit},
 		{"ShutdownUnderLoad", shutdownUnderLoad},
+		{"ShutdownWhenFull", shutdownWhenFull},
 		{"SmallWindowIsNeverStuck", smallWindow},
 	} {
 		t.Run(tc.name, func(t *testing.T) { tc.f(t, start) })
@@ -381,7 +384,18 @@ func (r *rig) waitingForSlot() int {
 func connectionLimit(t *testing.T, start Start) {
 	r := newRig(t, start, "a:U64", 4, 4, Limits{MaxConnections: 2})
 	r.train()
-	a, b := r.join(1, nil), r.join(2, nil)
+	a := r.join(1, nil)
+	h := r.hello()
+	h.Table = "nope"
+	refused := r.connect() // reads its refusal and stays: that takes nobody's place
+	defer refused.Close()
+	if err := wire.WriteHello(refused, h); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := wire.ReadReply(refused, &refused.accepted).(*wire.Refusal); !ok {
+		t.Fatal("a table that is not there was not refused")
+	}
+	b := r.join(2, nil)
 	c := r.connect()
 	if err := wire.WriteHello(c, r.hello()); err != nil {
 		t.Fatal(err)
@@ -395,7 +409,7 @@ func connectionLimit(t *testing.T, start Start) {
 	if _, _, err := a.ending(); err != nil {
 		t.Fatal(err)
 	}
-	_ = a.Close()
+	_, _ = a.Close(), refused.Close()
 	for r.transport.Stats().Open > 1 { // until the daemon has seen both closes
 		runtime.Gosched()
 	}
@@ -440,6 +454,46 @@ func shutdownUnderLoad(t *testing.T, start Start) {
 				}
 			}
 		})
+	}
+}
+
+// shutdownWhenFull: a shutdown that may not wait for room in the ring still tells every producer why; what was acked is delivered.
+func shutdownWhenFull(t *testing.T, start Start) {
+	const clients, slots, samples = 2, 2 * 4, 50
+	r := newRig(t, start, "a:U8[1000]", 4, 2, Limits{})
+	var joined [clients]*client
+	for id := range joined {
+		joined[id] = r.join(uint64(id), nil)
+		defer joined[id].Close()
+		if err := joined[id].send(samples, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for r.waitingForSlot() < clients {
+		runtime.Gosched()
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := r.transport.Shutdown(over); !errors.Is(err, context.Canceled) {
+			t.Errorf("Shutdown: %v, want the context's error", err)
+		}
+	})
+	total := uint64(0)
+	for id, c := range joined {
+		acks, notice, err := c.ending()
+		if err != nil || notice == nil || notice.Code != wire.CodeShuttingDown {
+			t.Errorf("client %d: notice %v, error %v, want %s", id, notice, err, wire.CodeShuttingDown)
+		}
+		_ = c.Close()
+		total += acks
+	}
+	wg.Wait()
+	r.train()
+	r.finish()
+	if got := r.taken[0] + r.taken[1]; total != slots || got != slots {
+		t.Errorf("%d slots: %d samples acked, %d delivered", slots, total, got)
 	}
 }
 

@@ -28,10 +28,9 @@ const testSpec = "x:F32[4],y:U8"
 // running is a daemon in this process.
 type running struct {
 	*Daemon
-	stop   context.CancelFunc
-	done   chan error
-	folder string
-	addr   Addresses
+	stop context.CancelFunc
+	done chan error
+	addr Addresses
 }
 
 func testConfig(t testing.TB) Config {

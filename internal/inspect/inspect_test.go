@@ -158,6 +158,9 @@ func TestCheckSurvivesAnything(t *testing.T) {
 }
 
 func TestSaveOfALiveSegmentPasses(t *testing.T) {
+	if raceDetector {
+		t.Skip("Save reads bytes that may change and drops what did change: the race detector must object, and be wrong")
+	}
 	r, mem := newRing(t, 4, 5)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup

@@ -289,12 +289,14 @@ def test_what_a_killed_trainer_held_goes_to_another(serve: Serve) -> None:
         done = subprocess.run([sys.executable, "-c", TRAINER, d.unix], stdout=subprocess.PIPE, text=True, env=env)
         assert done.returncode == -signal.SIGKILL and done.stdout.strip() == "0"
         with Reader(d.unix, "t") as reader:
-            seen = 0
+            # Each exactly once; batch 1 first where the daemon learns of the death only then.
+            seen = []
             for _ in range(2):
                 with reader.next(deadline=PATIENCE) as batch:
-                    for row in range(batch.count):
-                        assert verify(batch.tree, row) == (4, seen)
-                        seen += 1
+                    seen += [verify(batch.tree, row) for row in range(batch.count)]
+            assert sorted(seen) == [(4, k) for k in range(16)]
+            with pytest.raises(Timeout):
+                reader.next(deadline=0)
 
 
 def test_released_arrays_turn_to_junk_when_checked(serve: Serve) -> None:
