@@ -59,9 +59,10 @@ test-python: build $(VENV)/.ready ## run the Python tests
 	$(IN_VENV)/python -m pytest -q examples/digits
 
 .PHONY: lint
-lint: $(VENV)/.lint ## gofmt, go vet, staticcheck, ruff, mypy
+lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy
 	@unformatted=$$(find . -name '*.go' -not -path './.*' -print0 | xargs -0 gofmt -l); \
 	if [ -n "$$unformatted" ]; then echo "not formatted, run gofmt -w on:"; echo "$$unformatted"; exit 1; fi
+	$(GO) mod tidy -diff
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	cd python && $(IN_VENV)/ruff check . && $(IN_VENV)/ruff format --check . && $(IN_VENV)/mypy
@@ -84,8 +85,10 @@ bench: build ## measure the whole path beside its baselines (BENCH="--json out.j
 
 .PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME (10s)
-	@for package in $$($(GO) list ./...); do \
-		for target in $$($(GO) test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
+	@packages=$$($(GO) list ./...); \
+	for package in $$packages; do \
+		listed=$$($(GO) test -list '^Fuzz' $$package); \
+		for target in $$(sed -n '/^Fuzz/p' <<<"$$listed"); do \
 			echo "$$package $$target $(FUZZTIME)"; \
 			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
 		done; \

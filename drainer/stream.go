@@ -42,13 +42,8 @@ type StreamStats struct {
 // ID returns the number of the stream, as it stands beside its samples in the ring.
 func (s *Stream) ID() uint64 { return s.id }
 
-// TryReserve takes up to n slots inside one batch, or returns false when the ring is full or closed; Reserve tells which.
-func (s *Stream) TryReserve(n int) (ring.Run, bool) {
-	if s.ring.Closed() {
-		return ring.Run{}, false
-	}
-	return s.ring.TryReserve(n)
-}
+// TryReserve takes up to n slots inside one batch, or returns false when the ring is full or closed, or others wait for a slot; Reserve tells which.
+func (s *Stream) TryReserve(n int) (ring.Run, bool) { return s.ring.TryReserveInTurn(n) }
 
 // Reserve takes up to n slots inside one batch, waiting while the ring is full. It returns os.ErrClosed when the ring is closed, or the context's error.
 func (s *Stream) Reserve(ctx context.Context, n int) (ring.Run, error) {

@@ -1,11 +1,23 @@
 // Package engine puts a table together: spec, ring, streams and sampler, in one process and without any socket. The daemon is tables
 // with listeners before them; a trainer that wants none embeds one (see the example):
 //
-//	pool := drainer.NewPool(1)                            // go pool.Run(ctx)
-//	table, err := engine.New(engine.Config{...})          // go table.Run(ctx)
-//	stream, err := table.OpenStream()                     // reserve, fill in place, push
-//	batch, err := table.Sampler().Next(ctx, seat)         // and Release
+//	pool := drainer.NewPool(1)                // go pool.Run(ctx): commits what is pushed
+//	table, err := engine.New(engine.Config{Name: ..., Spec: ..., BatchSize: ..., Batches: ..., Drainers: pool})
+//	                                          // go table.Run(ctx) if it has a Linger
+//	stream, err := table.OpenStream()         // a producer: Reserve, fill Column in place, Push; Close at its end
+//	trainer := table.NewTrainer()             // Next, read the columns in place, Release
+//	err = table.Close(ctx)                    // when the streams are closed; then stop the pool, then Free
 //
-// A Table's methods may be called from any goroutine. Streams belong to one goroutine each, batches to whoever leased them. Close
-// ends a table in order: no new streams, the open ones drained, the batch being filled published short, then end of stream for the trainers.
+// Bytes: the segment is the table's, from the heap or wherever Config.Memory takes it, until Free. A run of slots belongs to whoever reserved it until
+// Push, a batch to whoever got it until Release.
+//
+// A Table's methods may be called from any goroutine. A stream belongs to one goroutine, and so does a trainer's Next. Close
+// ends a table in order: no new streams, the open ones drained, the batch being filled published short, then end of stream for the trainers. It
+// needs the pool to run, as the streams do.
+//
+// Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; io.EOF from Next after the last
+// batch; the context's error, wrapped, from Close when streams are still open. Releasing a batch twice, or pushing to a closed stream, panics.
+//
+// Cost: one goroutine per open stream, which only waits for its end; nothing per sample or batch beyond what drainer, ring and sampler say.
+// Proof: table_test.go, example_test.go, and every test of a transport.
 package engine

@@ -21,9 +21,12 @@ type Memory interface {
 	Close() error
 }
 
+// NameBytesMax is the longest name of a table: what a handshake can carry.
+const NameBytesMax = 128
+
 // Config says what a table is.
 type Config struct {
-	Name      string // 1 to 128 bytes
+	Name      string // 1 to NameBytesMax bytes
 	Spec      *spec.Spec
 	BatchSize int           // samples in a batch
 	Batches   int           // capacity in batches, at least 2
@@ -73,8 +76,11 @@ func layout(cfg *Config) ring.Layout {
 
 // New makes a table. It starts nothing: Run and the pool's Run do.
 func New(cfg Config) (*Table, error) {
-	if cfg.Name == "" || cfg.Spec == nil || cfg.Drainers == nil {
-		return nil, fmt.Errorf("engine: a table needs Name, Spec and Drainers")
+	if n := len(cfg.Name); n < 1 || n > NameBytesMax {
+		return nil, fmt.Errorf("engine: the table's name %.40q has %d bytes, must have 1 to %d", cfg.Name, n, NameBytesMax)
+	}
+	if cfg.Spec == nil || cfg.Drainers == nil {
+		return nil, fmt.Errorf("table %q: Config.Spec and Config.Drainers are required", cfg.Name)
 	}
 	l := layout(&cfg)
 	size, err := l.Bytes()

@@ -42,3 +42,5 @@ func (p *places) pop() (uint32, bool) {
 		}
 	}
 }
+
+func (p *places) empty() bool { return uint32(p.top.Load()) == 0 }

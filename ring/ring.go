@@ -11,7 +11,7 @@ import (
 type Ring struct {
 	View
 
-	// Space is woken when a writer that found the ring full should try again; Ready when a trainer that found nothing should.
+	// At Space wait writers that found the ring full; one is woken for each place that comes free. At Ready wait trainers that found nothing.
 	Space, Ready park.Event
 
 	// Cursors in the segment. Several goroutines move each of them, by compare-and-swap; a position is moved by exactly one.
@@ -37,14 +37,14 @@ type Run struct {
 }
 
 // Split cuts the run after n slots, 0 <= n <= N. Either part may be empty; an empty run is neither committed nor abandoned.
-func (run Run) Split(n int) (head, tail Run) {
+func (run Run) Split(n int) (front, rest Run) {
 	k := uint32(n)
-	head, tail = run, run
-	head.N = k
-	tail.Position += uint64(k)
-	tail.Row += k
-	tail.N -= k
-	return head, tail
+	front, rest = run, run
+	front.N = k
+	rest.Position += uint64(k)
+	rest.Row += k
+	rest.N -= k
+	return front, rest
 }
 
 // Format writes the header and empty states into mem, whose length must be at least layout.Bytes and whose start a multiple of 64, and returns its Ring.
@@ -123,7 +123,7 @@ func (r *Ring) open(number uint64, order *atomic.Uint64, was uint64) bool {
 		r.free.push(index)
 	}
 	// A writer that came while we held the last place found none.
-	r.Space.Wake()
+	r.Space.WakeOne()
 	return true
 }
 
@@ -154,7 +154,7 @@ func (r *Ring) Commit(run Run, stream, first, arrival uint64) {
 // when the batch is sealed: the batch is short by them, and no stream's order is broken.
 func (r *Ring) Abandon(run Run) {
 	if r.reserved.CompareAndSwap(run.Position+uint64(run.N), run.Position) {
-		r.Space.Wake()
+		r.Space.WakeOne()
 		return
 	}
 	r.void(run)
@@ -291,7 +291,7 @@ func (r *Ring) Release(b Batch) {
 		panic(fmt.Sprintf("ring: batch %d in place %d is not leased: released twice, or never leased", b.Number, b.Index))
 	}
 	r.free.push(b.Index)
-	r.Space.Wake()
+	r.Space.WakeOne()
 }
 
 func (r *Ring) poison(index uint32) {

@@ -233,7 +233,7 @@ func (s *Server) train(ctx context.Context, conn *net.UnixConn, hello *wire.Hell
 	defer t.close()
 	if err := t.open(); err != nil {
 		t.log.Error("cannot attach a trainer", "err", err)
-		return wire.Refuse(wire.CodeInternal, "the daemon could not make the channel: %v", err)
+		return wire.Refuse(wire.CodeInternal, "the daemon could not make the channel: %v; free or raise what it has too little of (for open files: ulimit -n) and attach again", err)
 	}
 	_ = conn.SetWriteDeadline(time.Now().Add(s.cfg.WriteTimeout))
 	if err := t.reply(); err != nil {

@@ -53,6 +53,6 @@ func (s *Server) serveEcho(c *conn, table ingest.Table, hello []byte) {
 	reason, _ := ses.ending(ses.run())
 	s.ended(c, reason)
 	if reason != ingest.EndReset {
-		c.dismiss(s.hurry, nil)
+		c.dismiss(s.cut, nil)
 	}
 }

@@ -17,8 +17,8 @@ const (
 	runsMax = 8
 	// vectorsMax is the kernel's limit on the parts of one readv.
 	vectorsMax = 1024
-	// yieldBytes: after so many bytes without a wait a connection lets the others have the processor.
-	yieldBytes = 1 << 20
+	// yieldBytes: after so many bytes without a wait a connection lets the others have the processor: the drainers, and those who serve trainers.
+	yieldBytes = 256 << 10
 )
 
 // way is how the bytes of a table's samples are placed.

@@ -102,3 +102,38 @@ func TestAddTwicePanics(t *testing.T) {
 	}()
 	e.Add(w)
 }
+
+func TestWakeOneIsFirstComeFirstServed(t *testing.T) {
+	var e Event
+	seats := []*Waiter{NewWaiter(), NewWaiter(), NewWaiter(), NewWaiter()}
+	for _, w := range seats {
+		e.Add(w)
+	}
+	if !e.Remove(seats[1]) {
+		t.Fatal("Remove says that a waiter was woken that was not")
+	}
+	for _, i := range []int{0, 2, 3} {
+		e.WakeOne()
+		for k, w := range seats {
+			if woken := len(w.wake) == 1; woken != (k == i) {
+				t.Fatalf("waiter %d woken: %v, when it was the turn of %d", k, woken, i)
+			}
+		}
+		<-seats[i].wake
+	}
+	e.WakeOne() // nobody left
+	if e.Waiting() != 0 || e.Remove(seats[0]) {
+		t.Fatal("the list is not empty")
+	}
+	// The ends of the list survive every way of leaving it.
+	for _, w := range seats[:3] {
+		e.Add(w)
+	}
+	e.Remove(seats[2])
+	e.Add(seats[3])
+	e.Remove(seats[0])
+	e.Wake()
+	if len(seats[0].wake)+len(seats[2].wake) != 0 || len(seats[1].wake)+len(seats[3].wake) != 2 {
+		t.Fatal("the wrong waiters were woken")
+	}
+}

@@ -1,0 +1,113 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// Command returns the command bench with its subcommands, for cmd/ingestd.
+func Command() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure this machine: the whole path, and its parts, beside their baselines",
+		Long: "Measure this machine. Every figure stands beside its baseline from the same run: compare the ratios, the absolute figures are of this\n" +
+			"machine and this moment.",
+	}
+	cmd.AddCommand(tcpCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand())
+	return cmd
+}
+
+func defaultOptions() Options {
+	return Options{
+		Runs: 5, Duration: 2 * time.Second, Warmup: 300 * time.Millisecond, OpenDuration: time.Second, OpenFraction: 0.5,
+		WriteBytes: senderWriteBytes, SendBuffer: senderBuffer, BareRead: bareReadBytes,
+	}
+}
+
+func tcpCommand() *cobra.Command {
+	opt := defaultOptions()
+	cmd := &cobra.Command{
+		Use:   "tcp",
+		Short: "Socket to lease with sender, daemon and trainer as processes, beside a bare loop and copy()",
+		Example: "  ingestd bench tcp --json bench.json\n" +
+			"  ingestd bench tcp --case 1KiB/8 --runs 3 --cpuprofile profiles/\n" +
+			"  ingestd bench tcp --case 256KiB/1 --only bare",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			return runTCP(ctx, opt, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&opt.Case, "case", "", "only these cases, separated by commas: "+caseNames(fullCases()))
+	f.BoolVar(&opt.All, "all", false, "also the cases that take much memory or time")
+	f.BoolVar(&opt.Smoke, "smoke", false, "tiny sizes and times: does everything work? The figures mean nothing")
+	f.IntVar(&opt.Runs, "runs", opt.Runs, "runs of every contender; the medians count")
+	f.DurationVar(&opt.Duration, "duration", opt.Duration, "measured window at full speed")
+	f.DurationVar(&opt.Warmup, "warmup", opt.Warmup, "before every window")
+	f.DurationVar(&opt.OpenDuration, "open-duration", opt.OpenDuration, "open loop for latencies; 0: none")
+	f.Float64Var(&opt.OpenFraction, "open-fraction", opt.OpenFraction, "rate of the open loop, as a fraction of the rate just measured")
+	f.StringVar(&opt.Only, "only", "", "only these contenders, separated by commas: full, bare, copy")
+	f.Int64Var(&opt.RingBytes, "ring-bytes", 0, "sample bytes that a ring holds, instead of the case's own")
+	f.IntVar(&opt.WriteBytes, "write-bytes", opt.WriteBytes, "most bytes of the sender's writes")
+	f.IntVar(&opt.SendBuffer, "send-buffer", opt.SendBuffer, "the sender's SO_SNDBUF; 0: the kernel's choice")
+	f.IntVar(&opt.BareRead, "bare-read-bytes", opt.BareRead, "most bytes of the bare loop's reads")
+	f.Int64Var(&opt.AskSamples, "window-samples", 0, "window that the sender asks for; 0: the daemon's limit")
+	f.Int64Var(&opt.AskBytes, "window-bytes", 0, "window that the sender asks for; 0: the daemon's limit")
+	f.BoolVar(&opt.Client, "client", false, "send with the client library instead of the bench's own loop; without an open loop")
+	f.StringArrayVar(&opt.ServeArgs, "serve-arg", nil, "one more argument for the daemon; may be repeated")
+	f.StringVar(&opt.JSON, "json", "", "write the record here; - is standard output, without the tables")
+	f.StringVar(&opt.CPUProfile, "cpuprofile", "", "folder for CPU profiles of daemon and bare loop, from the last run of each case")
+	f.StringVar(&opt.Binary, "binary", "", "ingestd binary to measure; default: this one")
+	f.BoolVar(&opt.Check, "check", false, "fail if a target is missed")
+	f.BoolVar(&opt.Quiet, "quiet", false, "no line per run on standard error")
+	return cmd
+}
+
+// runTCP measures, prints and writes the record.
+func runTCP(ctx context.Context, opt Options, out, log io.Writer) error {
+	cases, err := opt.settle()
+	if err != nil {
+		return err
+	}
+	r := &runner{opt: &opt, log: log}
+	record, err := r.runCases(ctx, cases)
+	if len(record.Cases) > 0 && opt.JSON != "-" {
+		printRecord(out, record)
+	}
+	if err != nil {
+		return err
+	}
+	if opt.JSON != "" {
+		if err := writeRecord(record, opt.JSON, out); err != nil {
+			return err
+		}
+	}
+	if bad := missed(record.Targets); opt.Check && len(bad) > 0 {
+		return fmt.Errorf("%d of %d targets missed: the table above says which", len(bad), len(record.Targets))
+	}
+	return nil
+}
+
+func writeRecord(record any, path string, out io.Writer) error {
+	text, err := json.MarshalIndent(record, "", "  ")
+	if err != nil {
+		return fmt.Errorf("make the record: %w", err)
+	}
+	text = append(text, '\n')
+	if path == "-" {
+		_, err = out.Write(text)
+	} else {
+		err = os.WriteFile(path, text, 0o644)
+	}
+	return err
+}

@@ -1,0 +1,22 @@
+// Package bench measures the whole path, socket to lease, as separate processes beside its baselines, and prints what it found as ratios.
+//
+// `ingestd bench tcp` starts for every case a sender, a daemon and a trainer, and in the same run, interleaved, two baselines: a plain copy of the
+// same bytes into memory of the same size, and a bare loop, which is a process that reads the socket straight into mapped memory, answers with
+// coalesced acks and does nothing else. One sender program drives daemon and bare loop alike, over the native handshake of package wire. `ingestd bench
+// micro` runs the queue and the ring beside their twins.
+//
+// It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
+//
+// Processes: the parent only starts, asks and stops; while a window is measured it sleeps. Children answer one JSON line on standard output for every
+// JSON line on standard input and end when their standard input does, so that none outlives the parent. A child reads the clock, its counters and the CPU
+// clocks of all processes in one go, so that a rate and its cost are of the same window.
+//
+// Latencies come from an open loop: samples have intended send times at a fixed rate, which is a stated fraction of the rate just measured, and the
+// time stands in the sample's first eight bytes. A sender that is held up sends late, but its samples keep their intended times, so that waiting
+// is not left out (no coordinated omission). Arrival to lease is the arrival column against CLOCK_REALTIME when the batch is leased.
+//
+// Errors: everything that fails names the process and the last lines that it logged. A missed target is no error unless --check asks for that.
+//
+// Cost: a counter per batch in the trainer, one per read in the bare loop, one per write in the sender. Proof: bench_test.go runs every case at
+// smoke size with the real binary.
+package bench
