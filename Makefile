@@ -23,7 +23,7 @@ RUFF_RULES := --config $(CURDIR)/python/pyproject.toml
 # What runs twice, and why. The race detector follows Go's heap. On mapped memory it misses real races and reports correct code, so the algorithms take
 # plain bytes: `go test ./...` runs everything once without it, mappings and processes included, and then the packages below run
 # again with it, on heap memory. A test in one of them that touches a mapping has `//go:build !race` in its file.
-RACE_PACKAGES := ./spec ./wire ./internal/park ./spsc ./ring ./drainer ./sampler ./engine ./tcpingest ./client
+RACE_PACKAGES := ./spec ./wire ./internal/park ./spsc ./ring ./drainer ./sampler ./engine ./tcpingest ./client ./fuzz
 
 # What must build where the daemon does not run: producers.
 PORTABLE_PACKAGES := ./spec ./wire ./client
@@ -90,7 +90,7 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 		listed=$$($(GO) test -list '^Fuzz' $$package); \
 		for target in $$(sed -n '/^Fuzz/p' <<<"$$listed"); do \
 			echo "$$package $$target $(FUZZTIME)"; \
-			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s $$package; \
 		done; \
 	done
 

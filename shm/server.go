@@ -40,7 +40,7 @@ type Table struct {
 	Memory *Memory // nil when the table lies in memory that cannot be shared
 	Source Source
 
-	// Prefetch is the batches a trainer that names no number may hold; 0 takes the server's default.
+	// Prefetch is the batches a trainer that names no number may hold; 0 takes the server's.
 	Prefetch int
 }
 
@@ -54,7 +54,8 @@ type Tables interface {
 type ServerConfig struct {
 	Tables Tables
 
-	// Prefetch is the default of Table.Prefetch. Default 4.
+	// Prefetch is the batches a trainer that names no number may hold. Default 0: as many as prefetchBytes are, but at least
+	// prefetchLeast.
 	Prefetch int
 
 	// PrefetchMax is the most batches any trainer may hold. Default 64.
@@ -72,9 +73,6 @@ type ServerConfig struct {
 }
 
 func (c ServerConfig) withDefaults() ServerConfig {
-	if c.Prefetch == 0 {
-		c.Prefetch = 4
-	}
 	if c.PrefetchMax == 0 {
 		c.PrefetchMax = 64
 	}
@@ -90,6 +88,13 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	return c
 }
 
+// A trainer with work for a few milliseconds at hand is not stopped by every wait for a processor: at 256 KiB a batch, 32 batches
+// moved a third more bytes than 4 did, with 64 busy producers on 2 cores.
+const (
+	prefetchBytes = 8 << 20
+	prefetchLeast = 4
+)
+
 // prefetchLimit is the most that PrefetchMax can be: every batch a trainer holds has a place in both queues of its channel.
 const prefetchLimit = 1 << 16
 
@@ -99,8 +104,8 @@ func (c ServerConfig) check() error {
 		return errors.New("shm: ServerConfig.Tables is nil")
 	case c.PrefetchMax < 1 || c.PrefetchMax > prefetchLimit:
 		return fmt.Errorf("shm: PrefetchMax is %d, must be from 1 to %d", c.PrefetchMax, prefetchLimit)
-	case c.Prefetch < 1 || c.Prefetch > c.PrefetchMax:
-		return fmt.Errorf("shm: Prefetch is %d, must be from 1 to PrefetchMax (%d)", c.Prefetch, c.PrefetchMax)
+	case c.Prefetch < 0 || c.Prefetch > c.PrefetchMax:
+		return fmt.Errorf("shm: Prefetch is %d, must be from 0 to PrefetchMax (%d)", c.Prefetch, c.PrefetchMax)
 	case c.TrainersMax < 1:
 		return fmt.Errorf("shm: TrainersMax is %d, must be at least 1", c.TrainersMax)
 	case c.WriteTimeout < 0:
@@ -251,8 +256,10 @@ func (s *Server) prefetch(hello *wire.Hello, table Table) (int, error) {
 		return 0, wire.Refuse(wire.CodeBadOption, "prefetch is %d: must be at least 1, or 0 for the daemon's default", want)
 	case want == 0 && table.Prefetch > 0:
 		want = int64(table.Prefetch)
-	case want == 0:
+	case want == 0 && s.cfg.Prefetch > 0:
 		want = int64(s.cfg.Prefetch)
+	case want == 0:
+		want = max(prefetchLeast, prefetchBytes/(table.View.SampleBytes()*int64(table.View.BatchSize())))
 	}
 	left := table.View.Batches() - 1 - s.granted[table.Name]
 	return int(min(want, int64(s.cfg.PrefetchMax), int64(left+1)/2)), nil

@@ -147,7 +147,10 @@ func (o *pushOptions) push(ctx context.Context, std streams, p *client.Producer,
 	if errors.Is(err, errEnough) {
 		err = nil
 	}
-	err = because(ctx, errors.Join(err, o.finish(ctx, p)))
+	if closing := o.finish(ctx, p); !is[*wire.Notice](err) && !errors.Is(err, client.ErrDaemonGone) { // else both say the same
+		err = errors.Join(err, closing)
+	}
+	err = because(ctx, err)
 	bar.done(std.err)
 	took := time.Since(began)
 	r := pushResult{Table: o.table, Stream: p.Accepted().Stream, Sent: p.Sent(), Acked: p.Acked(), Seconds: took.Seconds()}

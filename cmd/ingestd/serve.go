@@ -71,7 +71,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.Var(&l.StallTimeout, "stall-timeout", "without a byte inside a sample")
 	f.Var(&l.AckTimeout, "ack-timeout", "for a producer to read its acks")
 	f.IntVar(&l.MaxTrainers, "max-trainers", l.MaxTrainers, "trainers of other processes at once")
-	f.IntVar(&l.Prefetch, "prefetch", l.Prefetch, "batches a trainer holds at once, unless it asks for another number")
+	f.IntVar(&l.Prefetch, "prefetch", l.Prefetch, "batches a trainer holds at once, unless it asks for another number; 0: as many as 8 MiB are, at least 4")
 	return cmd
 }
 

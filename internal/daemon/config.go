@@ -43,7 +43,7 @@ type Limits struct {
 	StallTimeout     Duration `yaml:"stall_timeout"`     // without a byte inside a sample that holds a slot
 	AckTimeout       Duration `yaml:"ack_timeout"`       // for a client to read its acks
 	MaxTrainers      int      `yaml:"max_trainers"`      // in other processes
-	Prefetch         int      `yaml:"prefetch"`          // batches a trainer holds at once, unless it asks for another number
+	Prefetch         int      `yaml:"prefetch"`          // batches a trainer holds at once, unless it asks for another number; 0: as many as 8 MiB are, at least 4
 }
 
 // Table is one ring. Either Batches or Capacity says how large it is; with neither it gets 256 MiB, or 4 batches if that is more.
@@ -74,7 +74,6 @@ func DefaultConfig() Config {
 			StallTimeout:     Duration(10 * time.Second),
 			AckTimeout:       Duration(30 * time.Second),
 			MaxTrainers:      256,
-			Prefetch:         4,
 		},
 	}
 }

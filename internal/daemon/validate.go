@@ -91,7 +91,7 @@ func (p *plan) checkLimits() error {
 		{"limits.stall_timeout", int64(l.StallTimeout), 1, 1 << 62},
 		{"limits.ack_timeout", int64(l.AckTimeout), 1, 1 << 62},
 		{"limits.max_trainers", int64(l.MaxTrainers), 1, 1 << 16},
-		{"limits.prefetch", int64(l.Prefetch), 1, 64},
+		{"limits.prefetch", int64(l.Prefetch), 0, 64},
 	} {
 		if f.value < f.min || f.value > f.max {
 			if strings.HasSuffix(f.name, "timeout") {
