@@ -35,7 +35,7 @@ type Config struct {
 	Session          string        // identity that survives reconnects; may be empty
 	Ack              wire.AckMode  // default wire.AckQueued
 	WindowSamples    int64         // most samples without an ack; 0: the daemon's limit
-	WindowBytes      int64         // most bytes without an ack; 0: the daemon's limit
+	WindowBytes      int64         // most bytes without an ack; 0: the daemon chooses; ask for more where the round trip is long
 	BufferBytes      int           // most bytes of small samples sent with one write; default DefaultBufferBytes
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION

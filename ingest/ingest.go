@@ -35,9 +35,19 @@ type Tables interface {
 	Names() []string
 }
 
-// Window is the most a producer may have under way without an ack.
+// Window bounds what a producer may have under way without an ack.
 type Window struct {
-	Samples, Bytes int64
+	Samples  int64 // most samples
+	Bytes    int64 // what a producer gets that asks for no number, unless four samples are more
+	BytesMax int64 // most bytes
+}
+
+// bytes returns the window in bytes for a producer that asked for so many, 0 for no number.
+func (w Window) bytes(asked, sample int64) int64 {
+	if asked <= 0 {
+		asked = max(w.Bytes, 4*sample)
+	}
+	return min(asked, w.BytesMax)
 }
 
 // OpenPush judges the hello of a producer: table, spec, options. It returns the open stream with the answer for the peer, or what to refuse with.
@@ -61,7 +71,7 @@ func OpenPush(tables Tables, h *wire.Hello, limit Window) (Table, *drainer.Strea
 		Stream:        s.ID(),
 		Ack:           h.Ack,
 		WindowSamples: within(h.WindowSamples, limit.Samples),
-		WindowBytes:   within(h.WindowBytes, limit.Bytes),
+		WindowBytes:   limit.bytes(h.WindowBytes, t.Spec().SampleBytes()),
 	}, nil
 }
 

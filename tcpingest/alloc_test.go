@@ -75,8 +75,7 @@ func TestReceivingDoesNotAllocate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued},
-				ingest.Window{Samples: 1 << 16, Bytes: 1 << 24})
+			_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued}, server.window())
 			if refusal != nil {
 				t.Fatal(refusal)
 			}

@@ -79,8 +79,7 @@ func startReceiving(t testing.TB, text string, change func(*plan)) *receiving {
 	running.Go(func() { _, _ = io.Copy(io.Discard, onlyReader{theirs}) })
 	c, err := newConn(server, ours.(*net.TCPConn), 1)
 	must(err)
-	_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued},
-		ingest.Window{Samples: 1 << 16, Bytes: 16 << 20})
+	_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued}, server.window())
 	if refusal != nil {
 		t.Fatal(refusal)
 	}

@@ -210,7 +210,7 @@ func (s *Server) servePush(c *conn) {
 		s.attach(c, hello)
 		return
 	}
-	table, stream, accepted, refusal := ingest.OpenPush(s.cfg.Tables, hello, ingest.Window{Samples: s.cfg.WindowSamples, Bytes: s.cfg.WindowBytes})
+	table, stream, accepted, refusal := ingest.OpenPush(s.cfg.Tables, hello, s.window())
 	if refusal != nil {
 		s.refuse(c, refusal)
 		return
@@ -232,6 +232,10 @@ func (s *Server) servePush(c *conn) {
 		say = wire.AppendNotice(nil, notice)
 	}
 	c.dismiss(s.cut, say)
+}
+
+func (s *Server) window() ingest.Window {
+	return ingest.Window{Samples: s.cfg.WindowSamples, Bytes: s.cfg.WindowBytes, BytesMax: s.cfg.WindowBytesMax}
 }
 
 // attach hands a connection of another role to whom it may concern. From then on it is none of this server's:

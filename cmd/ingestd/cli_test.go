@@ -293,7 +293,7 @@ func TestEveryServeFlagCounts(t *testing.T) {
 	values := map[string]string{
 		"table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
 		"listen": "tcp://127.0.0.1:9", "admin": "off", "insecure": "true", "drainers": "3", "drain-timeout": "9s", "ready-file": "/x", "log-level": "debug",
-		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "handshake-timeout": "9s", "idle-timeout": "9s",
+		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "window-bytes-max": "99MiB", "handshake-timeout": "9s", "idle-timeout": "9s",
 		"stall-timeout": "9s", "ack-timeout": "9s", "max-trainers": "9", "prefetch": "9",
 	}
 	base := ingestd(t, "", "serve", "--spec", "x:F32[4]", "--print-config").want(t, exitOK).out

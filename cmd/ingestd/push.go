@@ -63,7 +63,7 @@ put in that order. Any other file, and - for standard input, holds raw samples o
 	f.StringVar(&o.ack, "ack", string(wire.AckQueued), "when the daemon acks: queued, or committed to the ring")
 	f.StringVar(&o.session, "session", "", "name of the session, shown in the daemon's status")
 	f.Int64Var(&o.windowSamples, "window-samples", 0, "most samples without an ack; 0: the daemon's limit")
-	f.Var(&o.windowBytes, "window-bytes", "most bytes without an ack; 0: the daemon's limit")
+	f.Var(&o.windowBytes, "window-bytes", "most bytes without an ack; 0: the daemon chooses")
 	f.DurationVar(&o.timeout, "timeout", 0, "give up after so long (exit code 5); 0: never")
 	f.StringVar(&o.progress, "progress", "auto", "progress bar: "+progressModes)
 	f.BoolVar(&o.json, "json", false, "print the result as JSON")

@@ -65,7 +65,8 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	l := &c.Limits
 	f.IntVar(&l.MaxConnections, "max-connections", l.MaxConnections, "producers at once")
 	f.IntVar(&l.WindowSamples, "window-samples", l.WindowSamples, "most samples of one producer without an ack")
-	f.Var(&l.WindowBytes, "window-bytes", "most bytes of one producer without an ack")
+	f.Var(&l.WindowBytes, "window-bytes", "bytes without an ack of a producer that asks for no number, unless four samples are more")
+	f.Var(&l.WindowBytesMax, "window-bytes-max", "most bytes of one producer without an ack")
 	f.Var(&l.HandshakeTimeout, "handshake-timeout", "for a whole handshake")
 	f.Var(&l.IdleTimeout, "idle-timeout", "without a byte between samples")
 	f.Var(&l.StallTimeout, "stall-timeout", "without a byte inside a sample")
@@ -102,6 +103,7 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 		"max-connections":   func() { to.Limits.MaxConnections = from.Limits.MaxConnections },
 		"window-samples":    func() { to.Limits.WindowSamples = from.Limits.WindowSamples },
 		"window-bytes":      func() { to.Limits.WindowBytes = from.Limits.WindowBytes },
+		"window-bytes-max":  func() { to.Limits.WindowBytesMax = from.Limits.WindowBytesMax },
 		"handshake-timeout": func() { to.Limits.HandshakeTimeout = from.Limits.HandshakeTimeout },
 		"idle-timeout":      func() { to.Limits.IdleTimeout = from.Limits.IdleTimeout },
 		"stall-timeout":     func() { to.Limits.StallTimeout = from.Limits.StallTimeout },

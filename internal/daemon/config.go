@@ -37,7 +37,8 @@ type Log struct {
 type Limits struct {
 	MaxConnections   int      `yaml:"max_connections"`
 	WindowSamples    int      `yaml:"window_samples"`    // most samples of one producer without an ack
-	WindowBytes      Size     `yaml:"window_bytes"`      // most bytes of one producer without an ack
+	WindowBytes      Size     `yaml:"window_bytes"`      // bytes without an ack of a producer that asks for no number, unless four samples are more
+	WindowBytesMax   Size     `yaml:"window_bytes_max"`  // most bytes of one producer without an ack
 	HandshakeTimeout Duration `yaml:"handshake_timeout"` // for the whole hello
 	IdleTimeout      Duration `yaml:"idle_timeout"`      // without a byte between samples
 	StallTimeout     Duration `yaml:"stall_timeout"`     // without a byte inside a sample that holds a slot
@@ -68,7 +69,8 @@ func DefaultConfig() Config {
 		Limits: Limits{
 			MaxConnections:   1024,
 			WindowSamples:    65536,
-			WindowBytes:      16 << 20,
+			WindowBytes:      1 << 20,
+			WindowBytesMax:   16 << 20,
 			HandshakeTimeout: Duration(10 * time.Second),
 			IdleTimeout:      Duration(5 * time.Minute),
 			StallTimeout:     Duration(10 * time.Second),

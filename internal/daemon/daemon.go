@@ -126,6 +126,7 @@ func (d *Daemon) open(log *slog.Logger) error {
 		AckTimeout:       time.Duration(l.AckTimeout),
 		WindowSamples:    int64(l.WindowSamples),
 		WindowBytes:      int64(l.WindowBytes),
+		WindowBytesMax:   int64(l.WindowBytesMax),
 		Log:              log,
 	})
 	return err

@@ -46,7 +46,7 @@ class Producer:
         spec: a :class:`Spec`, or its text or JSON form.
         session: a name that survives reconnects; then :attr:`held` says how many of its samples the daemon has.
         ack: ``queued``: acknowledged once the daemon has queued it; ``committed``: once it is in the ring.
-        window_samples, window_bytes: most that may be on the way without acknowledgement; 0 takes the daemon's limit.
+        window_samples, window_bytes: most that may be on the way without acknowledgement; 0 lets the daemon choose.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake.
 
