@@ -128,15 +128,17 @@ func TestFloodStarvesNobody(t *testing.T) {
 	pool := NewPool(1)
 	d := pool.drainers[0]
 	flood, quiet := pool.Open(r, 1, false), pool.Open(r, 2, false)
-	for range QueueRuns {
-		if err := send(t.Context(), flood, flood.next, 1); err != nil {
-			t.Fatal(err)
-		}
-	}
 	for pass := range uint64(10) {
+		d.baton.Store(true) // as if the drainer were at work: nobody helps it
+		for flood.queue.Len() < QueueRuns {
+			if err := send(t.Context(), flood, flood.next, 1); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if err := send(t.Context(), quiet, quiet.next, 1); err != nil {
 			t.Fatal(err)
 		}
+		d.letGo()
 		before := flood.committed.Load()
 		turn := d.turn
 		if !d.pass() {
@@ -151,11 +153,35 @@ func TestFloodStarvesNobody(t *testing.T) {
 		if took := flood.committed.Load() - before; took > QueueRuns {
 			t.Fatalf("took %d runs of one stream in one pass", took)
 		}
-		for flood.queue.Len() < QueueRuns {
-			if err := send(t.Context(), flood, flood.next, 1); err != nil {
-				t.Fatal(err)
-			}
-		}
+	}
+}
+
+// TestSendersHelp: a sender that finds the drainer at rest commits its own samples; one that finds it at work leaves them, and the drainer learns of it.
+func TestSendersHelp(t *testing.T) {
+	r := newRing(t, 4, 4, 16)
+	pool := NewPool(1)
+	d := pool.drainers[0]
+	s := pool.Open(r, 1, false)
+	if err := send(t.Context(), s, 0, 2); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Stats().Committed; got != 2 {
+		t.Fatalf("%d committed by the sender, want 2", got)
+	}
+	d.baton.Store(true)
+	if err := send(t.Context(), s, 2, 2); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Stats().Committed; got != 2 {
+		t.Fatalf("%d committed while the drainer was at work, want 2", got)
+	}
+	d.work.Add(d.seat)
+	d.letGo()
+	if d.work.Waiting() != 0 {
+		t.Fatal("the drainer was not woken for what came while its baton was held")
+	}
+	if !d.pass() || s.Stats().Committed != 4 {
+		t.Fatalf("%+v after the drainer's pass, want 4 committed", s.Stats())
 	}
 }
 

@@ -13,11 +13,12 @@ import (
 // Stream is the sender's side of one producer's queue. Its methods belong to the one goroutine that receives for it; Stats, Done, Committed and
 // Waiting may be called from anywhere.
 type Stream struct {
-	id    uint64
-	ring  *ring.Ring
-	queue *spsc.Queue[filled]
-	seat  *park.Waiter // the sender's
-	next  uint64       // number of the sender's next sample; the sender's own
+	id      uint64
+	ring    *ring.Ring
+	queue   *spsc.Queue[filled]
+	drainer *drainer
+	seat    *park.Waiter // the sender's
+	next    uint64       // number of the sender's next sample; the sender's own
 
 	pushed       atomic.Uint64 // samples; written by the sender
 	abandoned    atomic.Uint64 // slots given back unfilled; written by the sender
@@ -58,16 +59,20 @@ func (s *Stream) Reserve(ctx context.Context, n int) (ring.Run, error) {
 // Column returns the bytes of one leaf of a reserved run, to be filled before Push.
 func (s *Stream) Column(run ring.Run, leaf int) []byte { return s.ring.RunColumn(run, leaf) }
 
-// Push hands filled slots on, in the order of the samples; arrival is when the last byte of the last of them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round.
+// Push hands filled slots on, in the order of the samples, and commits them itself if the drainer is at rest; arrival is when the last byte of the last of them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round.
 // Pushing after Close panics.
 func (s *Stream) Push(run ring.Run, arrival time.Time) {
 	f := [1]filled{{run: run, first: s.next, arrival: uint64(arrival.UnixNano())}}
 	// The pool commits without ever waiting, so this wait ends as long as the pool runs, and the pool outlives the streams.
 	s.next += uint64(run.N)
 	s.pushed.Store(s.next) // before the push, so that it is never below committed
-	if err := s.queue.Push(context.Background(), f[:]); err != nil {
-		panic("drainer: Push after Close")
+	if s.queue.TryPush(f[:]) == 0 {
+		s.drainer.work.Wake()
+		if err := s.queue.Push(context.Background(), f[:]); err != nil {
+			panic("drainer: Push after Close")
+		}
 	}
+	s.drainer.help(s)
 }
 
 // Abandon gives slots back unfilled: their samples never came whole.
@@ -93,7 +98,10 @@ func (s *Stream) WaitCommitted(ctx context.Context) error {
 }
 
 // Close says that nothing follows. The drainer commits what is queued and then lets the stream go.
-func (s *Stream) Close() { s.queue.Close() }
+func (s *Stream) Close() {
+	s.queue.Close()
+	s.drainer.work.Wake()
+}
 
 // Done is closed when the stream was closed and everything pushed is in the ring.
 func (s *Stream) Done() <-chan struct{} { return s.done }

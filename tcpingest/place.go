@@ -79,20 +79,33 @@ func (t *target) scatter(src []byte) {
 	}
 }
 
-// scatterLeaf copies one leaf of n samples. The common sizes of scalars are spelt out: a copy of constant size is one move, not a call.
+// scatterLeaf copies one leaf of n samples. Small sizes are spelt out: a copy of constant size is one
+// move, not a call; between two such sizes, two moves that overlap.
 func scatterLeaf(col, src []byte, size, sample, n int64) {
-	switch size {
-	case 1:
+	switch {
+	case size == 1:
 		for i := range n {
 			col[i] = src[i*sample]
 		}
-	case 4:
+	case size == 4:
 		for i := range n {
 			*(*[4]byte)(col[i*4:]) = [4]byte(src[i*sample:])
 		}
-	case 8:
+	case size == 8:
 		for i := range n {
 			*(*[8]byte)(col[i*8:]) = [8]byte(src[i*sample:])
+		}
+	case size > 8 && size <= 16:
+		for i := range n {
+			to, from := col[i*size:(i+1)*size], src[i*sample:i*sample+size]
+			*(*[8]byte)(to) = [8]byte(from)
+			*(*[8]byte)(to[size-8:]) = [8]byte(from[size-8:])
+		}
+	case size > 16 && size <= 32:
+		for i := range n {
+			to, from := col[i*size:(i+1)*size], src[i*sample:i*sample+size]
+			*(*[16]byte)(to) = [16]byte(from)
+			*(*[16]byte)(to[size-16:]) = [16]byte(from[size-16:])
 		}
 	default:
 		for i := range n {

@@ -47,3 +47,25 @@ func TestDefaultsReachEveryField(t *testing.T) {
 		}
 	}
 }
+
+// TestScatterLeaf: every size on both sides of each special case, against a plain copy.
+func TestScatterLeaf(t *testing.T) {
+	const n = 5
+	for size := int64(1); size <= 70; size++ {
+		sample := size + 3
+		src := make([]byte, n*sample)
+		for i := range src {
+			src[i] = byte(i*7 + 1)
+		}
+		col := make([]byte, n*size+1)
+		scatterLeaf(col[:n*size], src[2:], size, sample, n)
+		for i := range int64(n) {
+			if got, want := string(col[i*size:(i+1)*size]), string(src[2+i*sample:2+i*sample+size]); got != want {
+				t.Fatalf("size %d sample %d: % x, want % x", size, i, got, want)
+			}
+		}
+		if col[n*size] != 0 {
+			t.Fatalf("size %d: wrote past the column", size)
+		}
+	}
+}
