@@ -220,14 +220,27 @@ func TestTargets(t *testing.T) {
 		"256KiB/1 samples/s to the bare loop's: pass",
 		"256KiB/1 daemon's CPU-s/GB to the bare loop's: fail",
 		"256KiB/1 daemon's memory to its bound: fail",
-		"256KiB/1 daemon's allocations per batch: pass",
+		"256KiB/1 daemon's allocations per batch, beyond 200/s: pass",
 		"256KiB/1x64 samples/s to one connection's: fail",
 		"256KiB/1x64 slowest stream to its fair share: fail",
 		"256KiB/1x64 daemon's memory to its bound: fail",
-		"256KiB/1x64 daemon's allocations per batch: pass",
+		"256KiB/1x64 daemon's allocations per batch, beyond 200/s: pass",
 	}
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestAllocationTarget(t *testing.T) {
+	for _, tc := range []struct {
+		perSecond, perBatch float64
+		pass                bool
+	}{{0, 0, true}, {200, 5, true}, {201, 5, false}, {1000, 0.01, true}, {1000, 1, false}} {
+		c := CaseResult{Case: makeCase(256*kib, 1, 1, 8, 4), Full: &Result{Median: Measurement{MallocsPerSecond: tc.perSecond, MallocsPerBatch: tc.perBatch}}}
+		all := targets([]CaseResult{c})
+		if got := all[len(all)-1]; got.Pass != tc.pass {
+			t.Errorf("%+v: %+v", tc, got)
+		}
 	}
 }
 

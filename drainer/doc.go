@@ -6,6 +6,9 @@
 // bytes per sample. Stream is the sender's side: reserve slots, fill them, push; it belongs to one goroutine, the transport's. Between Reserve and Push
 // the slots are the sender's; after Push they are the drainer's.
 //
+// A sender that finds its drainer at rest commits its own run itself, which saves waking a goroutine per read; the queue carries what is pushed while somebody
+// else is at work.
+//
 // A drainer visits its streams in rotating order and takes from each at most what it found there on arrival, so that a flooding
 // producer starves nobody. A closed stream is removed when it is empty; Done tells.
 //

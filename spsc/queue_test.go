@@ -209,8 +209,8 @@ func TestElementsAreForgotten(t *testing.T) {
 
 func TestHoldsPointers(t *testing.T) {
 	type plain struct {
-		a [3]uint32
-		b struct{ c float64 }
+		_ [3]uint32
+		_ struct{ _ float64 }
 	}
 	if New[plain](2).scrub || New[Desc](2).scrub || New[[0]*int](2).scrub {
 		t.Error("a plain type is said to hold pointers")
