@@ -38,14 +38,14 @@ type Tables interface {
 // Window bounds what a producer may have under way without an ack.
 type Window struct {
 	Samples  int64 // most samples
-	Bytes    int64 // what a producer gets that asks for no number, unless four samples are more
+	Bytes    int64 // what a producer gets that asks for no number, unless two samples are more
 	BytesMax int64 // most bytes
 }
 
 // bytes returns the window in bytes for a producer that asked for so many, 0 for no number.
 func (w Window) bytes(asked, sample int64) int64 {
 	if asked <= 0 {
-		asked = max(w.Bytes, 4*sample)
+		asked = max(w.Bytes, 2*sample)
 	}
 	return min(asked, w.BytesMax)
 }

@@ -27,7 +27,7 @@ type Config struct {
 	AckTimeout       time.Duration // for the peer to take its acks; default 10 s
 	LingerTimeout    time.Duration // for the peer to read why it was ended; default 2 s
 	WindowSamples    int64         // most samples without an ack; default 65,536
-	// WindowBytes is the window of a producer that asks for none, unless four samples are more; default 1 MiB. It decides what lies in
+	// WindowBytes is the window of a producer that asks for none, unless two samples are more; default 1 MiB. It decides what lies in
 	// socket buffers, and so whether that is still in the cache when it is read: with 64 connections, 16 MiB each cost twice the
 	// processor time of 1 MiB each, and one connection alone gained nothing from more. Paths with a long round trip need more.
 	WindowBytes    int64

@@ -65,7 +65,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	l := &c.Limits
 	f.IntVar(&l.MaxConnections, "max-connections", l.MaxConnections, "producers at once")
 	f.IntVar(&l.WindowSamples, "window-samples", l.WindowSamples, "most samples of one producer without an ack")
-	f.Var(&l.WindowBytes, "window-bytes", "bytes without an ack of a producer that asks for no number, unless four samples are more")
+	f.Var(&l.WindowBytes, "window-bytes", "bytes without an ack of a producer that asks for no number, unless two samples are more")
 	f.Var(&l.WindowBytesMax, "window-bytes-max", "most bytes of one producer without an ack")
 	f.Var(&l.HandshakeTimeout, "handshake-timeout", "for a whole handshake")
 	f.Var(&l.IdleTimeout, "idle-timeout", "without a byte between samples")

@@ -37,7 +37,7 @@ type Log struct {
 type Limits struct {
 	MaxConnections   int      `yaml:"max_connections"`
 	WindowSamples    int      `yaml:"window_samples"`    // most samples of one producer without an ack
-	WindowBytes      Size     `yaml:"window_bytes"`      // bytes without an ack of a producer that asks for no number, unless four samples are more
+	WindowBytes      Size     `yaml:"window_bytes"`      // bytes without an ack of a producer that asks for no number, unless two samples are more
 	WindowBytesMax   Size     `yaml:"window_bytes_max"`  // most bytes of one producer without an ack
 	HandshakeTimeout Duration `yaml:"handshake_timeout"` // for the whole hello
 	IdleTimeout      Duration `yaml:"idle_timeout"`      // without a byte between samples
