@@ -15,15 +15,16 @@ const Version = 1
 // Limits of the handshake.
 const (
 	BodyBytesMax   = 2 << 20  // body of a hello or a reply
-	NoticeBytesMax = 64 << 10 // body of a closing notice
-	NameBytesMax   = 128      // table, session, client
+	NoticeBytesMax = 64 << 10 // body of a closing notice or a note
+	NameBytesMax   = 128      // table, session, group, client
 	ReasonBytesMax = 8 << 10  // a reason is cut to this
 	DiffMax        = 64       // differences in a refusal
 )
 
-// What the daemon sends after its reply: one Ack per sample; NoticeMark starts the closing notice.
+// What the daemon sends after its reply: one Ack per sample; NoteMark starts a note, NoticeMark the closing notice.
 const (
 	Ack        = 0x01
+	NoteMark   = 0x02
 	NoticeMark = 0x00
 )
 
@@ -54,6 +55,9 @@ const (
 	CodeCutShort           Code = "cut_short"
 	CodeAckTimeout         Code = "ack_timeout"
 	CodeBadPeer            Code = "bad_peer"
+	CodeSessionTaken       Code = "session_taken"
+	CodeTooManySessions    Code = "too_many_sessions"
+	CodeTooManyGroups      Code = "too_many_groups"
 	CodeInternal           Code = "internal"
 )
 
@@ -62,7 +66,8 @@ func Codes() []Code {
 	return []Code{
 		CodeBadMagic, CodeBadVersion, CodeBadHandshake, CodeHandshakeTimeout, CodeUnknownTable, CodeSpecMismatch,
 		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
-		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeInternal,
+		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeSessionTaken,
+		CodeTooManySessions, CodeTooManyGroups, CodeInternal,
 	}
 }
 
@@ -95,6 +100,21 @@ type Notice struct {
 
 func (n *Notice) Error() string {
 	return fmt.Sprintf("the daemon ended the stream (%s): %s", n.Code, n.Reason)
+}
+
+// NoteRingFull is the code of the note that says that a stream waits for a free slot.
+const NoteRingFull Code = "ring_full"
+
+// Note is what the daemon says while a stream goes on: what it waits for. It is sent only to a client whose hello asked for notes.
+type Note struct {
+	Code    Code   `json:"code"`              // NoteRingFull
+	Reason  string `json:"reason"`            // for a person; names who is waited for
+	Trainer uint64 `json:"trainer,omitempty"` // the trainer that has held a batch for longest; 0 if none holds one
+	Group   string `json:"group,omitempty"`   // its group, or the group that nobody reads for
+	Client  string `json:"client,omitempty"`  // what that trainer calls itself
+	PID     int    `json:"pid,omitempty"`     // its process; 0 where the kernel did not say
+	Batch   uint64 `json:"batch,omitempty"`   // number of the batch it holds
+	Since   int64  `json:"since,omitempty"`   // Unix nanoseconds since when it does
 }
 
 // cutText shortens s to legal UTF-8 of at most the given bytes.

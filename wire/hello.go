@@ -19,6 +19,7 @@ type Role string
 const (
 	RolePush    Role = "push"    // sends samples
 	RoleTrain   Role = "train"   // attaches as a trainer
+	RoleFill    Role = "fill"    // fills slots of the segment in place
 	RoleObserve Role = "observe" // maps the segment read-only
 )
 
@@ -31,6 +32,9 @@ const (
 	AckCommitted AckMode = "committed" // the sample is in the ring
 )
 
+// GroupDefault is the group of a trainer that names none.
+const GroupDefault = "default"
+
 // ByteOrder is the only byte order of samples.
 const ByteOrder = "little"
 
@@ -40,13 +44,15 @@ type Hello struct {
 
 	Role          Role
 	Table         string
-	Spec          *spec.Spec       // push and train
-	Fingerprint   spec.Fingerprint // push and train; push gives this or Spec or both
-	Session       string           // push
+	Spec          *spec.Spec       // push, fill and train
+	Fingerprint   spec.Fingerprint // push, fill and train; push gives this or Spec or both
+	Session       string           // push and fill
 	Ack           AckMode          // push; ReadHello fills in AckQueued
 	WindowSamples int64            // push; 0: the daemon's limit
 	WindowBytes   int64            // push; 0: the daemon's limit
-	Prefetch      int64            // train; 0: the daemon's default
+	Prefetch      int64            // train and fill: most batches held at once; 0: the daemon's default
+	Group         string           // train; empty: GroupDefault
+	Notes         bool             // push and fill: the client reads notes
 	Client        string           // free text for status and logs
 }
 
@@ -62,6 +68,8 @@ type helloBody struct {
 	WindowSamples int64            `json:"window_samples,omitempty"`
 	WindowBytes   int64            `json:"window_bytes,omitempty"`
 	Prefetch      int64            `json:"prefetch,omitempty"`
+	Group         string           `json:"group,omitempty"`
+	Notes         bool             `json:"notes,omitempty"`
 	Client        string           `json:"client,omitempty"`
 }
 
@@ -79,7 +87,7 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 		return dst, fmt.Errorf("wire: hello: %s", refusal.Reason)
 	}
 	body, err := encode(helloBody{
-		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Client,
+		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes, h.Client,
 	})
 	if err != nil {
 		return dst, fmt.Errorf("wire: hello: %w", err)
@@ -111,6 +119,7 @@ func (h *Hello) given() []string {
 	}{
 		{"spec", h.Spec != nil}, {"fingerprint", !h.Fingerprint.IsZero()}, {"session", h.Session != ""}, {"ack", h.Ack != ""},
 		{"window_samples", h.WindowSamples != 0}, {"window_bytes", h.WindowBytes != 0}, {"prefetch", h.Prefetch != 0},
+		{"group", h.Group != ""}, {"notes", h.Notes},
 	} {
 		if f.set {
 			names = append(names, f.name)
@@ -121,19 +130,19 @@ func (h *Hello) given() []string {
 
 // rolesOf says which roles a field is for; one that is not listed is for all.
 var rolesOf = map[string][]Role{
-	"spec": {RolePush, RoleTrain}, "fingerprint": {RolePush, RoleTrain},
-	"session": {RolePush}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
-	"prefetch": {RoleTrain},
+	"spec": {RolePush, RoleFill, RoleTrain}, "fingerprint": {RolePush, RoleFill, RoleTrain},
+	"session": {RolePush, RoleFill}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
+	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill},
 }
 
 // check holds all rules on the values. given lists the fields that were given.
 func (h *Hello) check(given []string) *Refusal {
 	switch h.Role {
-	case RolePush, RoleTrain, RoleObserve:
+	case RolePush, RoleFill, RoleTrain, RoleObserve:
 	case "":
-		return Refuse(CodeBadHandshake, `the field "role" is missing; it is push, train or observe`)
+		return Refuse(CodeBadHandshake, `the field "role" is missing; it is push, fill, train or observe`)
 	default:
-		return Refuse(CodeBadOption, "the role %s is not known; it is push, train or observe", short(string(h.Role)))
+		return Refuse(CodeBadOption, "the role %s is not known; it is push, fill, train or observe", short(string(h.Role)))
 	}
 	for _, name := range given {
 		if roles := rolesOf[name]; roles != nil && !slices.Contains(roles, h.Role) {
@@ -143,7 +152,7 @@ func (h *Hello) check(given []string) *Refusal {
 	if h.Table == "" {
 		return Refuse(CodeBadHandshake, `the field "table" is missing; name the table to use`)
 	}
-	for _, f := range [...][2]string{{"table", h.Table}, {"session", h.Session}, {"client", h.Client}} {
+	for _, f := range [...][2]string{{"table", h.Table}, {"session", h.Session}, {"group", h.Group}, {"client", h.Client}} {
 		if err := checkText(f[1]); err != nil {
 			return Refuse(CodeBadOption, "the field %q %v", f[0], err)
 		}
@@ -196,7 +205,7 @@ func checkVersions(low, high uint16) *Refusal {
 }
 
 // CheckSpec compares what the client said of its samples with the table's spec: nil, or the refusal to send.
-// A trainer that gave neither spec nor fingerprint takes what there is.
+// A trainer, or a producer that fills in place, that gave neither spec nor fingerprint takes what there is.
 func (h *Hello) CheckSpec(table *spec.Spec) *Refusal {
 	switch {
 	case h.Spec != nil && !h.Spec.Equal(table):

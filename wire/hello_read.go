@@ -160,6 +160,10 @@ func (h *Hello) target(name string) any {
 		return &h.WindowBytes
 	case "prefetch":
 		return &h.Prefetch
+	case "group":
+		return &h.Group
+	case "notes":
+		return &h.Notes
 	case "client":
 		return &h.Client
 	}
@@ -176,6 +180,11 @@ func decodeField(name string, raw []byte, target any) (err error) {
 	case *int64:
 		if raw[0] == 'n' || json.Unmarshal(raw, t) != nil {
 			return fmt.Errorf("the field %q must be a whole number, not %s", name, cutText(string(raw), 40))
+		}
+		return nil
+	case *bool:
+		if raw[0] == 'n' || json.Unmarshal(raw, t) != nil {
+			return fmt.Errorf("the field %q must be true or false, not %s", name, cutText(string(raw), 40))
 		}
 		return nil
 	}

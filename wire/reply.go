@@ -16,7 +16,7 @@ const (
 	statusRefused  = 1
 )
 
-// Accepted is a reply that accepts: *AcceptedPush, *AcceptedTrain or *AcceptedObserve.
+// Accepted is a reply that accepts: *AcceptedPush, *AcceptedFill, *AcceptedTrain or *AcceptedObserve.
 type Accepted interface {
 	// check says what a peer of this protocol would never send.
 	check() error
@@ -26,11 +26,25 @@ type Accepted interface {
 type AcceptedPush struct {
 	Table         string           `json:"table"`
 	Fingerprint   spec.Fingerprint `json:"fingerprint"`
-	Stream        uint64           `json:"stream"` // number of the stream in this daemon's life
+	Stream        uint64           `json:"stream"` // number of the stream: the same for all connections of a session
 	Ack           AckMode          `json:"ack"`
 	WindowSamples int64            `json:"window_samples"` // in force, at least 1
 	WindowBytes   int64            `json:"window_bytes"`   // in force, at least 1; one sample may always be under way
 	Held          uint64           `json:"held"`           // samples of the session that the daemon already holds
+}
+
+// AcceptedFill answers role fill. Its first byte carries four descriptors: see the docs, "Fill".
+type AcceptedFill struct {
+	Table        string           `json:"table"`
+	Spec         *spec.Spec       `json:"spec"`
+	Fingerprint  spec.Fingerprint `json:"fingerprint"`
+	Stream       uint64           `json:"stream"` // number of the stream: the same for all connections of a session
+	Held         uint64           `json:"held"`   // samples of the session that the daemon already holds
+	BatchSize    int64            `json:"batch_size"`
+	Batches      int64            `json:"batches"`
+	SegmentBytes int64            `json:"segment_bytes"`
+	ChannelBytes int64            `json:"channel_bytes"`
+	Prefetch     int64            `json:"prefetch"` // most places lent at once
 }
 
 // AcceptedTrain answers role train. Its first byte carries four descriptors: see the docs, "Attach".
@@ -39,6 +53,7 @@ type AcceptedTrain struct {
 	Spec         *spec.Spec       `json:"spec"`
 	Fingerprint  spec.Fingerprint `json:"fingerprint"`
 	Trainer      uint64           `json:"trainer"` // number of the trainer in this daemon's life
+	Group        string           `json:"group"`   // the trainers of a group share the batches
 	BatchSize    int64            `json:"batch_size"`
 	Batches      int64            `json:"batches"`
 	SegmentBytes int64            `json:"segment_bytes"`
@@ -64,6 +79,13 @@ func (a *AcceptedPush) check() error {
 		return fmt.Errorf("the fingerprint is missing")
 	}
 	return positive(named{"window_samples", a.WindowSamples}, named{"window_bytes", a.WindowBytes})
+}
+
+func (a *AcceptedFill) check() error {
+	if err := checkSegment(a.Spec, a.Fingerprint, a.BatchSize, a.Batches, a.SegmentBytes); err != nil {
+		return err
+	}
+	return positive(named{"channel_bytes", a.ChannelBytes}, named{"prefetch", a.Prefetch})
 }
 
 func (a *AcceptedTrain) check() error {
