@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ingestd import FormatError, Spec
-from ingestd.segment import LEASED, OPEN, Segment, State, crc32c
+from ingestd.segment import LEASED, LENT, OPEN, Group, Segment, Session, State, crc32c
 
 from fakes import SPEC, SegmentMaker, image, sample
 
@@ -55,16 +55,48 @@ def test_the_makers_segment_reads_back() -> None:
     maker.fill(1, 7, [sample(0), sample(1)])
     s = Segment(maker.memory)
     assert s.spec == SPEC and s.fingerprint.hex() == SPEC.fingerprint
-    assert s.state(1) == State(7, LEASED, 2, 0, 2)
+    assert s.state(1) == State(7, LEASED, 2, 0, 2, pending=1)
     assert s.state_word(1) == 7 << 3 | 4
     with pytest.raises(FormatError, match="place 3, the segment has 3"):
         s.state(3)
 
 
+def test_sessions_and_groups() -> None:
+    maker = SegmentMaker(SPEC, sessions=3)
+    s = Segment(maker.memory)
+    assert (s.sessions_max, s.sessions(), s.groups()) == (3, [], [])
+    maker.entry(maker.sessions_offset + 256 * 2, "w\u00e9rker", seen=5, stream=9, held=1 << 40)
+    maker.entry(maker.groups_offset + 256 * 63, "eval", seen=6)
+    maker.entry(maker.groups_offset, "default", seen=7)
+    assert s.sessions() == [Session("w\u00e9rker", 9, 1 << 40, 5)]
+    assert s.groups() == [Group(0, "default", 7), Group(63, "eval", 6)]
+    maker.word(maker.sessions_offset + 256 * 2, 0)
+    assert s.sessions() == []
+    maker.entry(maker.groups_offset, "x" * 128, seen=0)
+    assert s.groups()[0].name == "x" * 128
+    maker.word(maker.groups_offset + 24, 129)
+    with pytest.raises(FormatError, match="group in the segment has 129 bytes"):
+        s.groups()
+
+
+def test_a_lent_place_and_the_words_of_the_daemon() -> None:
+    maker = SegmentMaker(SPEC)
+    maker.lend(2, stream=11)
+    at = maker.states_offset + 64 * 2
+    maker.word(at + 8, 3)
+    maker.word(at + 48, 2)
+    s = Segment(maker.memory)
+    assert s.state(2) == State(0, LENT, 3, 0, 0, stream=11, settled=2)
+    assert (s.streams, s.boot, s.clean) == (0, bytes(16), False)
+    for offset, value in ((456, 7), (464, 8), (472, 9), (480, 1)):
+        maker.word(offset, value)
+    assert (s.streams, s.boot, s.clean) == (7, struct.pack("<QQ", 8, 9), True)
+
+
 def test_every_flipped_bit_is_noticed() -> None:
     whole = GOLDEN.read_bytes()
     spec_end = 512 + 16 * 2 + struct.unpack_from("<Q", whole, 72)[0]
-    for at in [*range(200), *range(512, spec_end)]:
+    for at in [*range(256), *range(512, spec_end)]:
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[at] ^= 1 << bit
@@ -83,7 +115,7 @@ def forged(offset: int, value: int, form: str = "<Q") -> bytearray:
     data = bytearray(GOLDEN.read_bytes())
     struct.pack_into(form, data, offset, value)
     end = 512 + 16 * 2 + struct.unpack_from("<Q", data, 72)[0]
-    struct.pack_into("<I", data, 12, crc32c(bytes(data[512:end]), crc32c(bytes(data[16:200]))))
+    struct.pack_into("<I", data, 12, crc32c(bytes(data[512:end]), crc32c(bytes(data[16:256]))))
     return data
 
 
@@ -135,7 +167,7 @@ def test_forged_columns_and_spec() -> None:
     data = forged(520, 14)
     struct.pack_into("<Q", data, 536, 4)  # 14 + 4 bytes: the sum is right, the leaves are not
     end = 512 + 16 * 2 + struct.unpack_from("<Q", data, 72)[0]
-    struct.pack_into("<I", data, 12, crc32c(bytes(data[512:end]), crc32c(bytes(data[16:200]))))
+    struct.pack_into("<I", data, 12, crc32c(bytes(data[512:end]), crc32c(bytes(data[16:256]))))
     with pytest.raises(FormatError, match="do not fit the leaves"):
         Segment(data)
     with pytest.raises(FormatError, match="spec cannot be read"):
