@@ -287,7 +287,7 @@ class Session(Sending):
                 self._fail(Lost(self.name, opened.held, opened.held + self.acked - held))
                 return
             self.lost += self.acked - held
-            held = opened.held + self.lost - self._base  # in numbers of this producer
+            held = self.acked
         again = [*self._sent, *self._out]
         self._sent.clear()
         self._out.clear()
