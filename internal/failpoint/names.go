@@ -11,7 +11,9 @@ import (
 const Variable = "INGESTD_FAILPOINT"
 
 // Names are all points, by package, operation and place in it. Those of client are in the peer's process, all others in the daemon's.
-var Names = []string{}
+var Names = []string{
+	"ring/reserve/taken",
+}
 
 // point is what the variable says.
 type point struct {

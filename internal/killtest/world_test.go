@@ -239,12 +239,12 @@ type peer struct {
 	pause  time.Duration
 	points func(*rand.Rand) string // chooses the failpoint of the next process
 
-	rnd     *rand.Rand
+	rnd *rand.Rand
+
+	mu      sync.Mutex
+	now     *process
 	session uint64
 	ledger  *Ledger
-
-	mu  sync.Mutex
-	now *process
 }
 
 func (p *peer) current() *process {
@@ -299,6 +299,8 @@ func (p *peer) start(point string) error {
 
 // begin gives a producer a session.
 func (p *peer) begin() (err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.w.mu.Lock()
 	p.w.sessions++
 	p.session = p.w.sessions
@@ -325,6 +327,8 @@ func (p *peer) account() (acked uint64) {
 	if p.kind == trainer {
 		return 0
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	sent, acked, err := p.ledger.Read()
 	if err != nil {
 		p.w.fail("ledger of session %d: %v", p.session, err)
@@ -484,3 +488,6 @@ func (w *world) report() {
 		w.t.Logf("  at %s: %d", name, w.points[name])
 	}
 }
+
+// sessionsLast says that sessions survive their producers and the daemon.
+const sessionsLast = false
