@@ -1,6 +1,10 @@
 package ring
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/ingestd/ingestd/internal/failpoint"
+)
 
 // Place is a whole place of the segment that one producer fills in place, row by row from row 0 on. It becomes a batch of its own, so a producer that stops
 // half-way holds up nobody else's batch. It is a small value; copies mean the same place. One goroutine at a time calls the methods for a place.
@@ -22,6 +26,7 @@ func (r *Ring) lend(stream uint64) (Place, bool) {
 	r.clean(index)
 	r.stream(index).Store(stream)
 	r.state(index).Store(uint64(Lent))
+	failpoint.Hit("ring/lend/lent")
 	return Place{index}, true
 }
 
@@ -41,7 +46,9 @@ func (r *Ring) CommitPlace(p Place, row, n int, stream, first, arrival uint64, m
 			State(r.state(p.Index).Load()&stateMask)))
 	}
 	r.mark(p.Index, uint32(row), uint32(n), stream, first, arrival)
+	failpoint.Hit("ring/place/marked")
 	mark.store()
+	failpoint.Hit("ring/place/held")
 	progress.Store(uint64(row + n))
 }
 
@@ -57,6 +64,7 @@ func (r *Ring) PublishPlace(p Place, rows int) {
 		panic(fmt.Sprintf("ring: place %d is published with %d rows, where %d are committed and %d settled", p.Index, rows, have, settled))
 	}
 	r.stream(p.Index).Store(0)
+	failpoint.Hit("ring/place/publish")
 	// One store makes it published: until then the successor of a daemon that dies finds it lent, with its rows.
 	r.announce(p.Index, uint64(rows))
 }
@@ -70,6 +78,7 @@ func (r *Ring) ReturnPlace(p Place) {
 	if !r.state(p.Index).CompareAndSwap(uint64(Lent), uint64(Free)) {
 		panic(fmt.Sprintf("ring: place %d is not lent: given back twice, or never lent", p.Index))
 	}
+	failpoint.Hit("ring/place/returned")
 	r.free.push(p.Index)
 	r.freed()
 }
