@@ -594,8 +594,9 @@ class Keeping:
             if left == 0:
                 self.kills += 1
                 self.pinned = ({place for _, place, _ in f.lent} | self.pinned) if self.keep else set()
-                if dice.random() < 0.5:  # committed, but the producer is not told
-                    self.hold(f.take(done=False))
+                if dice.random() < 0.5:  # committed, some rows or all, but the producer is not told
+                    found = f.take(done=False) or []
+                    self.hold(found[: dice.randrange(len(found) + 1)])
                     self.pinned |= {place for _, place, _ in f.lent} if self.keep else set()
                 f.close()
                 return False
