@@ -18,7 +18,7 @@ from ingestd.segment import crc32c
 
 HEAD = struct.Struct("<8sHHI")
 MAGIC = b"INGESTD\n"
-PATIENCE = 10  # seconds before a test that hangs fails instead; no test waits for it
+PATIENCE = 60  # seconds before a test that hangs fails instead; no test waits for it
 
 
 class Peer:
