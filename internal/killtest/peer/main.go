@@ -37,16 +37,16 @@ type options struct {
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "peer: say produce or train")
+		fmt.Fprintln(os.Stderr, "peer: say produce, train or own")
 		os.Exit(2)
 	}
 	o := &options{}
 	f := flag.NewFlagSet("peer "+os.Args[1], flag.ExitOnError)
-	f.StringVar(&o.addr, "addr", "", "address of the daemon")
+	f.StringVar(&o.addr, "addr", "", "address of the daemon; own: file of the segment")
 	f.StringVar(&o.table, "table", "", "table")
 	f.StringVar(&o.specText, "spec", "", "the table's spec")
 	f.StringVar(&o.group, "group", "", "train: group")
-	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked")
+	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked; own: the first part of the names of such files")
 	f.StringVar(&o.name, "name", "", "produce: name of the session; empty: none, which cannot come back")
 	f.Uint64Var(&o.session, "session", 0, "produce: number of the session, which stands in its samples")
 	f.Uint64Var(&o.seed, "seed", 0, "of its random choices")
@@ -76,6 +76,8 @@ func (o *options) run(ctx context.Context, kind string) (err error) {
 		return o.produce(ctx)
 	case "train":
 		return o.train(ctx)
+	case "own":
+		return o.own(ctx)
 	}
 	return fmt.Errorf("there is no kind of peer %q", kind)
 }
