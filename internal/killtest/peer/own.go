@@ -223,7 +223,7 @@ func (w *owner) filling(ctx context.Context, b *book) error {
 func (w *owner) settle(ctx context.Context, b *book, p ring.Place, first uint64, rows int) error {
 	seat := park.NewWaiter()
 	for done := 0; done < rows; {
-		run, err := w.ring.Reserve(ctx, seat, rows-done)
+		run, err := w.ring.Reserve(context.WithoutCancel(ctx), seat, rows-done) // also at the end: these were acked
 		if err != nil {
 			return err
 		}
