@@ -31,11 +31,14 @@ func (r *Ring) lend(stream uint64) (Place, bool) {
 }
 
 // PlaceColumn returns the bytes of one leaf for all rows of a lent place.
-func (r *Ring) PlaceColumn(p Place, leaf int) []byte {
-	n := r.layout.Columns[leaf] * int64(r.layout.BatchSize)
-	at := r.base(p.Index) + r.geo.columns[leaf]
-	return r.mem[at : at+n : at+n]
+func (v *View) PlaceColumn(p Place, leaf int) []byte {
+	n := v.layout.Columns[leaf] * int64(v.layout.BatchSize)
+	at := v.base(p.Index) + v.geo.columns[leaf]
+	return v.mem[at : at+n : at+n]
 }
+
+// PlaceArrivals returns, for each row of a lent place, when it was complete, in Unix nanoseconds; only those of committed rows mean something.
+func (v *View) PlaceArrivals(p Place) []uint64 { return v.slotWords(p.Index, v.geo.arrivals) }
 
 // CommitPlace says that n more rows of a lent place, from row on, are filled: samples first, first+1, ... of stream, complete at arrival (Unix nanoseconds, not 0).
 // Rows are committed in order; anything else panics.

@@ -79,6 +79,7 @@ func Recover(mem []byte, layout Layout) (*Ring, *Recovery, error) {
 	word(mem, offClosed).Store(0)
 	rec := &recovery{Ring: over(v), survey: s, found: &Recovery{Clean: clean}}
 	rec.groups.Store(rec.usedGroups())
+	rec.leased.Store(rec.published.Load()) // what is missing of those before was never more than counted
 	places := rec.unread()
 	failpoint.Hit("ring/recover/begun")
 	rec.countSessions(places)
