@@ -35,7 +35,7 @@ func TestRingOwnerKilled(t *testing.T) {
 func ownerKilled(t *testing.T, seed uint64, enough func(kills, missing int) bool) {
 	rnd := rand.New(rand.NewPCG(seed, 1))
 	dir := memoryDir(t)
-	segment, ledger, layout := filepath.Join(dir, "segment"), filepath.Join(dir, "ledger"), SpecText("a:U8[13],b:F32[3]")
+	segment, ledger, layout := filepath.Join(dir, "segment"), filepath.Join(dir, "ledger"), ownSpec
 	history := NewHistory("own")
 	history.KeepsStreams = true
 	deliver := func(line string) {
