@@ -18,7 +18,7 @@ import (
 // ownPoints are the failpoints that an owner of a ring passes.
 func ownPoints() (list []string) {
 	for _, name := range failpoint.Names {
-		if strings.HasPrefix(name, "ring/") {
+		if strings.HasPrefix(name, "ring/") || strings.HasPrefix(name, "drainer/settle/") {
 			list = append(list, name)
 		}
 	}

@@ -13,13 +13,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/internal/killtest"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 )
 
 // owner is a whole daemon in small, without sockets: it owns a segment in a file, and its goroutines are two producers that reserve slots, one that fills lent
-// places, and a trainer. Whatever is killed in it is killed inside ring, at any store.
+// places, and a trainer. Whatever is killed in it is killed inside ring or drainer, at any store.
 type owner struct {
 	*options
 	ring *ring.Ring
@@ -182,68 +183,54 @@ func (w *owner) reserving(ctx context.Context, b *book) error {
 	}
 }
 
-// filling is a producer that fills lent places. Some it leaves unfinished: their rows are settled.
-func (w *owner) filling(ctx context.Context, b *book) error {
-	seat := park.NewWaiter()
-	for {
-		p, err := w.ring.Lend(ctx, seat, b.session.Stream())
-		if err != nil {
-			return err
-		}
-		rows, goal := 0, ownBatch
-		if b.rnd.IntN(3) == 0 {
-			goal = b.rnd.IntN(ownBatch)
-		}
-		first := b.next
-		for rows < goal {
-			n := 1 + b.rnd.IntN(goal-rows)
-			err := w.fill(b, n, func(leaf int) []byte {
-				return w.ring.PlaceColumn(p, leaf)[rows*int(w.spec.Leaf(leaf).Bytes()):]
-			})
+// filling is a producer that fills lent places, and the daemon's side of it. Some places it leaves unfinished for a while, so that their rows are settled.
+func (w *owner) filling(ctx context.Context, b *book) (err error) {
+	l := drainer.NewLender(w.ring, drainer.LenderID{Stream: b.session.Stream(), Session: b.session, FlushAtEnd: true})
+	defer func() {
+		err = errors.Join(err, l.End(context.Background(), b.rnd.IntN(2) == 0))
+		l.Free()
+	}()
+	type lease struct {
+		number uint64
+		place  ring.Place
+	}
+	var lent []lease
+	for rows := 0; ; {
+		for len(lent) == 0 || len(lent) < 2 && b.rnd.IntN(2) == 0 {
+			number, p, err := l.Lend(ctx)
 			if err != nil {
 				return err
 			}
-			w.ring.CommitPlace(p, rows, n, b.session.Stream(), b.next, uint64(time.Now().UnixNano()), b.session.Mark(b.next+uint64(n)))
-			if err := b.took(n); err != nil {
-				return err
-			}
-			rows += n
+			lent = append(lent, lease{number, p})
 		}
-		if rows == ownBatch || rows > 0 && b.rnd.IntN(3) == 0 {
-			w.ring.PublishPlace(p, rows)
-			continue
-		}
-		if err := w.settle(ctx, b, p, first, rows); err != nil {
+		n := 1 + b.rnd.IntN(ownBatch-rows)
+		if err := w.fill(b, n, func(leaf int) []byte {
+			return w.ring.PlaceColumn(lent[0].place, leaf)[rows*int(w.spec.Leaf(leaf).Bytes()):]
+		}); err != nil {
 			return err
 		}
-	}
-}
-
-// settle copies the rows of a lent place into shared batches and gives it back. It returns when these are published, so that no later place overtakes them.
-func (w *owner) settle(ctx context.Context, b *book, p ring.Place, first uint64, rows int) error {
-	seat := park.NewWaiter()
-	for done := 0; done < rows; {
-		run, err := w.ring.Reserve(context.WithoutCancel(ctx), seat, rows-done) // also at the end: these were acked
+		full, err := l.Commit(lent[0].number, n, uint64(time.Now().UnixNano()))
 		if err != nil {
 			return err
 		}
-		for leaf := range w.spec.NumLeaves() {
-			copy(w.ring.RunColumn(run, leaf), w.ring.PlaceColumn(p, leaf)[done*int(w.spec.Leaf(leaf).Bytes()):])
+		if err := b.took(n); err != nil {
+			return err
 		}
-		done += int(run.N)
-		w.ring.Commit(run, b.session.Stream(), first+uint64(done)-uint64(run.N), uint64(time.Now().UnixNano()), w.ring.SettledMark(p, done))
-		w.ring.Flush()
-		opening := run.Position / ownBatch
-		for ctx.Err() == nil {
-			s := w.ring.BatchState(int(run.Index))
-			if s.Number != opening || s.State != ring.Open && s.State != ring.Sealing {
-				break
+		rows += n
+		switch {
+		case full && l.TryPublish():
+		case full, b.rnd.IntN(6) == 0:
+			if err := l.Settle(context.WithoutCancel(ctx)); err != nil { // also at the end: a full place must be done with
+				return err
 			}
-			wait(ctx, 50*time.Microsecond)
+		}
+		if full {
+			lent, rows = lent[1:], 0
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
-	w.ring.ReturnPlace(p)
-	return nil
 }
 
 // training reads what was recovered, then what is published, to the end of the stream.
