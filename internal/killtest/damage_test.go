@@ -48,7 +48,10 @@ var damagedPoints = []string{"ring/mark/row", "ring/closeup/copied", "ring/place
 // as it is; or it gives a ring of which each place comes back, in which no row is torn, and that the check finds to be whole.
 func TestEachByteDamaged(t *testing.T) {
 	t.Parallel()
-	seed := newSeed(t)
+	eachByteDamaged(t, newSeed(t))
+}
+
+func eachByteDamaged(t *testing.T, seed uint64) {
 	rnd := rand.New(rand.NewPCG(seed, 2))
 	dir := memoryDir(t)
 	s, err := spec.ParseText(ownSpec)

@@ -56,7 +56,10 @@ type world struct {
 	running context.Context // ends when peers and the daemon no longer come back
 	rest    context.CancelFunc
 	peers   []*peer
-	all     sync.WaitGroup
+	keepers sync.WaitGroup
+	killing context.Context // ends when nobody is killed any more
+	spare   context.CancelFunc
+	killers sync.WaitGroup
 
 	mu       sync.Mutex
 	daemon   *process
@@ -124,6 +127,7 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 	t.Helper()
 	w := &world{t: t, seed: seed, dir: memoryDir(t), tables: tables, kills: map[kind]int{}, points: map[string]int{}, stops: map[kind]int{}}
 	w.running, w.rest = context.WithCancel(t.Context())
+	w.killing, w.spare = context.WithCancel(w.running)
 	rnd := w.rand("ports")
 	w.tcp, w.admin, w.unix = freePort(t, rand.New(rand.NewPCG(uint64(os.Getpid()), rnd.Uint64()))), "", filepath.Join(w.dir, "s")
 	w.client.Transport = &http.Transport{MaxIdleConnsPerHost: 1}
@@ -157,7 +161,8 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 				q.kill()
 			}
 		}
-		w.all.Wait()
+		w.killers.Wait()
+		w.keepers.Wait()
 		w.client.CloseIdleConnections()
 	})
 	if !w.serve("") {
@@ -261,7 +266,7 @@ func (w *world) add(p *peer) {
 	if err := p.start(""); err != nil {
 		w.t.Fatal(err)
 	}
-	w.all.Go(p.keep)
+	w.keepers.Go(p.keep)
 }
 
 // start starts the next process.
@@ -397,6 +402,13 @@ func (w *world) get(url string, read func(io.Reader) error) error {
 // finish ends the world in order and judges. The daemon that runs now must go on to the end.
 func (w *world) finish() {
 	w.t.Helper()
+	w.spare()
+	w.killers.Wait()
+	if !within(patience, func() bool {
+		return w.running.Err() != nil || !slices.ContainsFunc(w.peers, func(p *peer) bool { return !p.current().running() })
+	}) {
+		w.fail("those that were killed do not come back")
+	}
 	w.rest()
 	if w.failed.Load() {
 		return
@@ -414,10 +426,8 @@ func (w *world) finish() {
 			p.signal(termination)
 		}
 		for _, p := range list {
-			if p.running() || !p.struck() {
-				if err := p.ends(0); err != nil {
-					w.t.Errorf("%s: %v", what, err)
-				}
+			if err := p.ends(0); err != nil && !p.endedBy(termination) { // as one that has only begun is
+				w.t.Errorf("%s: %v", what, err)
 			}
 		}
 	}
