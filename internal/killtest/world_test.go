@@ -32,6 +32,7 @@ const (
 	shmProducer kind = "shm producer"
 	trainer     kind = "trainer"
 	theDaemon   kind = "daemon"
+	scribbler   kind = "scribbler" // a hostile trainer or shm producer
 )
 
 // table is a table of the daemon, and the oracle of it.
@@ -238,6 +239,7 @@ type peer struct {
 	kind   kind
 	table  *table
 	group  string // of a trainer
+	role   string // of a scribbler
 	addr   string
 	lasts  bool // a producer whose session goes on with the next process
 	most   int
@@ -274,10 +276,14 @@ func (p *peer) start(point string) error {
 	args := []string{"--addr", p.addr, "--table", p.table.Name, "--spec", p.table.Spec, "--most", strconv.Itoa(p.most), "--pause", p.pause.String(),
 		"--seed", strconv.FormatUint(p.rnd.Uint64(), 10)}
 	var line func(string)
-	if p.kind == trainer {
+	switch p.kind {
+	case trainer:
 		args = append([]string{"train", "--group", p.group}, args...)
 		line = p.delivered
-	} else {
+	case scribbler:
+		args = append([]string{"scribble", "--role", p.role}, args...)
+		line = func(string) {} // counted
+	default:
 		role, name := "produce", ""
 		if p.kind == shmProducer {
 			role = "fill"
@@ -329,7 +335,7 @@ func (p *peer) delivered(line string) {
 
 // account reads the ledger into the history.
 func (p *peer) account() (acked uint64) {
-	if p.kind == trainer {
+	if !p.produces() {
 		return 0
 	}
 	p.mu.Lock()
@@ -354,7 +360,7 @@ func (p *peer) keep() {
 			return
 		case q.struck():
 			p.w.count(p.kind, map[bool]string{false: q.point}[q.killed.Load()])
-		case q.cmd.ProcessState.ExitCode() == 0 && p.kind != trainer && !p.lasts: // a producer without a session does not come back
+		case q.cmd.ProcessState.ExitCode() == 0 && p.produces() && !p.lasts: // a producer without a session does not come back
 		default:
 			p.w.fail("%s ended: %s", p.kind, q.ending())
 			return
@@ -370,9 +376,11 @@ func (p *peer) keep() {
 	}
 }
 
-// progress counts what the current process has done: samples acked, or batches read.
+func (p *peer) produces() bool { return p.kind == tcpProducer || p.kind == shmProducer }
+
+// progress counts what the current process has done: samples acked, or batches read, or channels spoiled.
 func (p *peer) progress(q *process) uint64 {
-	if p.kind == trainer {
+	if !p.produces() {
 		return q.lines.Load()
 	}
 	return p.account()
@@ -413,12 +421,15 @@ func (w *world) finish() {
 	if w.failed.Load() {
 		return
 	}
-	var producers, trainers []*process
+	var producers, trainers, scribblers []*process
 	for _, p := range w.peers {
-		if p.kind == trainer {
-			trainers = append(trainers, p.current())
-		} else {
-			producers = append(producers, p.current())
+		switch q := p.current(); p.kind {
+		case trainer:
+			trainers = append(trainers, q)
+		case scribbler:
+			scribblers = append(scribblers, q)
+		default:
+			producers = append(producers, q)
 		}
 	}
 	end := func(what string, list []*process) {
@@ -431,6 +442,7 @@ func (w *world) finish() {
 			}
 		}
 	}
+	end("scribbler", scribblers)
 	end("producer", producers)
 	for _, p := range w.peers {
 		p.account()
@@ -501,3 +513,6 @@ func (w *world) report() {
 
 // sessionsLast says that sessions survive their producers and the daemon.
 const sessionsLast = false
+
+// hostileRoles are those that share a channel with the daemon.
+var hostileRoles = []string{"train"}
