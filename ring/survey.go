@@ -40,7 +40,30 @@ func (v *View) Survey() *Survey {
 	for i, p := range s.Places {
 		v.surveyPlace(s, i, p, numbers, openings)
 	}
+	if len(s.Problems) == 0 {
+		v.surveyMissing(s, numbers)
+	}
 	return s
+}
+
+// surveyMissing looks for the places of batches that were published and not leased. A daemon can have died between counting a batch and saying so in its place,
+// which then shows what it was before.
+func (v *View) surveyMissing(s *Survey, numbers map[uint64]int) {
+	filling := uint64(0)
+	for _, p := range s.Places {
+		if p.State == Open || p.State == Sealing || p.State == Lent {
+			filling++
+		}
+	}
+	waiting := uint64(0)
+	for number := range numbers {
+		if number >= v.Leased() {
+			waiting++
+		}
+	}
+	if missing := v.Published() - v.Leased() - waiting; missing > filling {
+		s.found("%d batches are published and not leased, and %d of them are in no place: their samples are lost", v.Published()-v.Leased(), missing)
+	}
 }
 
 func (v *View) surveyCursors(s *Survey) {
