@@ -27,10 +27,18 @@ var ErrSessionTaken = errors.New("another connection has opened the same session
 
 // session is who has one of the table's sessions, and who waits for it. Under Table.mu.
 type session struct {
-	entry   *ring.Session // of who has it
+	inRing  *ring.Session // of who has it
 	taken   func()        // of who has it; nil once it was called
 	ended   chan struct{} // closed when all that its stream was given is in the ring; nil while nobody has it
 	waiting chan struct{} // closed when a later one waits instead; nil while nobody waits
+}
+
+// entry returns the session in the segment, nil of none.
+func (s *session) entry() *ring.Session {
+	if s == nil {
+		return nil
+	}
+	return s.inRing
 }
 
 // OpenStream makes the queue of one producer, which begins with sample number Stream.Held. Where another stream has the session, its Taken is called, and
@@ -39,19 +47,13 @@ type session struct {
 func (t *Table) OpenStream(ctx context.Context, cfg StreamConfig) (*drainer.Stream, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	own, err := t.claim(ctx, cfg)
+	own, id, err := t.claim(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, err)
 	}
-	config := drainer.StreamConfig{FlushAtEnd: t.cfg.Linger > 0, Full: t.full}
-	if own == nil {
-		config.ID = t.ring.NextStream()
-	} else {
-		config.ID, config.Session = own.entry.Stream(), own.entry
-	}
-	s := t.cfg.Drainers.Open(t.ring, config)
+	s := t.cfg.Drainers.Open(t.ring, drainer.StreamConfig{ID: id, Session: own.entry(), FlushAtEnd: t.cfg.Linger > 0, Full: t.full})
 	t.opened++
-	t.streams[s.ID()] = s
+	t.streams[id] = s
 	t.watching.Go(func() {
 		<-s.Done()
 		t.mu.Lock()
@@ -60,22 +62,44 @@ func (t *Table) OpenStream(ctx context.Context, cfg StreamConfig) (*drainer.Stre
 		t.past.Pushed += st.Pushed
 		t.past.Committed += st.Committed
 		t.past.Abandoned += st.Abandoned
-		delete(t.streams, s.ID())
+		delete(t.streams, id)
 		t.release(cfg.Session, own)
 	})
 	return s, nil
 }
 
-// claim makes the session the caller's, who gives it back with release; nil where cfg names none. Called under mu, which it lets go while it waits.
-func (t *Table) claim(ctx context.Context, cfg StreamConfig) (*session, error) {
+// OpenLender is OpenStream for a producer that fills places of the ring itself. It ends with Lender.End.
+func (t *Table) OpenLender(ctx context.Context, cfg StreamConfig) (*drainer.Lender, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	own, id, err := t.claim(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, err)
+	}
+	l := drainer.NewLender(t.ring, drainer.LenderID{Stream: id, Session: own.entry(), FlushAtEnd: t.cfg.Linger > 0})
+	t.opened++
+	t.lenders[id] = l
+	t.watching.Go(func() {
+		<-l.Done()
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		st := l.Stats()
+		t.past.Pushed += st.Committed
+		t.past.Committed += st.Committed
+		delete(t.lenders, id)
+		t.release(cfg.Session, own)
+	})
+	return l, nil
+}
+
+// claim makes the session the caller's, who gives it back with release; nil where cfg names none. It returns the stream's number, too. Called under mu, which it
+// lets go while it waits.
+func (t *Table) claim(ctx context.Context, cfg StreamConfig) (*session, uint64, error) {
 	if t.closed {
-		return nil, os.ErrClosed
+		return nil, 0, os.ErrClosed
 	}
 	if cfg.Session == "" {
-		return nil, nil
-	}
-	if n := len(cfg.Session); n > NameBytesMax {
-		return nil, fmt.Errorf("the session's name has %d bytes, may have %d", n, NameBytesMax)
+		return nil, t.ring.NextStream(), nil
 	}
 	s := t.sessions[cfg.Session]
 	if s == nil {
@@ -88,22 +112,16 @@ func (t *Table) claim(ctx context.Context, cfg StreamConfig) (*session, error) {
 	}
 	if s.ended != nil {
 		if err := t.await(ctx, cfg.Session, s); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
-	now := time.Now()
-	for _, other := range t.sessions {
-		if other.entry != nil {
-			other.entry.Seen(now) // so that none in use looks old enough to be forgotten
-		}
-	}
-	entry, err := t.ring.OpenSession(cfg.Session, now, t.cfg.SessionTTL)
+	inRing, err := t.ring.OpenSession(cfg.Session, time.Now(), t.cfg.SessionTTL)
 	if err != nil {
-		t.release(cfg.Session, s)
-		return nil, fmt.Errorf("session %q: %w", cfg.Session, err)
+		t.release(cfg.Session, nil)
+		return nil, 0, fmt.Errorf("session %.40q: %w", cfg.Session, err)
 	}
-	s.entry, s.taken, s.ended = entry, cfg.Taken, make(chan struct{})
-	return s, nil
+	s.inRing, s.taken, s.ended = inRing, cfg.Taken, make(chan struct{})
+	return s, inRing.Stream(), nil
 }
 
 // await takes the session from who has it.
@@ -142,11 +160,9 @@ func (t *Table) await(ctx context.Context, name string, s *session) error {
 // release gives a session back: s, unless it is nil, is the caller's. Called under mu.
 func (t *Table) release(name string, s *session) {
 	if s != nil {
-		if s.entry != nil {
-			s.entry.Seen(time.Now())
-			close(s.ended)
-		}
-		s.entry, s.taken, s.ended = nil, nil, nil
+		s.inRing.Close(time.Now())
+		close(s.ended)
+		s.inRing, s.taken, s.ended = nil, nil, nil
 	}
 	if s = t.sessions[name]; s != nil && s.ended == nil && s.waiting == nil {
 		delete(t.sessions, name)

@@ -55,6 +55,7 @@ type Table struct {
 	closing  chan struct{} // closed with closed
 	opened   uint64        // streams there ever were
 	streams  map[uint64]*drainer.Stream
+	lenders  map[uint64]*drainer.Lender
 	sessions map[string]*session // those that somebody has or waits for
 	taken    uint64              // sessions that went to another connection
 	past     drainer.StreamStats // of the streams that are gone
@@ -111,7 +112,7 @@ func New(cfg Config) (*Table, error) {
 	} else {
 		memory = heap{ring.AlignedBytes(size)}
 	}
-	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, sessions: map[string]*session{}}
+	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}, sessions: map[string]*session{}}
 	if t.ring, err = ring.Format(memory.Bytes(), l); err == nil {
 		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger})
 	}
@@ -187,6 +188,7 @@ type Stats struct {
 	Sessions  int    // known, with and without a connection
 	Taken     uint64 // sessions that went from one connection to another that asked for it
 	Streams   []drainer.StreamStats
+	Lenders   []drainer.LenderStats // producers that fill places themselves; they count as streams above
 	Sampler   sampler.Stats
 }
 
@@ -217,6 +219,13 @@ func (t *Table) Stats() Stats {
 		st.Abandoned += ss.Abandoned
 		st.Streams = append(st.Streams, ss)
 	}
+	for _, l := range t.lenders {
+		ls := l.Stats()
+		st.Pushed += ls.Committed
+		st.Committed += ls.Committed
+		st.Lenders = append(st.Lenders, ls)
+	}
+	sort.Slice(st.Lenders, func(i, j int) bool { return st.Lenders[i].Stream < st.Lenders[j].Stream })
 	sort.Slice(st.Streams, func(i, j int) bool { return st.Streams[i].Stream < st.Streams[j].Stream })
 	return st
 }
