@@ -66,7 +66,7 @@ func BenchmarkWhoScatters(b *testing.B) {
 			ctx, stop := context.WithCancel(b.Context())
 			finished := make(chan struct{})
 			go func() { _ = pool.Run(ctx); close(finished) }()
-			s := pool.Open(r, 1, false)
+			s := pool.Open(r, StreamConfig{ID: 1})
 			buf := make([]byte, stage)
 			began := cpuTime(b)
 			for b.Loop() {
@@ -111,7 +111,7 @@ func BenchmarkWhoScatters(b *testing.B) {
 							return
 						}
 						scatter(r, run, columns, one[0])
-						r.Commit(run, 1, next, 1)
+						r.Commit(run, 1, next, 1, ring.Mark{})
 						next += uint64(run.N)
 						left -= int(run.N)
 						recycle(r)

@@ -81,7 +81,7 @@ func newChannelHost(t *testing.T) *channelHost {
 func (h *channelHost) publish() bool {
 	run, ok := h.ring.TryReserve(1)
 	if ok {
-		h.ring.Commit(run, 1, run.Position, 1)
+		h.ring.Commit(run, 1, run.Position, 1, ring.Mark{})
 	}
 	return ok
 }

@@ -51,7 +51,7 @@ func fill(t testing.TB, r *ring.Ring, first, n int) {
 			t.Fatalf("the ring is full at sample %d", first)
 		}
 		clear(r.RunColumn(run, 0))
-		r.Commit(run, 0, uint64(first), 1)
+		r.Commit(run, 0, uint64(first), 1, ring.Mark{})
 		first += int(run.N)
 		n -= int(run.N)
 	}
@@ -271,7 +271,7 @@ func TestNoAllocations(t *testing.T) {
 		b, _ = s.TryNext()
 		s.Release(b)
 		run, _ := r.TryReserve(batchSize)
-		r.Commit(run, 0, 0, 1)
+		r.Commit(run, 0, 0, 1, ring.Mark{})
 	}); n != 0 {
 		t.Errorf("%v allocations per batch, want 0", n)
 	}
@@ -317,7 +317,7 @@ func TestManyTrainers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.Commit(run, 0, uint64(at), 1)
+			r.Commit(run, 0, uint64(at), 1, ring.Mark{})
 			at += int(run.N)
 		}
 		r.Close()
