@@ -68,7 +68,7 @@ func serveTable(t *testing.T, text string) *table {
 	d.memory = must[*shm.Memory](t)(shm.NewMemory(shm.MemoryConfig{Size: must[int64](t)(layout.Bytes())}))
 	d.ring = must[*ring.Ring](t)(ring.Format(d.memory.Bytes(), layout))
 	d.ring.Poison = true
-	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{}))
+	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{}, nil))
 	d.server = must[*shm.Server](t)(shm.NewServer(shm.ServerConfig{Tables: d}))
 	l := must[*net.UnixListener](t)(net.ListenUnix("unix", &net.UnixAddr{Name: d.path}))
 	ctx, stop := context.WithCancel(context.Background())

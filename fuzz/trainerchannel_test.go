@@ -70,7 +70,7 @@ func newChannelHost(t *testing.T) *channelHost {
 	need(t, h.memory, err)
 	h.ring, err = ring.Format(h.memory.Bytes(), l)
 	need(t, h.ring, err)
-	h.fifo, err = sampler.New(h.ring, sampler.Config{})
+	h.fifo, err = sampler.New(h.ring, sampler.Config{}, nil)
 	need(t, h.fifo, err)
 	h.server, err = shm.NewServer(shm.ServerConfig{Tables: h, Log: slog.New(slog.DiscardHandler)})
 	need(t, h.server, err)

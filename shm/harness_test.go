@@ -70,7 +70,7 @@ func startDaemon(t testing.TB, batches int, cfg ServerConfig) *daemon {
 	d.ring, err = ring.Format(d.memory.Bytes(), layout)
 	check(t, err)
 	d.ring.Poison = true
-	d.fifo, err = sampler.New(d.ring, sampler.Config{})
+	d.fifo, err = sampler.New(d.ring, sampler.Config{}, nil)
 	check(t, err)
 	cfg.Tables = d
 	d.server, err = NewServer(cfg)

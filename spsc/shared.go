@@ -111,6 +111,9 @@ func (p *Producer) TryPush(items []Desc) (int, error) {
 // Pushed returns how many descriptors were pushed so far.
 func (p *Producer) Pushed() uint64 { return p.at }
 
+// Taken returns how many descriptors the consumer says it has taken. It may say anything.
+func (p *Producer) Taken() uint64 { return p.consumed.Load() }
+
 // ConsumerWaiting reports whether the consumer sleeps or is about to, so that its eventfd must be written. Asked after a push or
 // Close; a hostile consumer can cost its producer useless writes with it, and nothing else.
 func (p *Producer) ConsumerWaiting() bool {
