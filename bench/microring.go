@@ -101,7 +101,7 @@ func (s ringShape) ringCycle(n int) time.Duration {
 		run, ok := r.TryReserve(want)
 		if ok {
 			copy(r.RunColumn(run, 0), source)
-			r.Commit(run, 1, run.Position, 1)
+			r.Commit(run, 1, run.Position, 1, ring.Mark{})
 		}
 		if b, leased := r.TryLease(); leased {
 			r.Release(b)

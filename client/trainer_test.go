@@ -112,7 +112,7 @@ func (d *table) push(n int, f func(number uint64, leaf int, to []byte)) {
 		for leaf := range d.spec.NumLeaves() {
 			f(d.next, leaf, d.ring.RunColumn(run, leaf))
 		}
-		d.ring.Commit(run, 7, d.next, 1000+d.next)
+		d.ring.Commit(run, 7, d.next, 1000+d.next, ring.Mark{})
 		d.next++
 	}
 }
@@ -293,7 +293,7 @@ func TestTrainerCopyDoesNotAllocate(t *testing.T) {
 	var c Copied
 	if n := testing.AllocsPerRun(200, func() {
 		run, _ := d.ring.TryReserve(trainerBatchSize)
-		d.ring.Commit(run, 7, 0, 1)
+		d.ring.Commit(run, 7, 0, 1, ring.Mark{})
 		if err := tr.Copy(ctx, &c); err != nil {
 			t.Error(err)
 		}

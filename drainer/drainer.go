@@ -188,7 +188,7 @@ func (d *drainer) visit(s *Stream) bool {
 	for found > 0 {
 		n := s.queue.TryPop(d.buffer[:min(found, visitRuns)])
 		for _, f := range d.buffer[:n] {
-			s.ring.Commit(f.run, s.id, f.first, f.arrival)
+			s.ring.Commit(f.run, s.id, f.first, f.arrival, ring.Mark{})
 			samples += uint64(f.run.N)
 		}
 		found -= n

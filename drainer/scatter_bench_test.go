@@ -111,7 +111,7 @@ func BenchmarkWhoScatters(b *testing.B) {
 							return
 						}
 						scatter(r, run, columns, one[0])
-						r.Commit(run, 1, next, 1)
+						r.Commit(run, 1, next, 1, ring.Mark{})
 						next += uint64(run.N)
 						left -= int(run.N)
 						recycle(r)

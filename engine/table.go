@@ -132,7 +132,7 @@ func (t *Table) OpenStream() (*drainer.Stream, error) {
 		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, os.ErrClosed)
 	}
 	t.next++
-	s := t.cfg.Drainers.Open(t.ring, t.next, t.cfg.Linger > 0)
+	s := t.cfg.Drainers.Open(t.ring, t.ring.NextStream(), t.cfg.Linger > 0)
 	t.streams[s.ID()] = s
 	t.watching.Go(func() {
 		<-s.Done()

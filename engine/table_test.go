@@ -396,12 +396,9 @@ func TestTablesShareAPool(t *testing.T) {
 	}
 }
 
-// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread; without it, Run has nothing to do.
+// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread.
 func TestLinger(t *testing.T) {
 	cfg := config(t, newPool(t))
-	if err := newTable(t, cfg).Run(t.Context()); err != nil {
-		t.Fatalf("without linger: %v", err)
-	}
 	cfg.Linger = time.Millisecond
 	table := newTable(t, cfg)
 	ctx, stop := context.WithCancel(t.Context())

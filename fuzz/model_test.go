@@ -167,7 +167,7 @@ func (m *model) line(place int) ring.BatchState {
 	if number >= m.published() {
 		return line
 	}
-	line.Count = m.size - line.Void
+	line.Count, line.Pending = m.size-line.Void, ring.AllGroups
 	switch {
 	case b.released:
 		line.State = ring.Free

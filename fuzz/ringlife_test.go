@@ -180,7 +180,7 @@ func (l *life) commit(arg int) {
 			proof.Leaf(column[i*size:(i+1)*size], spec.U8, stream, first+uint64(i), c)
 		}
 	}
-	l.ring.Commit(run, stream, first, 1+first)
+	l.ring.Commit(run, stream, first, 1+first, ring.Mark{})
 	l.model.commit(run, stream, first, 1+first)
 }
 

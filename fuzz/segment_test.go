@@ -31,7 +31,7 @@ func segment(tb testing.TB) []byte {
 			tb.Fatal("a fresh ring is full")
 		}
 		if run.Position < 6 {
-			r.Commit(run, 1, run.Position, 1)
+			r.Commit(run, 1, run.Position, 1, ring.Mark{})
 		}
 	}
 	if _, ok := r.TryLease(); !ok {

@@ -16,9 +16,10 @@ var update = flag.Bool("update", false, "write testdata/golden.seg anew")
 // goldenSpec has the fingerprint that package spec gives it; both are fixed here so that this package needs no other.
 const goldenSpec = `{"leaves":[{"name":"image","dtype":"F32","shape":[2,2]},{"name":"label","dtype":"I16","shape":[]}]}`
 
-// golden makes the segment that the readers in other languages are tested with: batch 0 is leased, batch 1 open with one slot committed, one place never used.
+// golden makes the segment that the readers in other languages are tested with: batch 0 is leased, opening 1 open with one slot committed, one place lent with one row
+// committed; sessions "worker-1" (stream 1, 3 held) and "worker-2" (stream 3), groups "train" and "eval".
 func golden(t *testing.T) *Ring {
-	l := Layout{BatchSize: 4, Batches: 3, Columns: []int64{16, 2}, Spec: []byte(goldenSpec), Table: "golden", Created: time.Unix(1700000000, 5)}
+	l := Layout{BatchSize: 4, Batches: 3, Sessions: 3, Columns: []int64{16, 2}, Spec: []byte(goldenSpec), Table: "golden", Created: time.Unix(1700000000, 5)}
 	copy(l.Fingerprint[:], "this is not a real fingerprint..")
 	n, err := l.Bytes()
 	if err != nil {
@@ -27,6 +28,20 @@ func golden(t *testing.T) *Ring {
 	r, err := Format(AlignedBytes(n), l)
 	if err != nil {
 		t.Fatal(err)
+	}
+	one, err := r.OpenSession("worker-1", time.Unix(1700000000, 0), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two := r.NextStream()
+	three, err := r.OpenSession("worker-2", time.Unix(1700000000, 7), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, group := range []string{"train", "eval"} {
+		if _, err := r.AddGroup(group, time.Unix(1700000000, 9)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	put := func(stream, first uint64, n int) {
 		run, ok := r.TryReserve(n)
@@ -41,11 +56,17 @@ func golden(t *testing.T) *Ring {
 			}
 			binary.LittleEndian.PutUint16(r.RunColumn(run, 1)[i*2:], uint16(stream*100+first+i))
 		}
-		r.Commit(run, stream, first, 1700000001000000000+first)
+		r.Commit(run, stream, first, 1700000001000000000+first, Mark{})
 	}
-	put(1, 0, 2)
-	put(2, 0, 2)
-	put(1, 2, 1)
+	put(one.Stream(), 0, 2)
+	put(two, 0, 2)
+	put(one.Stream(), 2, 1)
+	one.Mark(3).store()
+	p, ok := r.TryLend(three.Stream())
+	if !ok {
+		t.Fatal("no place to lend")
+	}
+	r.CommitPlace(p, 0, 1, three.Stream(), 0, 1700000001000000000, three.Mark(1))
 	if _, ok := r.TryLease(); !ok {
 		t.Fatal("nothing to lease")
 	}

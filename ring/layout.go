@@ -15,10 +15,16 @@ const (
 	ColumnsMax   = 4096
 	SpecBytesMax = 2 << 20
 	SegmentMax   = 1 << 46 // bytes; far above any machine, far below overflow
+	SessionsMax  = 1 << 16
+	NameBytesMax = 128 // of a session or a group
+	GroupsMax    = 64  // groups of trainers: one bit each in a word
+
+	// SessionsDefault is how many sessions a segment has room for unless its layout says otherwise: 256 KiB.
+	SessionsDefault = 1024
 )
 
 // Version is the format version this package writes and reads.
-const Version = 1
+const Version = 2
 
 // Offsets of the fixed header; see docs/segment-format.md.
 const (
@@ -42,12 +48,18 @@ const (
 	offFingerprint = 128
 	offCreated     = 160
 	offTable       = 168
+	offSessions    = 200
+	offSessionTab  = 208
+	offGroupTab    = 216
 	crcFrom        = 16
-	crcTo          = 200
+	crcTo          = 256
 	offReserved    = 256
 	offPublished   = 320
 	offLeased      = 384
 	offClosed      = 448
+	offStreams     = 456
+	offBoot        = 464
+	offClean       = 480
 	headerBytes    = 512
 	columnEntry    = 16
 	tableBytes     = 32
@@ -57,6 +69,7 @@ const (
 	columnAlign = 64
 	batchAlign  = 4096
 	lineBytes   = 64
+	entryBytes  = 256 // of the session and group tables
 )
 
 var magic = [8]byte{'I', 'N', 'G', 'D', 'S', 'E', 'G', '1'}
@@ -70,6 +83,8 @@ type Layout struct {
 	Fingerprint [32]byte  // opaque here
 	Table       string    // for people; cut to 32 bytes
 	Created     time.Time // when the segment was made
+	Sessions    int       // sessions there is room for; 0 is SessionsDefault
+	Boot        [16]byte  // identifies this run of the machine's kernel; zero where unknown. Not part of what is compared
 }
 
 // FormatError says why bytes are not a segment, or a layout not a possible one.
@@ -84,6 +99,7 @@ func formatError(format string, args ...any) error {
 // geometry is where things lie, worked out from a Layout.
 type geometry struct {
 	specOffset, statesOffset, dataOffset int64
+	sessionTable, groupTable             int64
 	stride, segment, sample              int64
 	streams, numbers, arrivals           int64   // columns of the slots' own data, from the start of a batch
 	columns                              []int64 // leaf columns, from the start of a batch
@@ -102,6 +118,11 @@ func (l *Layout) geometry() (*geometry, error) {
 		return nil, formatError("%d columns, must be 1 to %d", len(l.Columns), ColumnsMax)
 	case len(l.Spec) > SpecBytesMax:
 		return nil, formatError("spec text of %d bytes, at most %d", len(l.Spec), SpecBytesMax)
+	case l.Sessions < 0 || l.Sessions > SessionsMax:
+		return nil, formatError("room for %d sessions, must be 1 to %d", l.Sessions, SessionsMax)
+	}
+	if l.Sessions == 0 {
+		l.Sessions = SessionsDefault
 	}
 	g := &geometry{columns: make([]int64, len(l.Columns))}
 	slots := int64(l.BatchSize)
@@ -119,7 +140,9 @@ func (l *Layout) geometry() (*geometry, error) {
 	g.stride = alignUp(at, batchAlign)
 	g.specOffset = headerBytes + columnEntry*int64(len(l.Columns))
 	g.statesOffset = alignUp(g.specOffset+int64(len(l.Spec)), lineBytes)
-	g.dataOffset = alignUp(g.statesOffset+lineBytes*int64(l.Batches), batchAlign)
+	g.sessionTable = g.statesOffset + lineBytes*int64(l.Batches)
+	g.groupTable = g.sessionTable + entryBytes*int64(l.Sessions)
+	g.dataOffset = alignUp(g.groupTable+entryBytes*GroupsMax, batchAlign)
 	if g.stride > (SegmentMax-g.dataOffset)/int64(l.Batches) {
 		return nil, formatError("%d batches of %d bytes: a segment is at most %d bytes", l.Batches, g.stride, int64(SegmentMax))
 	}
@@ -158,6 +181,10 @@ func (l *Layout) writeHeader(mem []byte, g *geometry) {
 	copy(mem[offFingerprint:], l.Fingerprint[:])
 	put(offCreated, l.Created.UnixNano())
 	copy(mem[offTable:offTable+tableBytes], l.Table)
+	put(offSessions, int64(l.Sessions))
+	put(offSessionTab, g.sessionTable)
+	put(offGroupTab, g.groupTable)
+	copy(mem[offBoot:], l.Boot[:])
 	for i, n := range l.Columns {
 		entry := headerBytes + columnEntry*i
 		put(entry, g.columns[i])
@@ -196,6 +223,7 @@ func readHeader(mem []byte) (*Layout, *geometry, error) {
 		{"batches", offBatches, BatchesMax},
 		{"columns", offColumns, ColumnsMax},
 		{"spec_bytes", offSpecBytes, SpecBytesMax},
+		{"sessions", offSessions, SessionsMax},
 	} {
 		if v := get(f.off); v > f.max {
 			return nil, nil, formatError("%s is %d, at most %d", f.name, v, f.max)
@@ -206,6 +234,7 @@ func readHeader(mem []byte) (*Layout, *geometry, error) {
 		Batches:   int(get(offBatches)),
 		Columns:   make([]int64, get(offColumns)),
 		Created:   time.Unix(0, int64(get(offCreated))),
+		Sessions:  int(get(offSessions)),
 	}
 	specOffset := headerBytes + columnEntry*len(l.Columns)
 	specEnd := specOffset + int(get(offSpecBytes))
@@ -214,6 +243,9 @@ func readHeader(mem []byte) (*Layout, *geometry, error) {
 	}
 	if got, want := binary.LittleEndian.Uint32(mem[offCRC:]), headerCRC(mem, int64(specEnd)); got != want {
 		return nil, nil, formatError("header checksum is %08x, its bytes give %08x: the header is damaged", got, want)
+	}
+	if l.Sessions == 0 {
+		return nil, nil, formatError("room for 0 sessions, must be 1 to %d", SessionsMax)
 	}
 	l.Fingerprint = [32]byte(mem[offFingerprint:])
 	l.Table = trimZero(mem[offTable : offTable+tableBytes])
@@ -251,6 +283,8 @@ func (g *geometry) compare(mem []byte) error {
 		{"stream_column", offStreamCol, g.streams},
 		{"number_column", offNumberCol, g.numbers},
 		{"arrival_column", offArrivalCol, g.arrivals},
+		{"sessions_offset", offSessionTab, g.sessionTable},
+		{"groups_offset", offGroupTab, g.groupTable},
 	} {
 		if err := want(f.name, f.off, f.want); err != nil {
 			return err

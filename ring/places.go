@@ -11,13 +11,6 @@ type places struct {
 	next []atomic.Uint32 // place+1 of the one below
 }
 
-func (p *places) init(n int) {
-	p.next = make([]atomic.Uint32, n)
-	for i := n - 1; i >= 0; i-- {
-		p.push(uint32(i))
-	}
-}
-
 func (p *places) push(index uint32) {
 	for {
 		top := p.top.Load()

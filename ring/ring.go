@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync/atomic"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 )
 
@@ -11,16 +12,24 @@ import (
 type Ring struct {
 	View
 
-	// At Space wait writers that found the ring full; one is woken for each place that comes free. At Ready wait trainers that found nothing.
-	Space, Ready park.Event
+	// At Space wait writers that found the ring full, at Room those that found no place to be lent; one of each is woken for each place that comes
+	// free. At Ready wait trainers that found nothing.
+	Space, Room, Ready park.Event
 
-	// Cursors in the segment. Several goroutines move each of them, by compare-and-swap; a position is moved by exactly one.
+	// Full, if set, is called when a writer is about to wait for a place, from its goroutine and with no lock held. Set before use.
+	Full func()
+
+	// Cursors in the segment. Several goroutines move each of them, atomically; a position is moved by exactly one.
 	reserved, published, leased *atomic.Uint64
+	sealed                      atomic.Uint64 // openings whose batches were published
+	groups                      atomic.Uint64 // one bit for each entry of the group table that is in use
 
-	// order[number%Batches] is (number+1)<<16 | place, for the newest batch that was opened with that remainder. At most Batches batches are live, and a
-	// batch is leased before its word can be taken over, so until then the word is its own.
-	order []atomic.Uint64
-	free  places
+	// opened[opening%Batches] is (opening+1)<<16 | place, for the newest batch that was opened for shared filling with that remainder, and
+	// numbered[number%Batches] is the same for published batches. At most Batches batches are live, and a batch is sealed, or leased, before its word
+	// can be taken over, so until then the word is its own.
+	opened, numbered []atomic.Uint64
+	free             places
+	tables           tables
 
 	// Poison makes Release overwrite the batch with 0xCC, so that a slice kept too long shows as junk at once. For tests; set before use.
 	Poison bool
@@ -64,23 +73,42 @@ func Format(mem []byte, layout Layout) (*Ring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading back the header just written: %w", err)
 	}
-	r := &Ring{
-		View:      *v,
-		reserved:  word(mem, offReserved),
-		published: word(mem, offPublished),
-		leased:    word(mem, offLeased),
-		order:     make([]atomic.Uint64, layout.Batches),
+	r := over(v)
+	for i := range v.layout.Batches {
+		r.free.push(uint32(v.layout.Batches - 1 - i))
 	}
-	r.free.init(layout.Batches)
 	return r, nil
 }
 
-func (r *Ring) state(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)) }
-func (r *Ring) progress(index uint32) *atomic.Uint64 { return word(r.mem, r.line(index)+8) }
-func (r *Ring) count(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)+16) }
+// over makes a Ring with nothing in it and no free place.
+func over(v *View) *Ring {
+	r := &Ring{
+		View:      *v,
+		reserved:  word(v.mem, offReserved),
+		published: word(v.mem, offPublished),
+		leased:    word(v.mem, offLeased),
+		opened:    make([]atomic.Uint64, v.layout.Batches),
+		numbered:  make([]atomic.Uint64, v.layout.Batches),
+	}
+	r.free.next = make([]atomic.Uint32, v.layout.Batches)
+	r.tables.open = make([]bool, v.layout.Sessions)
+	return r
+}
 
-func (r *Ring) orderOf(number uint64) *atomic.Uint64 {
-	return &r.order[number%uint64(len(r.order))]
+func (r *Ring) state(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)) }
+func (r *Ring) progress(index uint32) *atomic.Uint64 { return word(r.mem, r.line(index)+lineProgress) }
+func (r *Ring) count(index uint32) *atomic.Uint64    { return word(r.mem, r.line(index)+lineCount) }
+func (r *Ring) move(index uint32) *atomic.Uint64     { return word(r.mem, r.line(index)+lineMove) }
+func (r *Ring) pending(index uint32) *atomic.Uint64  { return word(r.mem, r.line(index)+linePending) }
+func (r *Ring) stream(index uint32) *atomic.Uint64   { return word(r.mem, r.line(index)+lineStream) }
+func (r *Ring) settled(index uint32) *atomic.Uint64  { return word(r.mem, r.line(index)+lineSettled) }
+
+func (r *Ring) openedOf(opening uint64) *atomic.Uint64 {
+	return &r.opened[opening%uint64(len(r.opened))]
+}
+
+func (r *Ring) numberedOf(number uint64) *atomic.Uint64 {
+	return &r.numbered[number%uint64(len(r.numbered))]
 }
 
 // TryReserve takes up to n slots, all in one batch: as many as are left in the batch being filled. It returns false when the ring is full.
@@ -88,43 +116,60 @@ func (r *Ring) TryReserve(n int) (Run, bool) {
 	size := uint64(r.layout.BatchSize)
 	for {
 		p := r.reserved.Load()
-		number := p / size
-		row := p - number*size
-		order := r.orderOf(number)
+		opening := p / size
+		row := p - opening*size
+		opened := r.openedOf(opening)
 		// edge(open): acquire - after this load names our batch, its place is clean.
-		w := order.Load()
-		if w>>placeBits != number+1 {
-			if r.reserved.Load() == p && !r.open(number, order, w) {
+		w := opened.Load()
+		if w>>placeBits != opening+1 {
+			if r.reserved.Load() == p && !r.open(opening, opened, w) {
 				return Run{}, false
 			}
 			continue
 		}
 		m := min(uint64(n), size-row)
 		if r.reserved.CompareAndSwap(p, p+m) {
+			failpoint.Hit("ring/reserve/taken")
 			return Run{Position: p, Index: uint32(w & (1<<placeBits - 1)), Row: uint32(row), N: uint32(m)}, true
 		}
 	}
 }
 
-// open binds batch number to a free place. It returns false when there is none; true says to try again, whoever bound it.
-func (r *Ring) open(number uint64, order *atomic.Uint64, was uint64) bool {
+// open binds an opening to a free place. It returns false when there is none; true says to try again, whoever bound it.
+func (r *Ring) open(opening uint64, opened *atomic.Uint64, was uint64) bool {
 	index, ok := r.free.pop()
 	if !ok {
-		return order.Load() != was // somebody else may have bound it with the last place
+		return opened.Load() != was // somebody else may have bound it with the last place
 	}
-	// edge(release): acquire - the pop came after the push of whoever read the place last.
-	r.progress(index).Store(0)
-	r.count(index).Store(0)
-	clear(r.slotWords(index, r.geo.arrivals))
-	r.state(index).Store(number<<stateBits | uint64(Open))
+	r.clean(index)
+	r.state(index).Store(opening<<stateBits | uint64(Open))
+	failpoint.Hit("ring/open/stated")
 	// edge(open): release - the place is clean before this word says whose it is.
-	if !order.CompareAndSwap(was, (number+1)<<placeBits|uint64(index)) {
-		r.state(index).Store(number<<stateBits | uint64(Free))
+	if !opened.CompareAndSwap(was, (opening+1)<<placeBits|uint64(index)) {
+		r.state(index).Store(uint64(Free))
 		r.free.push(index)
 	}
 	// A writer that came while we held the last place found none.
-	r.Space.WakeOne()
+	r.freed()
 	return true
+}
+
+// clean makes a place that was popped ready to be filled. Until its state says otherwise it counts as free, so a daemon that dies here loses nothing.
+func (r *Ring) clean(index uint32) {
+	// edge(release): acquire - the pop came after the push of whoever read the place last.
+	r.progress(index).Store(0)
+	r.count(index).Store(0)
+	r.move(index).Store(0)
+	r.pending(index).Store(0)
+	r.stream(index).Store(0)
+	r.settled(index).Store(0)
+	clear(r.slotWords(index, r.geo.arrivals))
+}
+
+// freed wakes one of those for whom a place that came free is enough.
+func (r *Ring) freed() {
+	r.Space.WakeOne()
+	r.Room.WakeOne()
 }
 
 // RunColumn returns the bytes of one leaf for the slots of a run, to be filled before Commit.
@@ -135,19 +180,41 @@ func (r *Ring) RunColumn(run Run, leaf int) []byte {
 	return r.mem[at:end:end]
 }
 
+// Mark is a word of the segment that must follow a commit: it is stored when the slots are marked as written, and before they can be published. So whoever
+// finds the segment of a dead daemon sees at least one of both. The zero Mark is none.
+type Mark struct {
+	word  *atomic.Uint64
+	value uint64
+}
+
+func (m Mark) store() {
+	if m.word != nil {
+		m.word.Store(m.value)
+	}
+}
+
 // Commit says that the run's slots are filled with samples first, first+1, ... of stream, whose last bytes came at arrival (Unix nanoseconds, not 0). Their
 // batch is published if these were its last.
-func (r *Ring) Commit(run Run, stream, first, arrival uint64) {
-	row, end := run.Row, run.Row+run.N
-	streams := r.slotWords(run.Index, r.geo.streams)[row:end]
-	numbers := r.slotWords(run.Index, r.geo.numbers)[row:end]
-	arrivals := r.slotWords(run.Index, r.geo.arrivals)[row:end]
+func (r *Ring) Commit(run Run, stream, first, arrival uint64, mark Mark) {
+	failpoint.Hit("ring/commit/begun")
+	r.mark(run.Index, run.Row, run.N, stream, first, arrival)
+	failpoint.Hit("ring/commit/marked")
+	mark.store()
+	failpoint.Hit("ring/commit/held")
+	r.advance(run.Index, uint64(run.N))
+}
+
+// mark writes the slots' own words. A slot's arrival is the last that is written of it: in the segment of a dead daemon, one that is not 0 says that the slot is whole.
+func (r *Ring) mark(index, row, n uint32, stream, first, arrival uint64) {
+	streams := r.slotWords(index, r.geo.streams)[row : row+n]
+	numbers := r.slotWords(index, r.geo.numbers)[row : row+n]
+	arrivals := r.slotWords(index, r.geo.arrivals)[row : row+n]
 	for i := range streams {
 		streams[i] = stream
 		numbers[i] = first + uint64(i)
 		arrivals[i] = max(arrival, 1)
+		failpoint.Hit("ring/mark/row")
 	}
-	r.advance(run.Index, uint64(run.N))
 }
 
 // Abandon gives a run back unfilled. If no slot after it was reserved it goes to the next sample; otherwise its slots become void, and the rows after them move up
@@ -169,12 +236,11 @@ func (r *Ring) Flush() bool {
 	size := uint64(r.layout.BatchSize)
 	for {
 		p := r.reserved.Load()
-		number := p / size
 		row := p % size
 		if row == 0 {
 			return false
 		}
-		w := r.orderOf(number).Load()
+		w := r.openedOf(p / size).Load()
 		if r.reserved.CompareAndSwap(p, p-row+size) {
 			r.void(Run{Position: p, Index: uint32(w & (1<<placeBits - 1)), Row: uint32(row), N: uint32(size - row)})
 			return true
@@ -186,6 +252,7 @@ func (r *Ring) Flush() bool {
 func (r *Ring) advance(index uint32, by uint64) {
 	// edge(commit): release - slot bytes and slot words are complete before this count is seen.
 	done := r.progress(index).Add(by) & progressMask
+	failpoint.Hit("ring/advance/counted")
 	switch size := uint64(r.layout.BatchSize); {
 	case done == size:
 		r.publish()
@@ -194,14 +261,14 @@ func (r *Ring) advance(index uint32, by uint64) {
 	}
 }
 
-// publish publishes every batch that is complete, in order. Whoever completes a batch calls it: either it gets the batch that is next, or another
-// caller has it and looks at the one after when done.
+// publish publishes every batch that is complete, in the order of their openings. Whoever completes a batch calls it: either it gets the batch that is next, or
+// another caller has it and looks at the one after when done.
 func (r *Ring) publish() {
 	size := uint64(r.layout.BatchSize)
 	for {
-		number := r.published.Load()
-		w := r.orderOf(number).Load()
-		if w>>placeBits != number+1 {
+		opening := r.sealed.Load()
+		w := r.openedOf(opening).Load()
+		if w>>placeBits != opening+1 {
 			return
 		}
 		index := uint32(w & (1<<placeBits - 1))
@@ -210,67 +277,54 @@ func (r *Ring) publish() {
 		if progress&progressMask != size {
 			return
 		}
-		if !r.state(index).CompareAndSwap(number<<stateBits|uint64(Open), number<<stateBits|uint64(Sealing)) {
+		if !r.state(index).CompareAndSwap(opening<<stateBits|uint64(Open), opening<<stateBits|uint64(Sealing)) {
 			return
 		}
+		failpoint.Hit("ring/publish/sealing")
 		rows := size - progress>>progressBits
 		if rows < size {
 			r.closeUp(index)
+			failpoint.Hit("ring/publish/closed")
 		}
-		r.count(index).Store(rows)
-		// edge(publish): release - rows and count are complete before this state is seen.
-		r.state(index).Store(number<<stateBits | uint64(Published))
-		r.published.Store(number + 1)
-		r.Ready.Wake()
+		r.announce(index, rows)
+		r.sealed.Store(opening + 1)
 	}
 }
 
-// closeUp moves the rows that hold samples to the front, in order. Rows that do not have arrival 0.
-func (r *Ring) closeUp(index uint32) {
-	arrivals := r.slotWords(index, r.geo.arrivals)
-	to := 0
-	for from := 0; from < len(arrivals); {
-		if arrivals[from] == 0 {
-			from++
-			continue
-		}
-		end := from
-		for end < len(arrivals) && arrivals[end] != 0 {
-			end++
-		}
-		if to != from {
-			r.moveRows(index, to, from, end-from)
-		}
-		to += end - from
-		from = end
+// announce makes a place, which nobody writes to any more, the next batch.
+func (r *Ring) announce(index uint32, rows uint64) {
+	groups := r.groups.Load()
+	if groups == 0 {
+		groups = AllGroups
 	}
-	clear(arrivals[to:])
-}
-
-func (r *Ring) moveRows(index uint32, to, from, n int) {
-	for _, column := range [...]int64{r.geo.streams, r.geo.numbers, r.geo.arrivals} {
-		w := r.slotWords(index, column)
-		copy(w[to:], w[from:from+n])
-	}
-	base := r.base(index)
-	for leaf, size := range r.layout.Columns {
-		at := base + r.geo.columns[leaf]
-		col := r.mem[at : at+size*int64(r.layout.BatchSize)]
-		copy(col[size*int64(to):], col[size*int64(from):size*int64(from+n)])
-	}
+	r.pending(index).Store(groups)
+	r.count(index).Store(rows)
+	number := r.published.Add(1) - 1
+	failpoint.Hit("ring/announce/numbered")
+	// edge(publish): release - rows and count are complete before this state is seen.
+	r.state(index).Store(number<<stateBits | uint64(Published))
+	failpoint.Hit("ring/announce/published")
+	// edge(number): release - the batch is published before this word says where it is.
+	r.numberedOf(number).Store((number+1)<<placeBits | uint64(index))
+	r.Ready.Wake()
 }
 
 // TryLease returns the oldest published batch that nobody has had, or false.
 func (r *Ring) TryLease() (Batch, bool) {
 	for {
 		number := r.leased.Load()
-		if number >= r.published.Load() {
-			return Batch{}, false
-		}
-		w := r.orderOf(number).Load()
-		if w>>placeBits != number+1 || !r.leased.CompareAndSwap(number, number+1) {
+		// edge(number): acquire - after this load names the batch, it is published.
+		w := r.numberedOf(number).Load()
+		if w>>placeBits != number+1 {
+			if r.leased.Load() == number {
+				return Batch{}, false
+			}
 			continue
 		}
+		if !r.leased.CompareAndSwap(number, number+1) {
+			continue
+		}
+		failpoint.Hit("ring/lease/taken")
 		b := Batch{Number: number, Index: uint32(w & (1<<placeBits - 1)), view: &r.View}
 		b.Count = int(r.count(b.Index).Load())
 		r.state(b.Index).Store(number<<stateBits | uint64(Leased))
@@ -290,8 +344,9 @@ func (r *Ring) Release(b Batch) {
 	if !r.state(b.Index).CompareAndSwap(b.Number<<stateBits|uint64(Leased), b.Number<<stateBits|uint64(Free)) {
 		panic(fmt.Sprintf("ring: batch %d in place %d is not leased: released twice, or never leased", b.Number, b.Index))
 	}
+	failpoint.Hit("ring/release/freed")
 	r.free.push(b.Index)
-	r.Space.WakeOne()
+	r.freed()
 }
 
 func (r *Ring) poison(index uint32) {
@@ -306,5 +361,6 @@ func (r *Ring) poison(index uint32) {
 func (r *Ring) Close() {
 	word(r.mem, offClosed).Store(1)
 	r.Space.Wake()
+	r.Room.Wake()
 	r.Ready.Wake()
 }

@@ -109,7 +109,7 @@ func moveRing(tb testing.TB, c cycle, n int) (bytes, sum uint64) {
 	touch(r.mem[r.geo.dataOffset:])
 	fill := func(run Run, writer int, first uint64, from []byte) {
 		copy(r.RunColumn(run, 0), from)
-		r.Commit(run, uint64(writer), first, 1)
+		r.Commit(run, uint64(writer), first, 1, Mark{})
 	}
 	take := func(b Batch) {
 		k, s := c.read(b.Column(0))

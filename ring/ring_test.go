@@ -167,7 +167,7 @@ func TestPublishInOrderWhateverTheOrderOfCommits(t *testing.T) {
 	}
 	for i, at := range []int{2, 1, 3, 0} {
 		fill(r, runs[at], 1, uint64(at))
-		r.Commit(runs[at], 1, uint64(at), 1)
+		r.Commit(runs[at], 1, uint64(at), 1, Mark{})
 		if _, ok := r.TryLease(); ok && i < 3 {
 			t.Fatal("a batch was leased before the one in front of it was published")
 		}
@@ -194,7 +194,7 @@ func TestHeldBatchDoesNotStopTheRing(t *testing.T) {
 			t.Fatalf("full at sample %d", next)
 		}
 		fill(r, run, 1, next)
-		r.Commit(run, 1, next, 1)
+		r.Commit(run, 1, next, 1, Mark{})
 		next++
 	}
 	put()
@@ -225,7 +225,7 @@ func TestFlushPublishesShort(t *testing.T) {
 		t.Fatal("published with uncommitted slots")
 	}
 	fill(r, run, 7, 0)
-	r.Commit(run, 7, 0, 1)
+	r.Commit(run, 7, 0, 1, Mark{})
 	b, ok := r.TryLease()
 	if !ok || b.Count != 3 {
 		t.Fatalf("got %+v, want 3 rows", b)
@@ -245,11 +245,11 @@ func TestAbandon(t *testing.T) {
 		t.Fatalf("got %+v, want the slot that was given back", c2)
 	} else {
 		fill(r, c2, 3, 0)
-		r.Commit(c2, 3, 0, 1)
+		r.Commit(c2, 3, 0, 1, Mark{})
 	}
 	r.Abandon(a) // slots after it are taken: its rows go
 	fill(r, b, 2, 0)
-	r.Commit(b, 2, 0, 1)
+	r.Commit(b, 2, 0, 1, Mark{})
 	got, ok := r.TryLease()
 	if !ok || got.Count != 4 {
 		t.Fatalf("got %+v, want 4 rows", got)
@@ -267,7 +267,7 @@ func TestBatchOfNothingIsSkipped(t *testing.T) {
 	a, _ := r.TryReserve(2)
 	b, _ := r.TryReserve(2)
 	fill(r, b, 1, 0)
-	r.Commit(b, 1, 0, 1)
+	r.Commit(b, 1, 0, 1, Mark{})
 	r.Abandon(a)
 	got, ok := r.TryLease()
 	if !ok || got.Number != 1 {
@@ -290,8 +290,8 @@ func TestOwnBugsPanic(t *testing.T) {
 	}
 	r := newRing(t, 2, 2, 8)
 	run, _ := r.TryReserve(2)
-	r.Commit(run, 1, 0, 1)
-	mustPanic("committing a run twice", func() { r.Commit(run, 1, 0, 1) })
+	r.Commit(run, 1, 0, 1, Mark{})
+	mustPanic("committing a run twice", func() { r.Commit(run, 1, 0, 1, Mark{}) })
 	b, _ := r.TryLease()
 	r.Release(b)
 	mustPanic("releasing a batch twice", func() { r.Release(b) })
@@ -301,7 +301,7 @@ func TestViewChecksWhatItIsTold(t *testing.T) {
 	r := newRing(t, 2, 2, 8)
 	run, _ := r.TryReserve(2)
 	fill(r, run, 1, 0)
-	r.Commit(run, 1, 0, 1)
+	r.Commit(run, 1, 0, 1, Mark{})
 	v, err := OpenView(r.mem)
 	if err != nil {
 		t.Fatal(err)
@@ -328,7 +328,7 @@ func TestCloseWakesBothSides(t *testing.T) {
 	r := newRing(t, 1, 2, 8)
 	for range 2 {
 		run, _ := r.TryReserve(1)
-		r.Commit(run, 1, 0, 1)
+		r.Commit(run, 1, 0, 1, Mark{})
 	}
 	errs := make(chan error, 2)
 	go func() {
@@ -373,7 +373,7 @@ func TestNoAllocations(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.Commit(run, 1, n, 1)
+		r.Commit(run, 1, n, 1, Mark{})
 		n += 4
 		b, err := r.Lease(t.Context(), w)
 		if err != nil {
@@ -420,7 +420,7 @@ func TestManyWritersAndTrainers(t *testing.T) {
 						fallthrough
 					default:
 						fill(r, run, id, next)
-						r.Commit(run, id, next, 1)
+						r.Commit(run, id, next, 1, Mark{})
 						next += uint64(run.N)
 					}
 				}

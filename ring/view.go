@@ -12,9 +12,10 @@ const (
 	Sealing   State = 2 // full, about to be published
 	Published State = 3 // waiting for a trainer
 	Leased    State = 4 // a trainer reads it
+	Lent      State = 5 // one producer fills it in place
 )
 
-var stateNames = [...]string{"free", "open", "sealing", "published", "leased"}
+var stateNames = [...]string{"free", "open", "sealing", "published", "leased", "lent"}
 
 func (s State) String() string {
 	if int(s) < len(stateNames) {
@@ -25,11 +26,14 @@ func (s State) String() string {
 
 // BatchState is one state line, read without stopping the ring: its fields may belong to different moments.
 type BatchState struct {
-	Number    uint64 // number of the batch in this place
+	Number    uint64 // number of the batch in this place; of one that is open or being sealed: its opening
 	State     State
-	Committed int // slots committed or void
-	Void      int // slots given up
-	Count     int // rows, when published or leased
+	Committed int    // slots committed or void
+	Void      int    // slots given up
+	Count     int    // rows, when published or leased
+	Pending   uint64 // groups that have not released it, when published or leased
+	Stream    uint64 // who fills it, when lent
+	Settled   int    // of its rows, those that were copied to another batch, when lent
 }
 
 // View reads a segment and never writes. All methods may be called from any goroutine.
@@ -85,13 +89,16 @@ func (v *View) line(index uint32) int64 { return v.geo.statesOffset + lineBytes*
 func (v *View) BatchState(index int) BatchState {
 	at := v.line(uint32(index))
 	state := word(v.mem, at).Load()
-	progress := word(v.mem, at+8).Load()
+	progress := word(v.mem, at+lineProgress).Load()
 	return BatchState{
 		Number:    state >> stateBits,
 		State:     State(state & stateMask),
 		Committed: int(progress & progressMask),
 		Void:      int(progress >> progressBits),
-		Count:     int(word(v.mem, at+16).Load()),
+		Count:     int(word(v.mem, at+lineCount).Load()),
+		Pending:   word(v.mem, at+linePending).Load(),
+		Stream:    word(v.mem, at+lineStream).Load(),
+		Settled:   int(word(v.mem, at+lineSettled).Load()),
 	}
 }
 
@@ -100,6 +107,16 @@ const (
 	stateMask    = 1<<stateBits - 1
 	progressBits = 32
 	progressMask = 1<<progressBits - 1
+)
+
+// Offsets in a state line.
+const (
+	lineProgress = 8
+	lineCount    = 16
+	lineMove     = 24
+	linePending  = 32
+	lineStream   = 40
+	lineSettled  = 48
 )
 
 // Batch is a batch that its holder may read until it is given back. It is a small value; copies mean the same lease.
@@ -120,7 +137,7 @@ func (v *View) Batch(number uint64, index uint32, count int) (Batch, error) {
 	if got := word(v.mem, at).Load(); State(got&stateMask) != Leased || got>>stateBits != number {
 		return Batch{}, formatError("place %d is %v with batch %d, not leased with batch %d", index, State(got&stateMask), got>>stateBits, number)
 	}
-	if have := word(v.mem, at+16).Load(); count < 1 || count > v.layout.BatchSize || have != uint64(count) {
+	if have := word(v.mem, at+lineCount).Load(); count < 1 || count > v.layout.BatchSize || have != uint64(count) {
 		return Batch{}, formatError("batch %d is said to have %d rows, the segment says %d of %d", number, count, have, v.layout.BatchSize)
 	}
 	return Batch{Number: number, Index: index, Count: count, view: v}, nil

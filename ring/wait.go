@@ -15,27 +15,11 @@ func (r *Ring) Reserve(ctx context.Context, w *park.Waiter, n int) (Run, error) 
 		return run, nil
 	}
 	for {
-		r.Space.Add(w)
-		if r.Closed() {
-			r.Space.Remove(w)
-			return Run{}, os.ErrClosed
-		}
-		if r.hasSpace() { // since, or left by others: the first in line takes it
-			r.Space.WakeOne()
-		}
-		if err := w.Wait(ctx); err != nil {
-			if !r.Space.Remove(w) {
-				r.Space.WakeOne()
-			}
+		if err := r.turn(ctx, w, &r.Space, r.hasSpace); err != nil {
 			return Run{}, err
 		}
-		if r.Closed() {
-			return Run{}, os.ErrClosed
-		}
 		if run, ok := r.TryReserve(n); ok {
-			if r.hasSpace() {
-				r.Space.WakeOne()
-			}
+			r.next(&r.Space, r.hasSpace)
 			return run, nil
 		}
 	}
@@ -49,12 +33,65 @@ func (r *Ring) TryReserveInTurn(n int) (Run, bool) {
 	return r.TryReserve(n)
 }
 
+// Lend is TryLend that waits while no place is free, in the order in which the callers came. It returns os.ErrClosed after Close, or the context's error.
+func (r *Ring) Lend(ctx context.Context, w *park.Waiter, stream uint64) (Place, error) {
+	if p, ok := r.TryLend(stream); ok {
+		return p, nil
+	}
+	for {
+		if err := r.turn(ctx, w, &r.Room, r.hasRoom); err != nil {
+			return Place{}, err
+		}
+		if p, ok := r.lend(stream); ok {
+			r.next(&r.Room, r.hasRoom)
+			return p, nil
+		}
+	}
+}
+
+// turn waits until the caller is the one to take what came free.
+func (r *Ring) turn(ctx context.Context, w *park.Waiter, line *park.Event, has func() bool) error {
+	line.Add(w)
+	if r.Closed() {
+		line.Remove(w)
+		return os.ErrClosed
+	}
+	if r.Full != nil && !has() {
+		r.Full()
+	}
+	if has() { // since, or left by others: the first in line takes it
+		line.WakeOne()
+	}
+	if err := w.Wait(ctx); err != nil {
+		if !line.Remove(w) {
+			line.WakeOne()
+		}
+		return err
+	}
+	if r.Closed() {
+		return os.ErrClosed
+	}
+	return nil
+}
+
+// next is called by the one that took its turn: what is left is for the next in line, and if nothing is, that one is now about to wait.
+func (r *Ring) next(line *park.Event, has func() bool) {
+	if has() {
+		line.WakeOne()
+	} else if r.Full != nil && line.Waiting() > 0 {
+		r.Full()
+	}
+}
+
+// hasRoom tells whether a TryLend now would find a place.
+func (r *Ring) hasRoom() bool { return !r.free.empty() }
+
 // hasSpace tells whether a TryReserve now would find a slot.
 func (r *Ring) hasSpace() bool {
 	size := uint64(r.layout.BatchSize)
 	p := r.reserved.Load()
-	number := p / size
-	return p%size != 0 || r.orderOf(number).Load()>>placeBits == number+1 || !r.free.empty()
+	opening := p / size
+	return p%size != 0 || r.openedOf(opening).Load()>>placeBits == opening+1 || !r.free.empty()
 }
 
 // Lease is TryLease that waits while nothing is published. It returns io.EOF when the ring is closed and every batch was leased, or the context's error.

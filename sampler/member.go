@@ -119,7 +119,7 @@ func (s *FIFO) finish(index uint32, g *group) {
 
 // makeRoom is called when a batch has come into fewer hands: maybe only losing groups keep writers from its place now.
 func (s *FIFO) makeRoom(index uint32) {
-	if p := &s.places[index]; s.losing != 0 && p.need != 0 && s.ring.Space.Waiting() > 0 && s.loseable(p) {
+	if p := &s.places[index]; s.losing != 0 && p.need != 0 && s.ring.Space.Waiting()+s.ring.Room.Waiting() > 0 && s.loseable(p) {
 		s.lose()
 	}
 }

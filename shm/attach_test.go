@@ -333,7 +333,7 @@ func TestNoAllocationPerBatch(t *testing.T) {
 	defer cancel()
 	if n := testing.AllocsPerRun(500, func() { // counts the daemon's side too: it is in this process
 		if run, ok := d.ring.TryReserve(testBatchSize); ok {
-			d.ring.Commit(run, 1, 0, 1)
+			d.ring.Commit(run, 1, 0, 1, ring.Mark{})
 		}
 		b, err := a.Next(ctx)
 		check(t, err)

@@ -5,6 +5,8 @@ package shm
 import (
 	"testing"
 	"time"
+
+	"github.com/ingestd/ingestd/ring"
 )
 
 // handOver publishes n batches and reads them through an attachment, both in this process.
@@ -21,7 +23,7 @@ func handOver(tb testing.TB, n int) time.Duration {
 				published <- err
 				return
 			}
-			d.ring.Commit(run, 1, 0, 1)
+			d.ring.Commit(run, 1, 0, 1, ring.Mark{})
 		}
 		published <- nil
 	}()

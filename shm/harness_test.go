@@ -133,7 +133,7 @@ func (d *daemon) publish(ctx context.Context, n int) error {
 				proof.Leaf(col[row*l.Bytes():(row+1)*l.Bytes()], l.DType, 1, d.next+uint64(row), leaf)
 			}
 		}
-		d.ring.Commit(run, 1, d.next, 1)
+		d.ring.Commit(run, 1, d.next, 1, ring.Mark{})
 		d.next += uint64(run.N)
 		left -= int(run.N)
 	}

@@ -26,9 +26,18 @@ type MemoryConfig struct {
 	// PeersWrite leaves out the seal that makes every later mapping read-only. For channels.
 	PeersWrite bool
 
-	// Path, when set, makes a named file there instead of a memfd, removed again by Close. A named file cannot be sealed, so
-	// only a descriptor opened read-only leaves the process, and its folder must be one that no other user may write to.
+	// Fillable is for memory that some peers may write (Memory.Writable) and all others may not: they get a descriptor of its own that
+	// was opened for reading, and the memory's mode lets nobody but its owner and root open it anew. An owner could change the mode back, and a
+	// process of the same user can reach into this one anyhow.
+	Fillable bool
+
+	// Path, when set, makes a named file there instead of a memfd. A named file cannot be sealed, so only a descriptor opened read-only
+	// leaves the process (and the writable one only to processes of its own user, who could as well open the file), and its
+	// folder must be one that no other user may write to.
 	Path string
+
+	// Keep leaves a named file where it is at Close, for OpenNamed. Without it, Close removes the file.
+	Keep bool
 }
 
 // Memory is memory that this process made, mapped writable, and that other processes may map through its descriptor.
@@ -36,8 +45,10 @@ type Memory struct {
 	name    string
 	mem     []byte
 	fd      int // the memory itself
-	shareFd int // what peers get; the same as fd for a memfd
+	shareFd int // what peers get; the same as fd for a memfd that none of them may write
 	path    string
+	keep    bool
+	fill    bool // Writable is allowed
 	huge    bool
 	hugeErr error
 }
@@ -64,7 +75,12 @@ func NewMemory(cfg MemoryConfig) (*Memory, error) {
 	if cfg.Size < 1 || cfg.Size > math.MaxInt-maxPage {
 		return nil, fmt.Errorf("%s: size %d: must be from 1 byte to %d", cfg.Name, cfg.Size, int64(math.MaxInt-maxPage))
 	}
-	if cfg.Path != "" {
+	switch {
+	case cfg.Fillable && cfg.PeersWrite:
+		return nil, fmt.Errorf("%s: Fillable and PeersWrite exclude each other", cfg.Name)
+	case cfg.Keep && cfg.Path == "":
+		return nil, fmt.Errorf("%s: a memory without a path cannot be kept", cfg.Name)
+	case cfg.Path != "":
 		return newNamed(cfg)
 	}
 	var hugeErr error
@@ -98,7 +114,7 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: memfd_create: %w", cfg.Name, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, huge: huge}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fill: cfg.Fillable, huge: huge}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -115,13 +131,32 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 		return nil, err
 	}
 	seals := unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
-	if !cfg.PeersWrite {
+	if !cfg.PeersWrite && !cfg.Fillable {
 		seals |= unix.F_SEAL_FUTURE_WRITE
 	}
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
 		return nil, fmt.Errorf("%s: sealing the memfd (F_SEAL_FUTURE_WRITE needs Linux 5.1): %w", cfg.Name, err)
 	}
+	if cfg.Fillable {
+		return m, m.openForReaders()
+	}
 	return m, nil
+}
+
+// openForReaders makes the descriptor that readers get, and takes from everybody the right to open the memory by that descriptor's path in /proc.
+func (m *Memory) openForReaders() error {
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%s: opening it read-only for trainers: %w", m.name, err)
+	}
+	m.shareFd = fd
+	if m.path != "" {
+		return nil // made with mode 0600, which its owner needs to open it again
+	}
+	if err := unix.Fchmod(m.fd, 0); err != nil {
+		return fmt.Errorf("%s: taking the right to open it from everybody: %w", m.name, err)
+	}
+	return nil
 }
 
 // memfdCreate adds MFD_NOEXEC_SEAL where the kernel (6.3) knows it: the memory holds data and nothing that may be run.
@@ -138,15 +173,49 @@ func (m *Memory) mapWhole(size int64) error {
 	if err := unix.Ftruncate(m.fd, size); err != nil {
 		return fmt.Errorf("%s: sizing to %s: %w", m.name, bytesText(size), err)
 	}
+	return m.mapPresent(size)
+}
+
+// mapPresent maps the file as it is and makes every page present.
+func (m *Memory) mapPresent(size int64) error {
 	mem, err := unix.Mmap(m.fd, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("%s: mapping %s: %w", m.name, bytesText(size), err)
 	}
 	m.mem = mem
 	if err := populate(mem); err != nil {
+		if m.path != "" && (errors.Is(err, unix.EFAULT) || errors.Is(err, unix.ENOMEM)) { // what would have been a SIGBUS
+			return m.noRoom(size)
+		}
 		return fmt.Errorf("%s: populating %s: %w", m.name, bytesText(size), err)
 	}
 	return nil
+}
+
+// allocate sees that the file system has a block for every byte of the file. Content stays.
+func (m *Memory) allocate(size int64) error {
+	err := unix.EINTR
+	for errors.Is(err, unix.EINTR) {
+		err = asErrno(unix.Fallocate(m.fd, 0, 0, size))
+	}
+	switch {
+	case err == 0 || errors.Is(err, unix.EOPNOTSUPP): // populate finds out
+		return nil
+	case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT):
+		return m.noRoom(size)
+	}
+	return fmt.Errorf("%s: reserving %s in %s: %w", m.name, bytesText(size), m.path, err)
+}
+
+// noRoom says that the file system is full, although a moment ago it seemed to have room.
+func (m *Memory) noRoom(size int64) error {
+	have := int64(0)
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if unix.Fstatfs(m.fd, &fs) == nil && unix.Fstat(m.fd, &st) == nil {
+		have = int64(min(fs.Bavail, math.MaxInt64/uint64(max(fs.Bsize, 1))))*max(fs.Bsize, 1) + 512*st.Blocks
+	}
+	return &InsufficientError{Name: m.name, Want: size, Have: min(have, size-1), Source: "file system or quota of " + m.path}
 }
 
 // populate takes the cost of first touch (0.35 s per GiB of 4 KiB pages, 0.11 s with huge ones) now instead of on the path of the
@@ -163,7 +232,8 @@ func populate(mem []byte) error {
 		case err == 0:
 		case errors.Is(err, unix.EINVAL): // before Linux 5.14
 			for i := 0; i < len(part); i += os.Getpagesize() {
-				part[i] = 0 // fresh memory: every byte is 0
+				b := part[i] // the file may have content
+				part[i] = b
 			}
 		default:
 			return err
@@ -192,7 +262,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: creating %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, path: cfg.Path}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, path: cfg.Path, fill: cfg.Fillable} // a file that could not be made is not kept
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -201,21 +271,121 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("%s: locking %s: %w", cfg.Name, cfg.Path, err)
 	}
+	if err := unix.Fchmod(fd, 0o600); err != nil { // whatever the umask took
+		return nil, fmt.Errorf("%s: setting the mode of %s: %w", cfg.Name, cfg.Path, err)
+	}
 	size := roundUp(cfg.Size, int64(os.Getpagesize()))
 	if err := checkFile(cfg.Name, cfg.Path, fd, size); err != nil {
 		return nil, err
 	}
-	if err := unix.Fallocate(fd, 0, 0, size); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, fmt.Errorf("%s: reserving %s in %s: %w", cfg.Name, bytesText(size), cfg.Path, err)
+	if err := m.allocate(size); err != nil {
+		return nil, err
 	}
 	if err := m.mapWhole(size); err != nil {
 		return nil, err
 	}
-	m.shareFd, err = unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("%s: opening %s read-only for trainers: %w", cfg.Name, cfg.Path, err)
+	if err := m.openForReaders(); err != nil {
+		return nil, err
 	}
+	m.keep = cfg.Keep
 	return m, nil
+}
+
+// InUseError says that another process has a named file open as its memory.
+type InUseError struct{ Path string }
+
+func (e *InUseError) Error() string {
+	return fmt.Sprintf("%s is in use by another process: stop that one or choose another path", e.Path)
+}
+
+// ForeignFileError says that what lies at a path is no memory that NewMemory left there.
+type ForeignFileError struct {
+	Path, Reason string
+}
+
+func (e *ForeignFileError) Error() string {
+	return fmt.Sprintf("%s is not a file that this program left there: %s; look at it, then move it away or choose another path", e.Path, e.Reason)
+}
+
+// OpenNamed takes a named file up again that an earlier process kept, with the content it has. cfg.Size 0 takes it in whatever size it has; otherwise it must be
+// that, in whole pages. HugePages is not looked at.
+//
+// The file must be a regular one of this process's user, with mode 0600 and one name, and not in use: *InUseError, *ForeignFileError; fs.ErrNotExist where there is
+// none; *InsufficientError when there is no memory for it. It is left as it was in every case.
+func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
+	if cfg.Name == "" {
+		cfg.Name = "ingestd"
+	}
+	if cfg.Path == "" || cfg.PeersWrite || cfg.Size < 0 || cfg.Size > math.MaxInt-maxPage {
+		return nil, fmt.Errorf("%s: opening a kept memory needs a path, no PeersWrite, and a size from 0: got %q, %v, %d", cfg.Name, cfg.Path, cfg.PeersWrite, cfg.Size)
+	}
+	fd, err := unix.Open(cfg.Path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	switch {
+	case errors.Is(err, unix.ELOOP):
+		return nil, &ForeignFileError{cfg.Path, "it is a symbolic link"}
+	case errors.Is(err, unix.EISDIR):
+		return nil, &ForeignFileError{cfg.Path, "it is a folder"}
+	case err != nil:
+		return nil, fmt.Errorf("%s: opening %s: %w", cfg.Name, cfg.Path, err)
+	}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, path: cfg.Path, keep: true, fill: cfg.Fillable}
+	defer func() {
+		if err != nil {
+			m.keep = true
+			err = errors.Join(err, m.Close())
+		}
+	}()
+	if _, err := m.checkKept(cfg.Size); err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, &InUseError{cfg.Path}
+	} else if err != nil {
+		return nil, fmt.Errorf("%s: locking %s: %w", cfg.Name, cfg.Path, err)
+	}
+	size, err := m.checkKept(cfg.Size) // again: whoever had it locked may have removed it meanwhile
+	if err != nil {
+		return nil, err
+	}
+	if err := m.allocate(size); err != nil { // a hole would be a SIGBUS one day
+		return nil, err
+	}
+	if err := m.mapPresent(size); err != nil {
+		return nil, err
+	}
+	if err := m.openForReaders(); err != nil {
+		return nil, err
+	}
+	m.keep = cfg.Keep
+	return m, nil
+}
+
+// checkKept returns the size of a file that was kept, or why it is none.
+func (m *Memory) checkKept(size int64) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(m.fd, &st); err != nil {
+		return 0, fmt.Errorf("%s: looking at %s: %w", m.name, m.path, err)
+	}
+	page := int64(os.Getpagesize())
+	reason := ""
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		reason = fmt.Sprintf("it is no regular file (mode %#o)", st.Mode)
+	case int(st.Uid) != os.Geteuid():
+		reason = fmt.Sprintf("it belongs to user %d, this process is of user %d", st.Uid, os.Geteuid())
+	case st.Mode&0o7777 != 0o600:
+		reason = fmt.Sprintf("its mode is %#o, not 0600: others may have written to it", st.Mode&0o7777)
+	case st.Nlink != 1:
+		reason = fmt.Sprintf("it has %d names", st.Nlink)
+	case st.Size < page || st.Size%page != 0:
+		reason = fmt.Sprintf("it has %d bytes, which is no number of whole pages: it was cut short", st.Size)
+	case size > 0 && roundUp(size, page) != st.Size:
+		reason = fmt.Sprintf("it has %d bytes, and %d are wanted", st.Size, roundUp(size, page))
+	}
+	if reason != "" {
+		return 0, &ForeignFileError{m.path, reason}
+	}
+	return st.Size, nil
 }
 
 // existsError tells a file in use from one that a dead process left behind.
@@ -226,7 +396,7 @@ func existsError(path string) error {
 	}
 	defer unix.Close(fd)
 	if err := unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("%s is in use by another process: stop that one or choose another path", path)
+		return &InUseError{path}
 	}
 	return fmt.Errorf("%s exists, and no process has it locked: if a daemon that died left it, remove it", path)
 }
@@ -247,11 +417,25 @@ func (m *Memory) HugePagesErr() error { return m.hugeErr }
 // Path returns the file's path, or "" for a memfd.
 func (m *Memory) Path() string { return m.path }
 
-// Descriptor returns the descriptor that may be given to a peer. It stays the Memory's own.
+// Descriptor returns the descriptor that may be given to any peer. It stays the Memory's own.
 func (m *Memory) Descriptor() int { return m.shareFd }
 
-// Close unmaps the memory, closes its descriptors and removes a named file. Peers that have it mapped keep it; nothing in this
-// process may touch it any more. Closing twice is no error.
+// Writable returns the descriptor for peers that may write, and whether there is one: only memory made Fillable has it.
+func (m *Memory) Writable() (int, bool) { return m.fd, m.fill }
+
+// Sync writes a named file's content through to its disk, and returns when it is there. For a memfd and on tmpfs it does nothing.
+func (m *Memory) Sync() error {
+	if m.path == "" || m.mem == nil {
+		return nil
+	}
+	if err := unix.Msync(m.mem, unix.MS_SYNC); err != nil {
+		return fmt.Errorf("%s: writing %s to its disk: %w", m.name, m.path, err)
+	}
+	return nil
+}
+
+// Close unmaps the memory, closes its descriptors and removes a named file, unless it is to be kept. Peers that have it mapped keep
+// it; nothing in this process may touch it any more. Closing twice is no error.
 func (m *Memory) Close() error {
 	var errs []error
 	if m.mem != nil {
@@ -262,7 +446,7 @@ func (m *Memory) Close() error {
 		errs = append(errs, unix.Close(m.shareFd))
 	}
 	if m.fd >= 0 {
-		if m.path != "" {
+		if m.path != "" && !m.keep {
 			errs = append(errs, unix.Unlink(m.path)) // while the lock is held
 		}
 		errs = append(errs, unix.Close(m.fd))

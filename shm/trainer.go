@@ -461,7 +461,7 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 // giveUp gives back what the peer held. A batch that it cannot have begun to read, or that we took away, is no reason to drop it, whatever the
 // group's policy; the count by which that is told is the peer's own, which can harm its own group only.
 func (t *trainer) giveUp(all []held, why outcome) {
-	taken := t.deliver.Taken()
+	taken, _ := t.deliver.Taken() // of what makes no sense, the last that did
 	for _, h := range all {
 		if why == cutOff || h.at > taken {
 			t.member.Offer(h.batch)

@@ -8,7 +8,8 @@
 //
 // Goroutines: TryPush, Put, Push, PushSome and Close belong to one producer at a time, TryPop, Take and Pop to one consumer at a
 // time; handing a side to another goroutine needs a synchronisation of the caller's, such as a channel. Len, Cap, Closed and
-// NotifyPush are for anybody. Producer and Consumer are each one side.
+// NotifyPush are for anybody. Producer and Consumer are each one side. A Consumer takes in one step (TryPop) or in two (Peek, Done), where
+// its count is a promise that must follow the work.
 //
 // Both sides keep a copy of the other's cursor and read the cursor itself only when the copy says that there is no room or nothing
 // to take, so two busy sides seldom touch each other's cache line; a batch costs one publishing store whatever its length.

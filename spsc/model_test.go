@@ -59,10 +59,26 @@ func TestModel(t *testing.T) {
 				func(d []Desc) int { n, err := c.TryPop(d); check(t, err); return n },
 				func() int { return int(p.at - c.at) },
 			},
+			"two-step": {
+				func(d []Desc) int { n, err := p.TryPush(d); check(t, err); return n },
+				func(d []Desc) int { return twoSteps(t, c, d, rnd.IntN(len(d)+1)) },
+				func() int { taken, err := p.Taken(); check(t, err); return int(p.Pushed() - taken) },
+			},
 		} {
 			t.Run(fmt.Sprintf("%s/%d", name, capacity), func(t *testing.T) { playModel(t, rnd, ops, capacity) })
 		}
 	}
+}
+
+// twoSteps takes what there is with two looks, split after at most first, and tells the producer in two parts.
+func twoSteps(t *testing.T, c *Consumer, into []Desc, first int) int {
+	a, err := c.Peek(into[:first])
+	check(t, err)
+	b, err := c.Peek(into[a:])
+	check(t, err)
+	c.Done(a)
+	c.Done(b)
+	return a + b
 }
 
 func check(t *testing.T, err error) {

@@ -178,7 +178,7 @@ func TestHostileProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	into, caught := make([]Desc, processCapacity+1), 0
-	for range 20000 {
+	for life := 0; life < 20000 || caught == 0; life++ { // where the peer's process gets no processor, it takes longer
 		p, err := NewProducer(mem, processCapacity)
 		check(t, err)
 		c, err := NewConsumer(mem, processCapacity)
@@ -200,9 +200,6 @@ func TestHostileProcess(t *testing.T) {
 			}
 			check(t, err)
 		}
-	}
-	if caught == 0 {
-		t.Error("20,000 lives beside a peer that spoils its cursors, and none was noticed")
 	}
 	check(t, cmd.Process.Kill())
 	cmd.Wait()

@@ -325,3 +325,60 @@ func TestSharedWaitingAndClose(t *testing.T) {
 		t.Fatal("Close is not seen")
 	}
 }
+
+// What was looked at and not done still takes its slot: the producer gets no room for it, and its word says so.
+func TestLookedAtIsNotTaken(t *testing.T) {
+	_, p, c := sharedPair(t, 4)
+	push := func(want int) {
+		t.Helper()
+		n, err := p.TryPush(make([]Desc, 5))
+		if err != nil || n != want {
+			t.Fatalf("pushed %d, %v, want %d", n, err, want)
+		}
+	}
+	taken := func(want uint64) {
+		t.Helper()
+		n, err := p.Taken()
+		if err != nil || n != want {
+			t.Fatalf("taken: %d, %v, want %d", n, err, want)
+		}
+	}
+	push(4)
+	into := make([]Desc, 3)
+	for _, want := range []int{3, 1, 0} {
+		if n, err := c.Peek(into); n != want || err != nil {
+			t.Fatalf("looked at %d, %v, want %d", n, err, want)
+		}
+	}
+	taken(0)
+	push(0)
+	c.Done(3)
+	taken(3)
+	push(3)
+	c.Done(1)
+	push(1)
+	if n, err := c.Peek(into); n != 3 || err != nil {
+		t.Fatalf("looked at %d, %v, want 3", n, err)
+	}
+	for _, n := range []int{-1, 4} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("Done(%d) of 3 looked at did not panic", n)
+				}
+			}()
+			c.Done(n)
+		}()
+	}
+	p.produced.Store(p.at + 1) // one more than there is room for
+	if _, err := c.Peek(make([]Desc, 9)); err == nil {
+		t.Fatal("a producer that went over the queue's end was believed")
+	}
+	for _, at := range []uint64{p.at + 1, 0} { // ahead of what was pushed, and back
+		p.consumed.Store(at)
+		var corrupt *CorruptError
+		if _, err := p.Taken(); !errors.As(err, &corrupt) || corrupt.Word != "consumed" || corrupt.Got != at {
+			t.Fatalf("consumed reads %d: %v", at, err)
+		}
+	}
+}

@@ -111,8 +111,15 @@ func (p *Producer) TryPush(items []Desc) (int, error) {
 // Pushed returns how many descriptors were pushed so far.
 func (p *Producer) Pushed() uint64 { return p.at }
 
-// Taken returns how many descriptors the consumer says it has taken. It may say anything.
-func (p *Producer) Taken() uint64 { return p.consumed.Load() }
+// Taken returns how many of them the consumer says it is done with. The error is a *CorruptError.
+func (p *Producer) Taken() (uint64, error) {
+	seen := p.consumed.Load() // edge(shared-consume): acquire - what the consumer did before it stored this count is done.
+	if seen < p.consumedSeen || seen > p.at {
+		return p.consumedSeen, &CorruptError{Word: "consumed", Got: seen, Min: p.consumedSeen, Max: p.at}
+	}
+	p.consumedSeen = seen
+	return seen, nil
+}
 
 // ConsumerWaiting reports whether the consumer sleeps or is about to, so that its eventfd must be written. Asked after a push or
 // Close; a hostile consumer can cost its producer useless writes with it, and nothing else.
@@ -128,7 +135,8 @@ func (p *Producer) Close() {
 // Consumer is the taking side of a shared queue, used by one goroutine.
 type Consumer struct {
 	shared
-	at           uint64 // our own count
+	at           uint64 // our own count of the descriptors copied out
+	done         uint64 // and of those the producer was told of; at most at
 	producedSeen uint64
 }
 
@@ -144,11 +152,21 @@ func NewConsumer(mem []byte, capacity int) (*Consumer, error) {
 // TryPop takes up to len(into) descriptors, oldest first, and returns how many there were. Their content is whatever the producer
 // wrote. The error is a *CorruptError, and then nothing was taken.
 func (c *Consumer) TryPop(into []Desc) (int, error) {
+	n, err := c.Peek(into)
+	if n > 0 {
+		c.Done(n)
+	}
+	return n, err
+}
+
+// Peek is TryPop that does not tell the producer yet: the next Peek goes on behind these, and Done says that so many are dealt with. It is for a queue
+// whose consumed count is a promise.
+func (c *Consumer) Peek(into []Desc) (int, error) {
 	capacity := uint64(len(c.slots))
 	if c.producedSeen-c.at < uint64(len(into)) {
 		seen := c.produced.Load() // edge(shared-produce): acquire - the descriptors below it are complete.
-		if seen < c.producedSeen || seen > c.at+capacity {
-			return 0, &CorruptError{Word: "produced", Got: seen, Min: c.producedSeen, Max: c.at + capacity}
+		if seen < c.producedSeen || seen > c.done+capacity {
+			return 0, &CorruptError{Word: "produced", Got: seen, Min: c.producedSeen, Max: c.done + capacity}
 		}
 		c.producedSeen = seen
 	}
@@ -159,8 +177,17 @@ func (c *Consumer) TryPop(into []Desc) (int, error) {
 	first := copy(into[:n], c.slots[c.at&(capacity-1):])
 	copy(into[first:n], c.slots)
 	c.at += uint64(n)
-	c.consumed.Store(c.at) // edge(shared-consume): release - the descriptors were copied out before this store is seen.
 	return n, nil
+}
+
+// Done tells the producer that the oldest n descriptors that Peek gave out are dealt with: what was done for them is seen by whoever sees the count. More than
+// were given out panics.
+func (c *Consumer) Done(n int) {
+	if n < 0 || uint64(n) > c.at-c.done {
+		panic(fmt.Sprintf("spsc: Done of %d descriptors, %d are looked at and not done", n, c.at-c.done))
+	}
+	c.done += uint64(n)
+	c.consumed.Store(c.done) // edge(shared-consume): release - the descriptors were copied out, and what they ask for was done, before this store is seen.
 }
 
 // SetWaiting announces that the consumer is going to sleep, or that it woke. After SetWaiting(true) it must look once more, for

@@ -15,6 +15,13 @@ import (
 	"github.com/ingestd/ingestd/spec"
 )
 
+// Offsets of the slots' own columns in the header; docs/segment-format.md.
+const (
+	offStreamCol  = 104
+	offNumberCol  = 112
+	offArrivalCol = 120
+)
+
 func newRing(t *testing.T, batchSize, batches int) (*ring.Ring, []byte) {
 	t.Helper()
 	s, err := spec.ParseText("a:U16[4],b:U8")
@@ -47,7 +54,7 @@ func put(r *ring.Ring, stream, first uint64, n int) bool {
 				col[i] = byte(first)
 			}
 		}
-		r.Commit(run, stream, first, 1)
+		r.Commit(run, stream, first, 1, ring.Mark{})
 		first += uint64(run.N)
 		n -= int(run.N)
 	}
@@ -57,6 +64,8 @@ func put(r *ring.Ring, stream, first uint64, n int) bool {
 // sample ring: batch 0 leased, 1 and 2 published, 3 open.
 func filled(t *testing.T) (*ring.Ring, []byte) {
 	r, mem := newRing(t, 4, 6)
+	r.NextStream()
+	r.NextStream()
 	put(r, 1, 0, 7)
 	put(r, 2, 0, 7)
 	if _, ok := r.TryLease(); !ok {
@@ -103,19 +112,20 @@ func TestCheckFindsPlantedFaults(t *testing.T) {
 		v    uint64
 		want string
 	}{
-		"leased above published":   {offLeased, 4, "only 3 published"},
-		"published above reserved": {offPublished, 4, "only 3 reserved"},
-		"reserved far ahead":       {offReserved, 100, "in a ring of 6"},
+		"leased above published":   {offLeased, 4, "the cursor leased is 4, at most 3"},
+		"published far ahead":      {offPublished, 1 << 50, "the cursor published"},
 		"no such state":            {line(ring.Open), 3<<3 | 6, "state 6"},
-		"same batch twice":         {line(ring.Leased), 1<<3 | 3, "another place"},
-		"lost batch":               {line(ring.Published), 2 << 3, "lost"},
-		"open and published":       {line(ring.Open), 0<<3 | 1, "batch 0 is open"},
+		"same batch twice":         {line(ring.Leased), 1<<3 | 3, "both hold batch 1"},
+		"opening far ahead":        {line(ring.Open), 100<<3 | 1, "opening 100"},
 		"leased too early":         {line(ring.Published), 2<<3 | 4, "batch 2 is leased"},
+		"not published":            {line(ring.Published), 5<<3 | 3, "with 3 published"},
 		"too many slots":           {line(ring.Published) + 8, 5, "5 slots"},
 		"more void than committed": {line(ring.Published) + 8, 5<<32 | 4, "5 of them given up"},
-		"rows and slots":           {line(ring.Published) + 16, 3, "3 rows"},
-		"never arrived":            {row(ring.Published, offArrivalCol, 1), 0, "never arrived"},
+		"too many rows":            {line(ring.Published) + 16, 5, "5 rows"},
+		"never arrived":            {row(ring.Published, offArrivalCol, 1), 0, "not all of them were written"},
 		"order":                    {row(ring.Published, offNumberCol, 1), 9, "comes after"},
+		"no such stream":           {row(ring.Published, offStreamCol, 1), 9, "only 2 were given a number"},
+		"moved from beyond":        {line(ring.Open) + 24, 1<<63 | 9, "the move word"},
 	} {
 		mem := ring.AlignedBytes(int64(len(whole)))
 		copy(mem, whole)
@@ -162,6 +172,7 @@ func TestSaveOfALiveSegmentPasses(t *testing.T) {
 		t.Skip("Save reads bytes that may change and drops what did change: the race detector must object, and be wrong")
 	}
 	r, mem := newRing(t, 4, 5)
+	r.NextStream()
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() { // writes and reads as fast as it can

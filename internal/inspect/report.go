@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/ingestd/ingestd/ring"
@@ -28,6 +29,16 @@ type Report struct {
 	Closed       bool           `json:"closed"`
 	States       map[string]int `json:"states"` // places by state
 	Places       []Place        `json:"places"` // those that hold a batch
+	Sessions     []Session      `json:"sessions"`
+	Groups       []string       `json:"groups"` // of trainers
+}
+
+// Session is a producer's sequence of samples that the segment knows.
+type Session struct {
+	Name   string    `json:"name"`
+	Stream uint64    `json:"stream"`
+	Held   uint64    `json:"held"` // samples of it that are in the ring, or were
+	Seen   time.Time `json:"seen"` // when a connection of it last began or ended
 }
 
 // Place is one place of the ring that holds a batch.
@@ -51,9 +62,15 @@ func New(v *ring.View) (*Report, error) {
 		Table: l.Table, Spec: s, Fingerprint: s.Fingerprint().String(), Created: l.Created,
 		SampleBytes: v.SampleBytes(), SegmentBytes: v.SegmentBytes(), BatchSize: v.BatchSize(), Batches: v.Batches(),
 		Leased: v.Leased(), Published: v.Published(), Reserved: v.Reserved(), Closed: v.Closed(), // in this order, so that none is above the next
-		States: map[string]int{}, Places: []Place{},
+		States: map[string]int{}, Places: []Place{}, Sessions: []Session{}, Groups: []string{},
 	}
-	for _, state := range []ring.State{ring.Free, ring.Open, ring.Sealing, ring.Published, ring.Leased} {
+	for _, s := range v.Sessions() {
+		r.Sessions = append(r.Sessions, Session(s))
+	}
+	for _, g := range v.Groups() {
+		r.Groups = append(r.Groups, g.Name)
+	}
+	for _, state := range []ring.State{ring.Free, ring.Open, ring.Sealing, ring.Published, ring.Leased, ring.Lent} {
 		r.States[state.String()] = 0
 	}
 	for i := range v.Batches() {
@@ -102,12 +119,22 @@ func (r *Report) Text() string {
 	line("capacity", "%d batches, %d samples; segment of %d bytes", r.Batches, r.Batches*r.BatchSize, r.SegmentBytes)
 	line("cursors", "reserved %d samples, published %d batches, leased %d batches", r.Reserved, r.Published, r.Leased)
 	line("closed", "%v", r.Closed)
-	line("places", "%d free, %d open, %d sealing, %d published, %d leased", r.States["free"], r.States["open"], r.States["sealing"], r.States["published"], r.States["leased"])
+	line("places", "%d free, %d open, %d sealing, %d published, %d leased, %d lent", r.States["free"], r.States["open"], r.States["sealing"], r.States["published"],
+		r.States["leased"], r.States["lent"])
+	if len(r.Groups) > 0 {
+		line("groups", "%s", strings.Join(r.Groups, ", "))
+	}
 	if len(r.Places) > 0 {
 		fmt.Fprintf(&b, "\n%8s %12s %-10s %10s %6s %8s\n", "place", "batch", "state", "committed", "void", "rows")
 	}
 	for _, p := range r.Places {
 		fmt.Fprintf(&b, "%8d %12d %-10s %10d %6d %8d\n", p.Index, p.Batch, p.State, p.Committed, p.Void, p.Count)
+	}
+	if len(r.Sessions) > 0 {
+		fmt.Fprintf(&b, "\n%8s %12s  %-25s %s\n", "stream", "held", "seen", "session")
+	}
+	for _, e := range r.Sessions {
+		fmt.Fprintf(&b, "%8d %12d  %-25s %s\n", e.Stream, e.Held, e.Seen.Format(time.RFC3339), e.Name)
 	}
 	return b.String()
 }

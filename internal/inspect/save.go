@@ -10,12 +10,18 @@ import (
 	"github.com/ingestd/ingestd/ring"
 )
 
-// Offsets of the cursors; docs/segment-format.md.
+// Offsets of what Save reads and puts right; docs/segment-format.md. The header was validated before they are used.
 const (
+	offStates    = 80
+	offData      = 88
+	offStride    = 96
 	offReserved  = 256
 	offPublished = 320
 	offLeased    = 384
 	offClosed    = 448
+	offStreams   = 456
+	offBoot      = 464
+	lineBytes    = 64
 )
 
 // Save copies a segment, which may be live, to a new file that passes Check.
@@ -45,12 +51,13 @@ func Save(path string, v *ring.View, mem []byte) (err error) {
 	}
 	after := states(v)
 	leased := min(v.Leased(), published)
-	return errors.Join(fix(f, mem, before, after, cursors{published, leased, closed}, v.BatchSize()), f.Sync())
+	size := uint64(v.BatchSize())
+	return errors.Join(fix(f, mem, before, after, cursors{v.Reserved() / size * size, published, leased, closed}), f.Sync())
 }
 
 type cursors struct {
-	published, leased uint64
-	closed            bool
+	reserved, published, leased uint64
+	closed                      bool
 }
 
 func states(v *ring.View) []ring.BatchState {
@@ -84,7 +91,7 @@ func copyLive(f *os.File, mem []byte, places []ring.BatchState) error {
 }
 
 // fix writes the cursors and state lines of the copy.
-func fix(f *os.File, mem []byte, before, after []ring.BatchState, c cursors, batchSize int) error {
+func fix(f *os.File, mem []byte, before, after []ring.BatchState, c cursors) error {
 	whole := func(i int) bool { return before[i].State == after[i].State && before[i].Number == after[i].Number }
 	held := map[uint64]bool{}
 	for i, b := range before {
@@ -107,17 +114,19 @@ func fix(f *os.File, mem []byte, before, after []ring.BatchState, c cursors, bat
 			state |= uint64(b.State)
 			binary.LittleEndian.PutUint64(line[8:], uint64(b.Void)<<32|uint64(b.Committed))
 			binary.LittleEndian.PutUint64(line[16:], uint64(b.Count))
+			binary.LittleEndian.PutUint64(line[32:], b.Pending)
 		}
 		binary.LittleEndian.PutUint64(line, state)
 	}
 	header := make([]byte, 4*lineBytes)
 	put := func(off int, v uint64) { binary.LittleEndian.PutUint64(header[off-offReserved:], v) }
-	put(offReserved, c.published*uint64(batchSize))
+	put(offReserved, c.reserved)
 	put(offPublished, c.published)
 	put(offLeased, c.leased)
 	if c.closed {
 		put(offClosed, 1)
 	}
+	copy(header[offStreams-offReserved:], mem[offStreams:offBoot+16])
 	if _, err := f.WriteAt(header, offReserved); err != nil {
 		return err
 	}
