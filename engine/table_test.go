@@ -451,7 +451,7 @@ func TestTrainersShareATable(t *testing.T) {
 	if err := check(table, a); err != nil { // released was the other one
 		t.Fatal(err)
 	}
-	two.Release(a) // anybody's
+	one.Release(a)
 	func() {
 		defer func() {
 			if recover() == nil {

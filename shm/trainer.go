@@ -248,7 +248,6 @@ func (t *trainer) deliverLoop(ctx context.Context) error {
 	var lost sampler.LostError // not told yet: told with the next batch, or with the end
 	for t.waitRoom(ctx) {
 		b, err := t.member.Next(ctx, w)
-		more := (*sampler.LostError)(nil)
 		switch {
 		case err == nil:
 			t.lend(b, lost.N > 0)
@@ -260,12 +259,8 @@ func (t *trainer) deliverLoop(ctx context.Context) error {
 				t.ringPeer()
 				return nil
 			}
-		case errors.As(err, &more):
-			if lost.N == 0 || more.First < lost.First {
-				lost.First = more.First
-			}
-			lost.N += more.N
-			continue
+		case addLost(&lost, err):
+			err = nil
 		case ctx.Err() != nil:
 			return nil
 		default:
@@ -276,6 +271,19 @@ func (t *trainer) deliverLoop(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// addLost adds what err says was lost, and tells whether it says that.
+func addLost(lost *sampler.LostError, err error) bool {
+	more := (*sampler.LostError)(nil)
+	if !errors.As(err, &more) {
+		return false
+	}
+	if lost.N == 0 || more.First < lost.First {
+		lost.First = more.First
+	}
+	lost.N += more.N
+	return true
 }
 
 // give pushes what was lost, if anything was, and the batch, if there is one.
