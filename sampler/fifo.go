@@ -192,6 +192,7 @@ func (s *FIFO) unpin(which func(stream uint64) bool) {
 		if p := &s.places[i]; p.stream != 0 && which(p.stream) {
 			p.stream = 0
 			s.pinned--
+			s.ring.Unpin(p.batch)
 			if p.need == 0 {
 				s.ring.Release(p.batch)
 			}

@@ -134,9 +134,9 @@ func (m *Member) Offer(b ring.Batch) { m.giveUp(b, Offer) }
 func (m *Member) giveUp(b ring.Batch, then OnDeath) {
 	s := m.fifo
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	m.drop(b)
 	m.putBack(b.Index, then)
-	s.mu.Unlock()
 	s.ring.Ready.Wake()
 }
 
@@ -164,8 +164,8 @@ func (m *Member) putBack(index uint32, then OnDeath) {
 func (m *Member) Leave() {
 	s, g := m.fifo, m.group
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if m.left {
-		s.mu.Unlock()
 		return
 	}
 	m.left = true
@@ -180,7 +180,6 @@ func (m *Member) Leave() {
 		g.untold = m.lost
 	}
 	s.ring.SeenGroup(g.index, time.Now())
-	s.mu.Unlock()
 	s.ring.Ready.Wake()
 }
 
