@@ -100,14 +100,14 @@ func (t *Trainer) Prefetch() int { return int(t.accepted.Prefetch) }
 // Group returns the name of the group this trainer is in.
 func (t *Trainer) Group() string { return t.accepted.Group }
 
-// LostError says that this trainer's group lost batches that nobody of it had begun to read: First is the number of the first, N how many they are. It
+// LostBatchesError says that this trainer's group lost batches that nobody of it had begun to read: First is the number of the first, N how many they are. It
 // comes only where the table lets the group lose what it is too slow for, and every trainer of the group is told.
-type LostError = shm.LostError
+type LostBatchesError = shm.LostError
 
 // Next waits for a batch, which is this trainer's to read until it releases it. It may hold up to Prefetch of them at once. Nothing is
 // copied.
 //
-// Its errors: *LostError when its group lost batches, once for every loss, after which Next goes on with the next; io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
+// Its errors: *LostBatchesError when its group lost batches, once for every loss, after which Next goes on with the next; io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
 // os.ErrDeadlineExceeded, and after which Next may be called again; *wire.Notice when the daemon cut this trainer off;
 // ErrDaemonGone (and *shm.PeerGoneError) when it died; os.ErrClosed after Close.
 func (t *Trainer) Next(ctx context.Context) (*Batch, error) {
