@@ -114,7 +114,7 @@ func New(cfg Config) (*Table, error) {
 	}
 	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}, sessions: map[string]*session{}}
 	if t.ring, err = ring.Format(memory.Bytes(), l); err == nil {
-		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger})
+		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger}, nil)
 	}
 	if err != nil {
 		_ = memory.Close()
