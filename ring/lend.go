@@ -35,8 +35,8 @@ func (v *View) PlaceColumn(p Place, leaf int) []byte {
 // PlaceArrivals returns, for each row of a lent place, when it was complete, in Unix nanoseconds; only those of committed rows mean something.
 func (v *View) PlaceArrivals(p Place) []uint64 { return v.slotWords(p.Index, v.geo.arrivals) }
 
-// CommitPlace says that n more rows of a lent place, from row on, are filled: samples first, first+1, ... of stream, complete at arrival (Unix nanoseconds, not 0).
-// Rows are committed in order; anything else panics.
+// CommitPlace says that n more rows of a lent place, from row on, are filled: samples first, first+1, ... of stream, complete at arrival (Unix nanoseconds,
+// not 0). Rows are committed in order; anything else panics.
 func (r *Ring) CommitPlace(p Place, row, n int, stream, first, arrival uint64, mark Mark) {
 	progress := r.progress(p.Index)
 	if have := progress.Load(); State(r.state(p.Index).Load()&stateMask) != Lent || have != uint64(row) || n < 1 || row+n > r.layout.BatchSize {
@@ -53,7 +53,8 @@ func (r *Ring) SettledMark(p Place, rows int) Mark {
 	return Mark{r.settled(p.Index), uint64(rows)}
 }
 
-// PublishPlace makes a lent place the next batch, with its first rows; the rest of them stay empty. Nobody writes to it any more. Nothing of it may have been settled.
+// PublishPlace makes a lent place the next batch, with its first rows; the rest of them stay empty. Nobody writes to it any more. Nothing of it may have
+// been settled.
 func (r *Ring) PublishPlace(p Place, rows int) {
 	have, settled := r.progress(p.Index).Load(), r.settled(p.Index).Load()
 	if r.state(p.Index).Load() != uint64(Lent) || have != uint64(rows) || rows < 1 || settled != 0 {
