@@ -1,5 +1,7 @@
 package ring
 
+import "github.com/ingestd/ingestd/internal/failpoint"
+
 // moving marks the move word of a state line as in use; below it stand the row moved to and the row moved from.
 const (
 	moving   = 1 << 63
@@ -40,15 +42,19 @@ func (r *Ring) moveAgain(index uint32) {
 
 func (r *Ring) moveRow(index uint32, to, from int) {
 	r.move(index).Store(moving | uint64(to)<<moveBits | uint64(from))
+	failpoint.Hit("ring/closeup/noted")
 	base := r.base(index)
 	for leaf, size := range r.layout.Columns {
 		at := base + r.geo.columns[leaf]
 		copy(r.mem[at+size*int64(to):at+size*int64(to+1)], r.mem[at+size*int64(from):at+size*int64(from+1)])
+		failpoint.Hit("ring/closeup/copied")
 	}
 	for _, column := range [...]int64{r.geo.streams, r.geo.numbers, r.geo.arrivals} { // the arrival last: it says that the row is whole
 		w := r.slotWords(index, column)
 		w[to] = w[from]
 	}
+	failpoint.Hit("ring/closeup/arrived")
 	r.slotWords(index, r.geo.arrivals)[from] = 0
+	failpoint.Hit("ring/closeup/moved")
 	r.move(index).Store(0)
 }

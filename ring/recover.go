@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/ingestd/ingestd/internal/failpoint"
 )
 
 // MismatchError says that a segment is whole, and not what was asked for.
@@ -79,11 +81,16 @@ func Recover(mem []byte, layout Layout) (*Ring, *Recovery, error) {
 	rec.groups.Store(rec.usedGroups())
 	rec.leased.Store(rec.published.Load()) // what is missing of those before was never more than counted
 	places := rec.unread()
+	failpoint.Hit("ring/recover/begun")
 	rec.countSessions(places)
+	failpoint.Hit("ring/recover/counted")
 	rec.dropSettled(places)
+	failpoint.Hit("ring/recover/dropped")
 	rec.closePlaces(places)
+	failpoint.Hit("ring/recover/closed")
 	rec.leased.Store(rec.published.Load())
 	rec.collect()
+	failpoint.Hit("ring/recover/collected")
 	rec.reserved.Store((rec.reserved.Load() + uint64(layout.BatchSize) - 1) / uint64(layout.BatchSize) * uint64(layout.BatchSize))
 	rec.sealed.Store(rec.reserved.Load() / uint64(layout.BatchSize))
 	return rec.Ring, rec.found, nil
@@ -202,6 +209,7 @@ func (r *recovery) dropSettled(places []uint32) {
 		for row := range arrivals {
 			if row < p.Settled || numbers[row] < shared[p.Stream] {
 				arrivals[row] = 0
+				failpoint.Hit("ring/recover/settled")
 			}
 		}
 		r.settled(i).Store(0)
@@ -226,6 +234,7 @@ func (r *recovery) closePlaces(places []uint32) {
 		}
 		r.found.Closed++
 		r.announce(i, rows)
+		failpoint.Hit("ring/recover/announced")
 	}
 }
 
@@ -259,6 +268,7 @@ func (r *recovery) collect() {
 			continue
 		}
 		r.state(i).Store(number<<stateBits | uint64(Leased))
+		failpoint.Hit("ring/recover/leased")
 		b := Batch{Number: number, Index: i, Count: int(r.count(i).Load()), view: &r.View}
 		r.found.Batches = append(r.found.Batches, Recovered{Batch: b, Pending: pending, Stream: stream})
 		r.found.Samples += b.Count

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync/atomic"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 )
 
@@ -128,6 +129,7 @@ func (r *Ring) TryReserve(n int) (Run, bool) {
 		}
 		m := min(uint64(n), size-row)
 		if r.reserved.CompareAndSwap(p, p+m) {
+			failpoint.Hit("ring/reserve/taken")
 			return Run{Position: p, Index: uint32(w & (1<<placeBits - 1)), Row: uint32(row), N: uint32(m)}, true
 		}
 	}
@@ -141,6 +143,7 @@ func (r *Ring) open(opening uint64, opened *atomic.Uint64, was uint64) bool {
 	}
 	r.clean(index)
 	r.state(index).Store(opening<<stateBits | uint64(Open))
+	failpoint.Hit("ring/open/stated")
 	// edge(open): release - the place is clean before this word says whose it is.
 	if !opened.CompareAndSwap(was, (opening+1)<<placeBits|uint64(index)) {
 		r.state(index).Store(uint64(Free))
@@ -193,8 +196,11 @@ func (m Mark) store() {
 // Commit says that the run's slots are filled with samples first, first+1, ... of stream, whose last bytes came at arrival (Unix nanoseconds, not 0). Their
 // batch is published if these were its last.
 func (r *Ring) Commit(run Run, stream, first, arrival uint64, mark Mark) {
+	failpoint.Hit("ring/commit/begun")
 	r.mark(run.Index, run.Row, run.N, stream, first, arrival)
+	failpoint.Hit("ring/commit/marked")
 	mark.store()
+	failpoint.Hit("ring/commit/held")
 	r.advance(run.Index, uint64(run.N))
 }
 
@@ -207,6 +213,7 @@ func (r *Ring) mark(index, row, n uint32, stream, first, arrival uint64) {
 		streams[i] = stream
 		numbers[i] = first + uint64(i)
 		arrivals[i] = max(arrival, 1)
+		failpoint.Hit("ring/mark/row")
 	}
 }
 
@@ -245,6 +252,7 @@ func (r *Ring) Flush() bool {
 func (r *Ring) advance(index uint32, by uint64) {
 	// edge(commit): release - slot bytes and slot words are complete before this count is seen.
 	done := r.progress(index).Add(by) & progressMask
+	failpoint.Hit("ring/advance/counted")
 	switch size := uint64(r.layout.BatchSize); {
 	case done == size:
 		r.publish()
@@ -272,9 +280,11 @@ func (r *Ring) publish() {
 		if !r.state(index).CompareAndSwap(opening<<stateBits|uint64(Open), opening<<stateBits|uint64(Sealing)) {
 			return
 		}
+		failpoint.Hit("ring/publish/sealing")
 		rows := size - progress>>progressBits
 		if rows < size {
 			r.closeUp(index)
+			failpoint.Hit("ring/publish/closed")
 		}
 		r.announce(index, rows)
 		r.sealed.Store(opening + 1)
@@ -290,8 +300,10 @@ func (r *Ring) announce(index uint32, rows uint64) {
 	r.pending(index).Store(groups)
 	r.count(index).Store(rows)
 	number := r.published.Add(1) - 1
+	failpoint.Hit("ring/announce/numbered")
 	// edge(publish): release - rows and count are complete before this state is seen.
 	r.state(index).Store(number<<stateBits | uint64(Published))
+	failpoint.Hit("ring/announce/published")
 	// edge(number): release - the batch is published before this word says where it is.
 	r.numberedOf(number).Store((number+1)<<placeBits | uint64(index))
 	r.Ready.Wake()
@@ -312,6 +324,7 @@ func (r *Ring) TryLease() (Batch, bool) {
 		if !r.leased.CompareAndSwap(number, number+1) {
 			continue
 		}
+		failpoint.Hit("ring/lease/taken")
 		b := Batch{Number: number, Index: uint32(w & (1<<placeBits - 1)), view: &r.View}
 		b.Count = int(r.count(b.Index).Load())
 		r.state(b.Index).Store(number<<stateBits | uint64(Leased))
@@ -331,6 +344,7 @@ func (r *Ring) Release(b Batch) {
 	if !r.state(b.Index).CompareAndSwap(b.Number<<stateBits|uint64(Leased), b.Number<<stateBits|uint64(Free)) {
 		panic(fmt.Sprintf("ring: batch %d in place %d is not leased: released twice, or never leased", b.Number, b.Index))
 	}
+	failpoint.Hit("ring/release/freed")
 	r.free.push(b.Index)
 	r.freed()
 }

@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/ingestd/ingestd/internal/failpoint"
 )
 
 // Offsets in an entry of the session table and of the group table.
@@ -56,6 +58,7 @@ func (e entry) take(name string, stream uint64, now time.Time) {
 	e.word(entryLength).Store(uint64(len(name)))
 	clear(e.mem[entryName:])
 	copy(e.mem[entryName:], name)
+	failpoint.Hit("ring/entry/written")
 	e.word(entryState).Store(1)
 }
 

@@ -2,12 +2,18 @@
 
 ====================  ===================================================================================
 :class:`Timeout`      a deadline passed; nothing was lost, the call may be made again
+:class:`Full`         a Timeout while the ring was full: names the trainer that everybody waits for
 :class:`EndOfStream`  every batch was delivered and none will follow
 :class:`PeerClosed`   the connection to the daemon is gone without a reason
-:class:`Ended`        the daemon ended the connection and said why
+:class:`Ended`        the daemon ended the connection and said why (a PeerClosed)
+:class:`ShuttingDown` the daemon is stopping: it ended the connection, or refused a new one (an Ended)
+:class:`SessionTaken` another producer has opened the same session (an Ended)
 :class:`Refused`      the daemon refused the handshake and said why
+:class:`Lost`         acknowledged samples of a session are gone: the daemon holds fewer than it had acknowledged
+:class:`LostBatches`  batches that this reader's group was too slow for were dropped; reading goes on after them
 :class:`Released`     a batch was used after its release
 :class:`AllHeld`      every batch that this reader may hold is held already
+:class:`Closed`       use after close, or after a fork
 :class:`SpecError`    a spec, or data that does not fit a spec
 :class:`FormatError`  bytes from the daemon that break the documented formats
 ====================  ===================================================================================
@@ -15,6 +21,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 __all__ = [
@@ -25,12 +32,36 @@ __all__ = [
     "Ended",
     "Error",
     "FormatError",
+    "Full",
+    "Lost",
+    "LostBatches",
+    "Note",
     "PeerClosed",
     "Refused",
     "Released",
+    "SessionTaken",
+    "ShuttingDown",
     "SpecError",
     "Timeout",
 ]
+
+
+class Note(NamedTuple):
+    """What the daemon says a stream waits for (``docs/wire-protocol.md``, a note).
+
+    Of the trainer that has held a batch for longest, where there is one (``trainer`` is 0 where there is none):
+    its number, ``group``, what it calls itself, its process, the number of the batch, and since when it holds it, in
+    Unix nanoseconds.
+    """
+
+    code: str
+    reason: str
+    trainer: int = 0
+    group: str = ""
+    client: str = ""
+    pid: int = 0
+    batch: int = 0
+    since: int = 0
 
 
 class Difference(NamedTuple):
@@ -60,6 +91,29 @@ class Timeout(Error, TimeoutError):
         self.taken = taken
 
 
+class Full(Timeout):
+    """A deadline passed while the ring was full, as the daemon had said in a :class:`Note`.
+
+    It is a :class:`Timeout`: nothing was lost, the call may be made again. ``trainer``, ``group``, ``client``,
+    ``pid``, ``batch`` and ``since`` say who has held a batch for longest, as in the ``note``.
+    """
+
+    def __init__(self, message: str, note: Note, taken: int = 0) -> None:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note.since // 10**9))
+        who = f"trainer {note.trainer} ({note.client!r}, group {note.group!r}, pid {note.pid}) has held batch"
+        held = f"{who} {note.batch} since {since}: " if note.trainer else ""
+        super().__init__(f"{message}: the ring is full: {held}{note.reason}", taken)
+        self.note = note
+        self.code = note.code
+        self.reason = note.reason
+        self.trainer = note.trainer
+        self.group = note.group
+        self.client = note.client
+        self.pid = note.pid
+        self.batch = note.batch
+        self.since = note.since
+
+
 class EndOfStream(Error):
     """The table was closed: every batch was delivered and none will follow."""
 
@@ -80,6 +134,14 @@ class Ended(PeerClosed):
         self.reason = reason
 
 
+class ShuttingDown(Ended):
+    """The daemon is stopping: it ended the connection, or refused a new one. Connect again later."""
+
+
+class SessionTaken(Ended):
+    """Another producer has opened the same session. This one must not open it again by itself."""
+
+
 class Refused(Error, ConnectionError):
     """The daemon refused the handshake.
 
@@ -94,6 +156,40 @@ class Refused(Error, ConnectionError):
         self.spec = spec
         lines = [f"the daemon refused ({code}): {reason}", *(f"  {d}" for d in self.diff)]
         super().__init__("\n".join(lines))
+
+
+class Lost(Error):
+    """Samples of a session were acknowledged, and the daemon does not have them any more.
+
+    These are the samples ``first`` to ``end`` (exclusive) of the session. It happens to samples acknowledged as
+    ``queued`` when the daemon dies, and to all where its segment was not kept. The daemon's count goes on from
+    ``first``: a new producer of the session has ``held == first``.
+    """
+
+    def __init__(self, session: str, first: int, end: int) -> None:
+        super().__init__(
+            f"samples {first} to {end - 1} of session {session!r} were acknowledged, but the daemon has them no more; "
+            "push them again with a new producer, or give continue_after_loss=True to go on without them"
+        )
+        self.session = session
+        self.first = first
+        self.end = end
+
+
+class LostBatches(Error):
+    """``n`` batches from number ``first`` on were dropped unread: this reader's group was too slow for them.
+
+    Raised once per loss; the next call reads on.
+    """
+
+    def __init__(self, group: str, first: int, n: int) -> None:
+        last = f" to {first + n - 1}" if n > 1 else ""
+        super().__init__(
+            f"group {group!r} was too slow: batch {first}{last} was dropped unread; the next call reads on"
+        )
+        self.group = group
+        self.first = first
+        self.n = n
 
 
 class Released(Error):

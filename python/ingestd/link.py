@@ -15,7 +15,6 @@ import itertools
 import os
 import select
 import socket
-import struct
 import threading
 import weakref
 from collections import deque
@@ -23,19 +22,19 @@ from collections.abc import Iterator, Sequence
 
 from . import _io
 from ._io import Deadline
-from .errors import Closed, Ended, Error, FormatError, PeerClosed
-from .wire import NOTICE_BYTES_MAX, parse_notice
+from .errors import Closed, Ended, Error, FormatError, Full, Note, PeerClosed, Timeout
+from .incoming import Incoming, ended
 
-__all__ = ["COALESCE_BYTES", "Link"]
+__all__ = ["COALESCE_BYTES", "Link", "Sending"]
 
 #: Small samples that come together before they are sent without waiting for acknowledgements.
 COALESCE_BYTES = 256 << 10
 
-_BUFFERS_MAX = 256  # of one sendmsg; the system allows 1,024
-_RECEIVE_BYTES = 1 << 16
+BUFFERS_MAX = 256  # of one sendmsg; the system allows 1,024
+RECEIVE_BYTES = 1 << 16
 
 
-_live: weakref.WeakSet[Link] = weakref.WeakSet()
+_live: weakref.WeakSet[Sending] = weakref.WeakSet()
 
 
 @atexit.register
@@ -46,28 +45,19 @@ def _abort_all() -> None:
             link.abort()
 
 
-class Link:
-    """Sends samples of ``sample_bytes`` bytes and keeps within the window. Takes the socket over."""
+class Sending:
+    """What a connection that ends with its error (:class:`Link`) and one that is made again have in common."""
 
-    def __init__(self, sock: socket.socket, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
+    def __init__(self, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
         self.sample_bytes = sample_bytes
-        self.window = max(1, min(window_samples, window_bytes // sample_bytes))  # in samples
+        self.window = window_of(sample_bytes, window_samples, window_bytes)  # in samples
         self.pushed = 0  # samples taken from the caller
         self.acked = 0
-        self._sock = sock
+        self._incoming = Incoming()
         self._state = threading.Condition(threading.Lock())
         self._callers = threading.Lock()  # one caller pushes at a time
-        self._out: deque[memoryview] = deque()  # on the way into the socket, in order
-        self._queued = 0  # bytes ever put into _out
-        self._sent = 0  # bytes ever taken by the kernel
-        self._waiting: list[bytes] = []  # small samples not in _out yet
-        self._waiting_samples = 0
+        self._waiting: list[bytes] = []  # small samples that wait for others
         self._waiting_bytes = 0
-        self._sending = False  # a caller drives _out
-        self._torn = False  # a send was interrupted between the kernel and our count
-        self._notice = bytearray()
-        self._shut = False  # our writing side is closed
-        self._finished = False  # the daemon closed after the last acknowledgement
         self._stop = False
         self._error: Error | None = None
         self._forks = _io.forks()
@@ -76,6 +66,74 @@ class Link:
         os.set_blocking(self._wake_w, False)
         _io.close_in_child(self)
         _live.add(self)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop
+
+    @property
+    def note(self) -> Note | None:
+        """What the daemon says that this connection waits for."""
+        return self._incoming.note
+
+    def timeout(self, deadline: Deadline, doing: str, taken: int = 0) -> Timeout:
+        """The error of a call whose deadline has passed: Full while the daemon says that the ring is full."""
+        note = self.note
+        error = deadline.timeout(doing, taken)
+        return error if note is None else Full(str(error), note, taken)
+
+    def abort(self) -> None:
+        raise NotImplementedError
+
+    def _sleep(self, deadline: Deadline, doing: str) -> None:
+        left = deadline.left()
+        if left == 0 or not self._state.wait(left):
+            raise self.timeout(deadline, doing)
+
+    def _kick(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_w, b"\0")
+
+    def _unacked(self) -> str:
+        n = self.pushed - self.acked
+        return f"; {n} samples were not acknowledged" if n else ""
+
+    def _enter(self, deadline: Deadline) -> None:
+        """Makes this thread the one that pushes, until it releases _callers."""
+        if self._forks != _io.forks():
+            raise Closed("this producer belongs to the parent process; make a new one after the fork")
+        if not self._callers.acquire(False):
+            left = deadline.left()
+            if not self._callers.acquire(timeout=-1 if left is None else left):
+                raise deadline.timeout("waiting for another thread that pushes")
+
+    @contextlib.contextmanager
+    def _caller(self, deadline: Deadline) -> Iterator[None]:
+        self._enter(deadline)
+        try:
+            yield
+        finally:
+            self._callers.release()
+
+
+def window_of(sample_bytes: int, window_samples: int, window_bytes: int) -> int:
+    """Most samples without an acknowledgement: the tighter of both windows, at least one."""
+    return max(1, min(window_samples, window_bytes // sample_bytes))
+
+
+class Link(Sending):
+    """Sends samples of ``sample_bytes`` bytes and keeps within the window. Takes the socket over."""
+
+    def __init__(self, sock: socket.socket, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
+        super().__init__(sample_bytes, window_samples, window_bytes)
+        self._sock = sock
+        self._out: deque[memoryview] = deque()  # on the way into the socket, in order
+        self._queued = 0  # bytes ever put into _out
+        self._sent = 0  # bytes ever taken by the kernel
+        self._sending = False  # a caller drives _out
+        self._torn = False  # a send was interrupted between the kernel and our count
+        self._shut = False  # our writing side is closed
+        self._finished = False  # the daemon closed after the last acknowledgement
         self._thread = threading.Thread(target=self._run, name="ingestd-acks", daemon=True)
         self._thread.start()
 
@@ -96,9 +154,8 @@ class Link:
                 self._check()
                 self._kick()
                 self._sleep(deadline, "waiting for the daemon to read")
-            idle = self.pushed - self._waiting_samples == self.acked
+            idle = self.pushed - len(self._waiting) == self.acked
             self._waiting.append(data)
-            self._waiting_samples += 1
             self._waiting_bytes += len(data)
             self.pushed += 1
             if idle or self._waiting_bytes >= COALESCE_BYTES:
@@ -182,10 +239,6 @@ class Link:
         if not busy:
             self._callers.release()
 
-    @property
-    def stopped(self) -> bool:
-        return self._stop
-
     # -- under the lock -------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -220,7 +273,7 @@ class Link:
         if self._waiting:
             data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
             self._waiting.clear()
-            self._waiting_samples = self._waiting_bytes = 0
+            self._waiting_bytes = 0
             self._out.append(memoryview(data))
             self._queued += len(data)
 
@@ -230,7 +283,7 @@ class Link:
         while out and self._error is None:
             try:
                 self._torn = True
-                n = self._sock.sendmsg(list(itertools.islice(out, _BUFFERS_MAX)))
+                n = self._sock.sendmsg(list(itertools.islice(out, BUFFERS_MAX)))
                 self._sent += n
                 while n:
                     first = out.popleft()
@@ -252,7 +305,7 @@ class Link:
         """Reads the acknowledgements that are there."""
         while self._error is None and not self._finished:
             try:
-                data = self._sock.recv(_RECEIVE_BYTES)
+                data = self._sock.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 return
             except OSError as e:
@@ -260,34 +313,19 @@ class Link:
                 return
             if not data:
                 self._at_end()
-            elif self._notice:
-                self._notice += data
-            else:
-                rest = data.lstrip(b"\x01")
-                self.acked += len(data) - len(rest)
-                if self.acked > self.pushed - self._waiting_samples:
-                    self._fail(FormatError("the daemon acknowledged more samples than were sent"))
-                elif rest and rest[0] != 0:
-                    self._fail(FormatError(f"the daemon sent {rest[0]:#04x} where an acknowledgement (0x01) was due"))
-                self._notice += rest
-            if self._notice:
-                self._parse_notice()
-            if len(data) < _RECEIVE_BYTES:
                 return
-
-    def _parse_notice(self) -> None:
-        if len(self._notice) < 5 or self._error is not None:
-            return
-        (length,) = struct.unpack_from("<I", self._notice, 1)
-        if not 2 <= length <= NOTICE_BYTES_MAX:
-            self._fail(FormatError(f"the daemon's closing notice says it has {length} bytes"))
-        elif len(self._notice) >= 5 + length:
+            error: Error | None = None
             try:
-                code, reason = parse_notice(bytes(self._notice[5 : 5 + length]))
-            except FormatError as e:
-                self._fail(e)
-            else:
-                self._fail(Ended(code, reason, self._unacked()))
+                self._incoming.feed(data)
+            except (Ended, FormatError) as e:
+                error = e
+            self.acked = self._incoming.acks
+            if self.acked > self.pushed - len(self._waiting):
+                error = FormatError("the daemon acknowledged more samples than were sent")
+            if error is not None:
+                self._fail(ended(error.code, error.reason, self._unacked()) if isinstance(error, Ended) else error)
+            if len(data) < RECEIVE_BYTES:
+                return
 
     def _at_end(self) -> None:
         if self._shut and self.acked == self.pushed:
@@ -297,10 +335,6 @@ class Link:
                 PeerClosed(f"the daemon closed the connection without a reason{self._unacked()}; its log has more")
             )
 
-    def _unacked(self) -> str:
-        n = self.pushed - self.acked
-        return f"; {n} samples were not acknowledged" if n else ""
-
     def _fail(self, error: Error) -> None:
         if self._error is None:
             self._error = error
@@ -308,33 +342,7 @@ class Link:
                 self._sock.shutdown(socket.SHUT_RDWR)  # wakes a caller that waits to send
             self._state.notify_all()
 
-    def _sleep(self, deadline: Deadline, doing: str) -> None:
-        left = deadline.left()
-        if left == 0 or not self._state.wait(left):
-            raise deadline.timeout(doing)
-
-    def _kick(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_w, b"\0")
-
     # -- sending from the caller's memory -------------------------------------------------------------------------
-
-    def _enter(self, deadline: Deadline) -> None:
-        """Makes this thread the one that pushes, until it releases _callers."""
-        if self._forks != _io.forks():
-            raise Closed("this producer belongs to the parent process; make a new one after the fork")
-        if not self._callers.acquire(False):
-            left = deadline.left()
-            if not self._callers.acquire(timeout=-1 if left is None else left):
-                raise deadline.timeout("waiting for another thread that pushes")
-
-    @contextlib.contextmanager
-    def _caller(self, deadline: Deadline) -> Iterator[None]:
-        self._enter(deadline)
-        try:
-            yield
-        finally:
-            self._callers.release()
 
     def _drive(self, end: int, deadline: Deadline) -> bool:
         """Sends until ``end`` bytes have gone in all; False when the deadline passed first."""
@@ -387,7 +395,7 @@ class Link:
                         os.read(self._wake_r, 4096)
                 self._read()
                 if not self._sending:
-                    if self._waiting and self.pushed - self._waiting_samples == self.acked:
+                    if self._waiting and self.pushed - len(self._waiting) == self.acked:
                         self._release_waiting()
                     self._pump()
                 self._state.notify_all()

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from . import _io
-from .errors import Error, FormatError, Timeout
+from .errors import Error, Note, Timeout
 from .link import Link
+from .redial import PATIENCE_S, Dialer
+from .session import Session
 from .spec import Array, Spec
 from .version import CLIENT
-from .wire import handshake, hello
+from .wire import hello
 
 __all__ = ["Producer"]
 
@@ -38,17 +40,29 @@ class Producer:
     without limit. Small samples may wait for others until the acknowledgements that are due arrive; :meth:`flush`
     sends them and waits for theirs. A producer that is not closed before the program ends loses what is unacknowledged.
 
+    With a ``session`` the producer keeps its samples until they are acknowledged, connects again when the connection
+    breaks or the daemon stops, and sends again what the daemon does not hold: each sample gets into the ring once. It
+    waits a random time before each try, up to a sixteenth of the outage so far (but 10 ms at least and 1 s at most). It
+    gives up after ``reconnect`` seconds without a connection since the last acknowledgement, if any is due, and at once
+    where the daemon refuses it for good or another producer has taken the session. What is kept is at most the window
+    (or one larger sample) and 512 KiB; while there is no connection, the calls wait once that is full. Without a
+    session the first error is final.
+
     May be used by several threads; not after a fork (Closed).
 
     Args:
         address: ``tcp://host:port`` or ``unix:///path``.
         table: name of the table.
         spec: a :class:`Spec`, or its text or JSON form.
-        session: a name that survives reconnects; then :attr:`held` says how many of its samples the daemon has.
-        ack: ``queued``: acknowledged once the daemon has queued it; ``committed``: once it is in the ring.
+        session: a name that survives reconnects and restarts; :attr:`held` says how many of its samples the daemon has
+            already: go on after them. One producer has it at a time, the last one that asks (SessionTaken).
+        ack: ``queued``: acknowledged once the daemon has queued it; ``committed``: once it is in the ring. None is
+            ``committed`` with a session, for ``queued`` ones may be lost with the daemon, and else the table's.
         window_samples, window_bytes: most that may be on the way without acknowledgement; 0 lets the daemon choose.
+        reconnect: with a session, seconds without a connection before PeerClosed; 0: at once; None: no limit.
+        continue_after_loss: with a session, do not raise Lost, but count what is gone in :attr:`lost` and go on.
         client: free text for the daemon's status and logs.
-        deadline: seconds for connecting and the handshake.
+        deadline: seconds for connecting and the handshake; with a session, also for trying again.
 
     Raises:
         Refused: with ``code``, ``reason`` and, where the spec differs from the table's, ``diff``.
@@ -62,47 +76,56 @@ class Producer:
         spec: Spec | str,
         *,
         session: str | None = None,
-        ack: str = "queued",
+        ack: str | None = None,
         window_samples: int = 0,
         window_bytes: int = 0,
+        reconnect: float | None = PATIENCE_S,
+        continue_after_loss: bool = False,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
-        self._link: Link | None = None
+        self._link: Link | Session | None = None
         self.spec = Spec.parse(spec) if isinstance(spec, str) else spec
         self.address = _io.parse_address(address)
         body = hello(
-            "push", table, self.spec, session=session, ack=ack,
-            window_samples=window_samples, window_bytes=window_bytes, client=client,
+            "push", table, self.spec, session=session, ack=ack or ("committed" if session else None),
+            window_samples=window_samples, window_bytes=window_bytes, notes=True, client=client,
         )  # fmt: skip
+        if reconnect is not None and not reconnect >= 0:
+            raise ValueError(f"reconnect={reconnect!r}: give seconds, 0 or more, or None to try without limit")
         until = _io.deadline_of(deadline)
-        sock = _io.connect(self.address, until)
+        dialer = Dialer(self.address, body, self.spec)
+        opened = dialer.open_patiently(until) if session else dialer.open(until)
+        reply = opened.reply
         try:
-            reply = handshake(sock, body, until)
-            if reply.body.get("fingerprint") not in (None, self.spec.fingerprint):
-                raise FormatError("the daemon agreed to another spec than was offered")
             #: name of the table
             self.table = table
             #: number of this stream in the daemon's life: the ``stream`` of its samples
-            self.stream = reply.integer("stream") if "stream" in reply.body else 0
-            #: samples of this session that the daemon has already; go on after them
-            self.held = reply.integer("held") if "held" in reply.body else 0
+            self.stream = opened.stream
+            #: samples of this session that the daemon had when this producer began; go on after them
+            self.held = opened.held
             #: ack mode in force
-            self.ack = str(reply.body.get("ack", ack))
-            #: window in force
+            self.ack = str(reply.body.get("ack", ack or "queued"))
+            #: window in force when this producer began
             self.window_samples = reply.integer("window_samples", least=1)
-            #: window in force
+            #: window in force when this producer began
             self.window_bytes = reply.integer("window_bytes", least=1)
-            self._link = Link(sock, self.spec.sample_bytes, self.window_samples, self.window_bytes)
+            size = self.spec.sample_bytes
+            if session:
+                self._link = Session(session, dialer, opened, size, reconnect, continue_after_loss)
+            else:
+                self._link = Link(opened.sock, size, self.window_samples, self.window_bytes)
         except BaseException:
-            sock.close()
+            opened.close()
             raise
         self._record_dtype: np.dtype[Any] | None = None
 
     def push(self, sample: Any, deadline: float | None = None) -> None:
         """Pushes one sample: a tree like the spec's example, leaves of shape ``leaf.shape``.
 
-        Raises SpecError (nothing was pushed), Timeout (nothing was pushed; try again), Ended or PeerClosed.
+        Raises SpecError (nothing was pushed), Timeout (nothing was pushed; try again), its kind Full where the ring is
+        full and the daemon said who keeps it so, ShuttingDown, Ended or PeerClosed; with a session also Lost and
+        SessionTaken, and ShuttingDown and PeerClosed only when its patience is over.
         """
         leaves = self.spec.flatten(sample)
         until = _io.deadline_of(deadline)
@@ -111,7 +134,7 @@ class Producer:
             data = leaves[0].tobytes() if len(leaves) == 1 else b"".join([a.tobytes() for a in leaves])
             link.push_small(data, until)
         elif link.push_views([_bytes_of(a) for a in leaves], 1, until) == 0:
-            raise until.timeout("waiting for the daemon to read")
+            raise link.timeout(until, "waiting for the daemon to read")
 
     def push_batch(self, batch: Any, deadline: float | None = None) -> int:
         """Pushes n samples at once: a tree of leaves ``(n, *leaf.shape)``. Returns n.
@@ -141,10 +164,12 @@ class Producer:
             try:
                 taken = link.push_views(views, k, until)
             except Timeout as e:
-                raise Timeout(f"{e} ({done} of {n} samples were taken)", done) from None
+                e.taken = done
+                e.args = (f"{e} ({done} of {n} samples were taken)",)
+                raise
             done += taken
             if taken < k:
-                raise until.timeout(f"pushing: {done} of {n} samples were taken", done)
+                raise link.timeout(until, f"pushing: {done} of {n} samples were taken", done)
         return n
 
     def _record(self) -> np.dtype[Any]:
@@ -155,7 +180,7 @@ class Producer:
         return self._record_dtype
 
     def flush(self, deadline: float | None = None) -> None:
-        """Sends what waits and returns when every pushed sample is acknowledged. Raises Timeout, Ended, PeerClosed."""
+        """Sends what waits and returns when every pushed sample is acknowledged. Raises as :meth:`push`."""
         self._open().flush(_io.deadline_of(deadline))
 
     def close(self, deadline: float | None = None) -> None:
@@ -185,7 +210,24 @@ class Producer:
         """Samples that were pushed and are not acknowledged."""
         return self.pushed - self.acked
 
-    def _open(self) -> Link:
+    @property
+    def lost(self) -> int:
+        """Samples that were acknowledged and are gone, where ``continue_after_loss`` has this producer go on."""
+        link = self._open()
+        return link.lost if isinstance(link, Session) else 0
+
+    @property
+    def reconnects(self) -> int:
+        """Connections that were made after the first one."""
+        link = self._open()
+        return link.reconnects if isinstance(link, Session) else 0
+
+    @property
+    def note(self) -> Note | None:
+        """What the daemon says that this producer waits for, until the next acknowledgement."""
+        return self._open().note
+
+    def _open(self) -> Link | Session:
         if self._link is None:
             raise Error("the producer was never connected")
         return self._link

@@ -10,10 +10,10 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from ._io import Deadline, receive, send_all
-from .errors import Difference, FormatError, PeerClosed, Refused
+from .errors import Difference, Error, FormatError, Note, PeerClosed, Refused, ShuttingDown
 from .spec import Spec
 
-__all__ = ["Reply", "encode_hello", "handshake", "hello", "parse_notice", "parse_reply"]
+__all__ = ["Reply", "encode_hello", "handshake", "hello", "parse_note", "parse_notice", "parse_reply"]
 
 MAGIC = b"INGESTD\n"
 VERSION = 1
@@ -21,12 +21,13 @@ BODY_BYTES_MAX = 2_097_152
 NOTICE_BYTES_MAX = 65_536
 TEXT_BYTES_MAX = 128
 ACK = 0x01
+NOTE = 0x02
 NOTICE = 0x00
 
 _HEAD = struct.Struct("<8sHHI")
 _FIELDS = (
     "role", "table", "byte_order", "spec", "fingerprint", "session", "ack", "window_samples", "window_bytes",
-    "prefetch", "client",
+    "prefetch", "group", "notes", "client",
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ class Reply(NamedTuple):
 def hello(role: str, table: str, spec: Spec | None = None, **options: Any) -> dict[str, Any]:
     """The body of a hello. Options that are None, 0 or empty are left out; unknown ones raise ValueError."""
     _check_text("table", table, least=1)
-    for field in ("session", "client"):
+    for field in ("session", "group", "client"):
         if options.get(field) is not None:
             _check_text(field, options[field], least=0)
     unknown = set(options) - set(_FIELDS)
@@ -92,7 +93,7 @@ def parse_reply_head(head: bytes) -> tuple[int, int, int]:
 
 
 def parse_reply(data: bytes) -> Reply:
-    """A whole reply. Raises Refused when the daemon refused, FormatError when the bytes are not a reply."""
+    """A whole reply. Raises Refused or ShuttingDown when the daemon refused, FormatError for other bytes."""
     if len(data) < _HEAD.size:
         raise FormatError(f"a reply has at least {_HEAD.size} bytes, got {len(data)}")
     version, status, length = parse_reply_head(data[: _HEAD.size])
@@ -106,7 +107,9 @@ def parse_reply(data: bytes) -> Reply:
     return Reply(version, body)
 
 
-def _refused(body: dict[str, Any]) -> Refused:
+def _refused(body: dict[str, Any]) -> Error:
+    if body.get("code") == "shutting_down":
+        return ShuttingDown("shutting_down", str(body.get("reason", "no reason given")))
     diff = [
         Difference(str(d.get("leaf", "")), str(d.get("got", "")), str(d.get("want", "")))
         for d in body.get("diff") or []
@@ -120,6 +123,18 @@ def parse_notice(body: bytes) -> tuple[str, str]:
     """``(code, reason)`` of the JSON body of a closing notice. Raises FormatError."""
     fields = _object(body, "the closing notice")
     return str(fields.get("code", "unknown")), str(fields.get("reason", "no reason given"))
+
+
+def parse_note(body: bytes) -> Note:
+    """The JSON body of a note; fields that are missing or of another type are left empty. Raises FormatError."""
+    fields = _object(body, "the note")
+    known = Note(str(fields.get("code", "unknown")), str(fields.get("reason", "no reason given")))
+    more = {
+        field: fields[field]
+        for field, empty in zip(known._fields[2:], known[2:])
+        if type(fields.get(field)) is type(empty)
+    }
+    return known._replace(**more)
 
 
 def _object(text: bytes, what: str) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class Peer:
         text = json.dumps({"code": code, "reason": reason}).encode()
         self.sock.sendall(b"\0" + struct.pack("<I", len(text)) + text)
 
+    def note(self, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.sock.sendall(b"\2" + struct.pack("<I", len(text)) + text)
+
     def close(self) -> None:
         self.sock.close()
 
@@ -138,14 +142,16 @@ def align(n: int, to: int) -> int:
 class SegmentMaker:
     """A segment in a memfd, laid out by hand from docs/segment-format.md."""
 
-    def __init__(self, spec: Spec, batch_size: int = 4, batches: int = 3, table: str = "t") -> None:
+    def __init__(self, spec: Spec, batch_size: int = 4, batches: int = 3, table: str = "t", sessions: int = 2) -> None:
         self.spec, self.batch_size, self.batches = spec, batch_size, batches
         text = spec.json().encode()
         sizes = [leaf.nbytes for leaf in spec.leaves]
         n = len(sizes)
         states = align(512 + 16 * n + len(text), 64)
         self.states_offset = states
-        self.data_offset = align(states + 64 * batches, 4096)
+        self.sessions_offset = states + 64 * batches
+        self.groups_offset = self.sessions_offset + 256 * sessions
+        self.data_offset = align(self.groups_offset + 256 * 64, 4096)
         at, columns = 0, []
         for size in [8, 8, 8, *sizes]:
             columns.append(at)
@@ -155,15 +161,15 @@ class SegmentMaker:
         total = self.data_offset + batches * self.stride
         table_bytes = struct.pack("<" + "QQ" * n, *(x for pair in zip(columns[3:], sizes) for x in pair))
         fixed = struct.pack(
-            "<14Q32sQ32s", total, batch_size, batches, n, sum(sizes), 512, 512 + 16 * n, len(text), states,
+            "<14Q32sQ32s3Q32x", total, batch_size, batches, n, sum(sizes), 512, 512 + 16 * n, len(text), states,
             self.data_offset, self.stride, *columns[:3], bytes.fromhex(spec.fingerprint), 1_700_000_000_000_000_005,
-            table.encode(),
+            table.encode(), sessions, self.sessions_offset, self.groups_offset,
         )  # fmt: skip
         crc = crc32c(table_bytes + text, crc32c(fixed))
         self.fd = os.memfd_create("segment")
         os.truncate(self.fd, total)
         self.memory = mmap.mmap(self.fd, total)
-        header = b"INGDSEG1" + struct.pack("<II", 1, crc) + fixed
+        header = b"INGDSEG1" + struct.pack("<II", 2, crc) + fixed
         self.memory[: len(header)] = header
         self.memory[512 : 512 + len(table_bytes) + len(text)] = table_bytes + text
         self.bytes = total
@@ -174,11 +180,26 @@ class SegmentMaker:
     def word(self, offset: int, value: int) -> None:
         struct.pack_into("<Q", self.memory, offset, value)
 
-    def state(self, place: int, number: int, phase: int, count: int) -> None:
+    def state(self, place: int, number: int, phase: int, count: int, pending: int = 1) -> None:
         at = self.states_offset + 64 * place
         self.word(at + 8, count)
         self.word(at + 16, count)
+        self.word(at + 32, pending)
         self.word(at, number << 3 | phase)
+
+    def lend(self, place: int, stream: int) -> None:
+        at = self.states_offset + 64 * place
+        for offset in (8, 16, 32, 48):
+            self.word(at + offset, 0)
+        self.word(at + 40, stream)
+        self.word(at, 5)
+
+    def entry(self, at: int, name: str, seen: int, stream: int = 0, held: int = 0) -> None:
+        """One entry of the session or of the group table."""
+        for offset, value in ((8, stream), (16, seen), (24, len(name.encode())), (64, held)):
+            self.word(at + offset, value)
+        self.memory[at + 128 : at + 128 + len(name.encode())] = name.encode()
+        self.word(at, 1)
 
     def fill(self, place: int, number: int, samples: list[Any], stream: int = 1, phase: int = 4) -> None:
         """Puts samples into a place and marks the batch leased."""

@@ -42,7 +42,7 @@ def test_handshake_and_one_sample(listener: Listener) -> None:
         assert (p.pushed, p.acked, p.unacked) == (1, 1, 0)
     assert seen == {
         "role": "push", "table": "t", "byte_order": "little", "spec": SPEC.to_dict(), "fingerprint": SPEC.fingerprint,
-        "session": "s", "ack": "committed", "window_samples": 64, "window_bytes": 99, "client": "me",
+        "session": "s", "ack": "committed", "window_samples": 64, "window_bytes": 99, "notes": True, "client": "me",
     }  # fmt: skip
 
 
