@@ -25,6 +25,8 @@ type Stats struct {
 	Lost      uint64 // batches that trainers were told their groups lost; each trainer of a group is told
 
 	Trainers []TrainerStats // those attached now, by number
+
+	Fill FillStats // producers that fill in place
 }
 
 // TrainerStats is one attached trainer.
