@@ -104,7 +104,7 @@ func (t *trainer) join(hello *wire.Hello) error {
 // capacity returns that of the channel's queues: neither can be full of honest descriptors. In a group that can lose batches, a note of those
 // may come before each batch.
 func (t *trainer) capacity() int {
-	if t.member.Loses() {
+	if t.member.Policies().OnLag == sampler.Lose {
 		return channelCapacity(2 * t.prefetch)
 	}
 	return channelCapacity(t.prefetch)
@@ -449,7 +449,11 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 		log.Info("trainer detached")
 		return nil
 	case result == died:
-		log.Warn("trainer died holding batches")
+		if t.member.Policies().OnDeath == sampler.Drop {
+			log.Warn("trainer died holding batches; its group drops those it had begun")
+		} else {
+			log.Warn("trainer died holding batches; they are offered to another")
+		}
 		return nil
 	case result == badPeer:
 	case ctx.Err() != nil:
