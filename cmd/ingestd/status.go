@@ -139,7 +139,7 @@ func waitsText(s *daemon.Status, w *daemon.Waits) string {
 	if w == nil {
 		return ""
 	}
-	return fmt.Sprintf(": waits for %s for %v, on %s", w.For, since(s, w.Since), w.On)
+	return fmt.Sprintf(": has waited %v for %s, on %s", since(s, w.Since), w.For, w.On)
 }
 
 func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {

@@ -151,7 +151,7 @@ func connectionWaits(c *ingest.Connection, full string) *Waits {
 	case "waiting-for-data":
 		return &Waits{"samples", "the producer", c.Since}
 	case "waiting-for-slot":
-		return &Waits{fmt.Sprintf("a free slot of table %q: the ring is full", c.Table), full, c.Since}
+		return &Waits{fmt.Sprintf("a free slot of table %q (the ring is full)", c.Table), full, c.Since}
 	case "closing":
 		return &Waits{"the producer to read why it was ended", "the producer", c.Since}
 	}
