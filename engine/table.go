@@ -140,17 +140,12 @@ func (t *Table) makeRing(l ring.Layout) (err error) {
 	if err != nil {
 		return err
 	}
-	if t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: t.cfg.Linger}); err != nil || t.found == nil {
-		return err
+	var found []ring.Recovered
+	if t.found != nil {
+		found = t.found.Batches
 	}
-	for _, b := range t.found.Batches {
-		if b.Count == 0 {
-			t.ring.Release(b.Batch)
-		} else {
-			t.sampler.Return(b.Batch)
-		}
-	}
-	return nil
+	t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: t.cfg.Linger}, found)
+	return err
 }
 
 // Found returns what was found in a segment that was taken up; nil of one that was made anew.

@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	roleVariable = "SHM_TEST_ROLE"
-	pathVariable = "SHM_TEST_SOCKET"
+	roleVariable  = "SHM_TEST_ROLE"
+	pathVariable  = "SHM_TEST_SOCKET"
+	groupVariable = "SHM_TEST_GROUP"
 )
 
 // TestMain also is the trainer process that the tests below start.
@@ -34,16 +35,23 @@ func TestMain(m *testing.M) {
 	if role == "" {
 		os.Exit(m.Run())
 	}
-	if err := trainProcess(role, os.Getenv(pathVariable)); err != nil {
+	run := trainProcess
+	if other, ok := processRoles[role]; ok {
+		run = other
+	}
+	if err := run(role, os.Getenv(pathVariable)); err != nil {
 		fmt.Println("failed", err)
 		os.Exit(1)
 	}
 }
 
+// processRoles are the roles of other tests.
+var processRoles = map[string]func(role, path string) error{}
+
 // trainProcess prints "read <batch>" for each batch it read and gave back, "holding <batch>" when it keeps one for ever, and "end".
 func trainProcess(role, path string) error {
 	ctx := context.Background()
-	a, err := Attach(ctx, path, wire.Hello{Table: testTable, Prefetch: 2, Client: role})
+	a, err := Attach(ctx, path, wire.Hello{Table: testTable, Group: os.Getenv(groupVariable), Prefetch: 2, Client: role})
 	if err != nil {
 		return err
 	}
@@ -83,8 +91,20 @@ type trainerProcess struct {
 
 func (d *daemon) start(t *testing.T, role string) *trainerProcess {
 	t.Helper()
+	return d.startIn(t, "", role)
+}
+
+func (d *daemon) startIn(t *testing.T, group, role string) *trainerProcess {
+	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), roleVariable+"="+role, pathVariable+"="+d.path)
+	cmd.Env = append(os.Environ(), roleVariable+"="+role, pathVariable+"="+d.path, groupVariable+"="+group)
+	p := startProcess(t, cmd)
+	p.expect("attached")
+	return p
+}
+
+func startProcess(t *testing.T, cmd *exec.Cmd) *trainerProcess {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	check(t, err)
 	check(t, cmd.Start())
@@ -93,7 +113,6 @@ func (d *daemon) start(t *testing.T, role string) *trainerProcess {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	p.expect("attached")
 	return p
 }
 
