@@ -274,7 +274,8 @@ func TestStatus(t *testing.T) {
 	s.signal(t, syscall.SIGTERM)
 	s.wait(t).want(t, exitInterrupted)
 	pull.signal(t, syscall.SIGCONT)
-	_, _ = pull.wait(t), push.wait(t)
+	_ = pull.wait(t)
+	push.signal(t, syscall.SIGKILL) // its session makes it try again
 	ingestd(t, "", "status", "-a", s.Admin).want(t, exitUnreachable, "no daemon answers")
 	ingestd(t, "", "status", "-a", "nowhere").want(t, exitUsage, "admin address")
 	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and never answers
