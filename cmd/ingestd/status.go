@@ -159,6 +159,19 @@ func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
 		}
 		fmt.Fprintf(b, "  %s, stream %d, %d samples%s\n", c.Name(), c.Stream, c.Samples, doing)
 	}
+	for _, f := range s.Local.Producers {
+		if f.Table != t.Name {
+			continue
+		}
+		doing := waitsText(s, f.Waits)
+		if doing == "" {
+			doing = ": " + f.State
+		}
+		fmt.Fprintf(b, "  %s, stream %d, %d samples, has %d places%s\n", f.Name(), f.Stream, f.Samples, f.Lent, doing)
+	}
+	for _, g := range t.Groups {
+		fmt.Fprintf(b, "  group %s: %d trainers, %d batches unread, %d held%s\n", g.Name, g.Trainers, g.Unread, g.Leased, waitsText(s, g.Waits))
+	}
 	for _, tr := range s.Trainers {
 		if tr.Table == t.Name {
 			fmt.Fprintf(b, "  %s%s%s\n", tr.Name(), heldText(s, tr.Held), waitsText(s, tr.Waits))
