@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ type rig struct {
 	server   *process // whose CPU time is compared: the bare loop, or the daemon
 	daemon   *daemon  // nil for the bare loop
 	window   ready    // in force
+	folder   string   // removed at the end
 }
 
 // Measurement is one run of one contender.
@@ -125,6 +127,9 @@ func (g *rig) stop(failed bool) error {
 	}
 	if g.receiver != nil {
 		end(g.receiver, g.receiver.stop)
+	}
+	if g.folder != "" {
+		errs = append(errs, os.RemoveAll(g.folder))
 	}
 	return errors.Join(errs...)
 }
@@ -275,13 +280,18 @@ func (g *rig) openLoop(ctx context.Context, m *Measurement, latency *recorder) e
 	if _, err := g.sender.ask(request{Do: doOpen, Rate: m.OpenRate}); err != nil {
 		return err
 	}
-	if err := sleep(ctx, openLead+g.opt.Warmup); err != nil {
+	return g.noteLatencies(ctx, openLead+g.opt.Warmup, g.opt.OpenDuration, latency)
+}
+
+// noteLatencies lets the receiver note latencies for so long after a warm-up.
+func (g *rig) noteLatencies(ctx context.Context, warmup, length time.Duration, latency *recorder) error {
+	if err := sleep(ctx, warmup); err != nil {
 		return err
 	}
 	if _, err := g.receiver.ask(request{Do: doRecord}); err != nil {
 		return err
 	}
-	if err := sleep(ctx, g.opt.OpenDuration); err != nil {
+	if err := sleep(ctx, length); err != nil {
 		return err
 	}
 	answer, err := g.receiver.ask(request{Do: doHistograms})
