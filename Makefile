@@ -8,6 +8,8 @@ MAKEFLAGS   += --no-print-directory
 GO       ?= go
 PYTHON   ?= python3
 FUZZTIME ?= 10s
+SOAK     ?= 30m
+SEED     ?= 0
 BENCH    ?=
 
 # What the Python tests need, and what lint needs. The linters are pinned: a new version has new opinions, and those come as a change of this line.
@@ -93,6 +95,10 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s $$package; \
 		done; \
 	done
+
+.PHONY: soak
+soak: ## kill, stop and damage everything for SOAK (30m); SEED=... makes the same choices again
+	$(GO) test ./internal/killtest -count 1 -timeout 0 -parallel 8 -v -run '^TestSoak$$' -soak $(SOAK) -seed $(SEED)
 
 .PHONY: clean
 clean: ## remove what was built

@@ -2,7 +2,6 @@ package client
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -13,41 +12,54 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// ErrDaemonGone is wrapped when the connection ended and the daemon gave no reason.
-var ErrDaemonGone = errors.New("the daemon went away without giving a reason")
-
 // Producer pushes the samples of one stream to a table. See the package's doc for which methods may be called when.
 type Producer struct {
-	conn        net.Conn
+	target      target
 	spec        *spec.Spec
 	leafBytes   []int64
 	sampleBytes int64
-	accepted    wire.AcceptedPush
-	window      uint64 // most samples without an ack: the tighter of both windows, at least 1
+	first       uint64 // samples of the session that the daemon held at first: the number of our first sample
 	fillBytes   int    // a send buffer is written when the next sample does not fit into this
 	direct      bool   // Push writes from the caller's memory
+	kept        *kept  // what is not acked yet, so that it can be sent again; nil: a broken connection is the end
 
+	life        context.Context // ends with Close and Abort
+	die         context.CancelFunc
 	wake        chan struct{} // capacity 1: wakes the pushing goroutine
-	kick        chan struct{} // capacity 1: asks the leftover writer to write buf
-	ended       chan struct{} // closed when the ack reader has returned
+	kick        chan struct{} // capacity 1: asks the leftover writer to write
+	use         chan struct{} // capacity 1: a sample was taken while there was no connection
+	ended       chan struct{} // closed when the attendant has returned
 	writerEnded chan struct{} // closed when the leftover writer has returned
 
 	mu       sync.Mutex
+	conn     net.Conn
+	down     bool // with kept only: conn has ended, the attendant makes another
+	accepted wire.AcceptedPush
+	window   uint64 // most samples without an ack, at least 1
 	sent     uint64 // samples taken from the caller
-	wired    uint64 // of those, samples whose writing has begun; the rest lie in buf
+	wired    uint64 // of those, samples whose writing has begun (on this connection); the rest lie in buf or kept
 	acked    uint64
-	buf      []byte // taken and not being written; starts inside a sample after an interruption
-	spare    []byte // the other send buffer; nil while it is being written
-	writing  bool   // somebody writes to conn without holding mu
-	waiting  bool   // the pushing goroutine sleeps on wake
-	wakeAt   uint64 // and wants to be woken by this many acks
-	writeErr error  // a write failed; the ack reader finds out why the connection ended
-	err      error  // why the connection ended
-	closed   bool   // Close or Abort was called
+	buf      []byte     // without kept: taken and not being written; starts inside a sample after an interruption
+	spare    []byte     // the other send buffer; nil while it is being written
+	writing  bool       // somebody writes to conn without holding mu
+	quiet    sync.Cond  // writing has become false
+	waiting  bool       // the pushing goroutine sleeps on wake
+	wakeAt   uint64     // and wants to be woken by this many acks
+	writeErr error      // a write failed; the attendant finds out why the connection ended
+	err      error      // why the stream ended
+	closed   bool       // Close or Abort was called
+	note     *wire.Note // the daemon has waited for a free place since before the next ack; nil: not that we know
 	stats    Stats
 
-	watched <-chan struct{} // Done of the context that interrupts writes
-	unwatch func() bool
+	// Of kept only: sample i of ours has the number i+shift in the daemon's count of the session.
+	shift  uint64
+	begun  uint64 // samples whose writing has ever begun
+	gaps   []LostError
+	outage outage
+
+	watched     <-chan struct{} // Done of the context that interrupts writes
+	watchedConn net.Conn        // to this connection
+	unwatch     func() bool
 
 	vec     net.Buffers // of the pushing goroutine: what writeDirect has yet to write
 	vecRoom [][]byte
@@ -55,35 +67,45 @@ type Producer struct {
 
 // Stats is what a Producer has done so far.
 type Stats struct {
-	Sent        uint64        // samples taken from the caller
-	Acked       uint64        // samples the daemon has acked
-	Buffered    uint64        // samples taken whose writing has not begun
-	SampleBytes int64         // bytes of one sample
-	Window      uint64        // most samples without an ack
-	Writes      uint64        // writes to the connection
-	Waits       uint64        // times the pushing goroutine slept: for acks, or for the connection
-	Waited      time.Duration // how long it slept
+	Sent         uint64        // samples taken from the caller
+	Acked        uint64        // samples the daemon has acked, or holds
+	Buffered     uint64        // samples taken whose writing has not begun
+	UnackedBytes int64         // bytes of the samples taken and not acked
+	KeptBytes    int64         // memory set aside to send them again: the bytes of the first window; 0 without a session
+	SampleBytes  int64         // bytes of one sample
+	Window       uint64        // most samples without an ack
+	Writes       uint64        // writes to the connection
+	Waits        uint64        // times the pushing goroutine slept: for acks, or for the connection
+	Waited       time.Duration // how long it slept
+	Reconnects   uint64        // connections made after the first
+	Resent       uint64        // samples written again, whole or in part
+	Lost         uint64        // samples acked that the daemon did not hold later; see Config.ContinueAfterLoss
 }
 
-// Sent is the number of samples that were taken over this connection.
+// Sent is the number of samples that this Producer has taken.
 func (p *Producer) Sent() uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.sent
 }
 
-// Acked is the number of samples of this connection that the daemon has acked: the first ones of those sent.
+// Acked is the number of samples of this Producer that the daemon has acked, or said after a reconnect that it holds: the first ones
+// of those sent.
 func (p *Producer) Acked() uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.acked
 }
 
-// Held is the number of samples of the session that the daemon held before this connection; push those after them.
-func (p *Producer) Held() uint64 { return p.accepted.Held }
+// Held is the number of samples of the session that the daemon held when Dial returned; push those after them.
+func (p *Producer) Held() uint64 { return p.first }
 
-// Accepted is the daemon's reply: what was agreed.
-func (p *Producer) Accepted() wire.AcceptedPush { return p.accepted }
+// Accepted is the daemon's last reply: what was agreed.
+func (p *Producer) Accepted() wire.AcceptedPush {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.accepted
+}
 
 // Spec is the layout of the samples.
 func (p *Producer) Spec() *spec.Spec { return p.spec }
@@ -95,6 +117,10 @@ func (p *Producer) Stats() Stats {
 	s := p.stats
 	s.Sent, s.Acked, s.Buffered = p.sent, p.acked, p.sent-p.wired
 	s.SampleBytes, s.Window = p.sampleBytes, p.window
+	s.UnackedBytes = int64(p.sent-p.acked) * p.sampleBytes
+	if p.kept != nil {
+		s.KeptBytes = int64(len(p.kept.mem))
+	}
 	return s
 }
 
@@ -111,7 +137,7 @@ func (p *Producer) flush(ctx context.Context, op string) error {
 		if err := p.usable(ctx, op); err != nil {
 			return err
 		}
-		if len(p.buf) > 0 {
+		if p.sendable() {
 			if err := p.writeBuffered(ctx, op); err != nil {
 				return err
 			}
@@ -134,19 +160,20 @@ func (p *Producer) Close(ctx context.Context) error {
 		return nil
 	}
 	err := p.flush(ctx, "close")
-	half := err == nil && p.err == nil && !p.closed
+	half := err == nil && p.err == nil && !p.closed && !p.down
+	conn := p.conn
 	p.closed = true
 	p.mu.Unlock()
 	if half {
-		err = p.awaitEnd(ctx)
+		err = p.awaitEnd(ctx, conn)
 	}
 	p.release()
 	return err
 }
 
 // awaitEnd closes the writing side and waits for the end of the acks. All samples are acked, so an end of any kind will do.
-func (p *Producer) awaitEnd(ctx context.Context) error {
-	if w, ok := p.conn.(interface{ CloseWrite() error }); !ok || w.CloseWrite() != nil {
+func (p *Producer) awaitEnd(ctx context.Context, conn net.Conn) error {
+	if w, ok := conn.(interface{ CloseWrite() error }); !ok || w.CloseWrite() != nil {
 		return nil
 	}
 	select {
@@ -166,9 +193,12 @@ func (p *Producer) Abort() {
 	p.release()
 }
 
-// release closes the connection and waits for both goroutines.
+// release closes the connection and waits for both goroutines. closed is set, so that none is made any more.
 func (p *Producer) release() {
+	p.die()
+	p.mu.Lock()
 	p.conn.Close() // what it returns is of no use: all that matters was flushed or given up
+	p.mu.Unlock()
 	<-p.ended
 	<-p.writerEnded
 	p.mu.Lock()
@@ -177,9 +207,9 @@ func (p *Producer) release() {
 }
 
 // usable returns why nothing can be pushed any more, or nil. It wants mu. If a write failed, it waits until the ack reader
-// has found the reason, which the daemon may have sent before it closed.
+// has found the reason, which the daemon may have sent before it closed; where another connection can be made there is no need to.
 func (p *Producer) usable(ctx context.Context, op string) error {
-	for p.writeErr != nil && p.err == nil {
+	for p.kept == nil && p.writeErr != nil && p.err == nil {
 		if err := p.sleep(ctx, op, never); err != nil {
 			return err
 		}
@@ -240,26 +270,13 @@ func (p *Producer) rouse() {
 // waited says what the call was waiting for when its context ended. It wants mu.
 func (p *Producer) waited(ctx context.Context, op string) error {
 	what := fmt.Sprintf("client: %s: %d samples sent, %d acked, window %d", op, p.sent, p.acked, p.window)
-	if p.acked < p.sent {
+	switch {
+	case p.down:
+		return &ReconnectingError{p.outage.began, p.outage.tries, p.outage.last, what, ctx}
+	case p.note != nil && timeout(ctx):
+		return newFullError(ctx, p.note, what)
+	case p.acked < p.sent:
 		what += "; the daemon has not acked the rest: its ring may be full because nobody reads the table"
 	}
 	return &waitError{ctx, what}
-}
-
-// waitError is the end of a call's context: its error, and os.ErrDeadlineExceeded too where that was a deadline.
-type waitError struct {
-	ctx  context.Context
-	what string
-}
-
-func (e *waitError) Error() string { return fmt.Sprintf("%s: %v", e.what, e.ctx.Err()) }
-
-// Timeout says whether a deadline passed, as net.Error does.
-func (e *waitError) Timeout() bool { return errors.Is(e.ctx.Err(), context.DeadlineExceeded) }
-
-func (e *waitError) Unwrap() []error {
-	if e.Timeout() {
-		return []error{e.ctx.Err(), os.ErrDeadlineExceeded}
-	}
-	return []error{e.ctx.Err(), context.Cause(e.ctx)}
 }

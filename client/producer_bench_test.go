@@ -7,30 +7,17 @@ import (
 	"testing"
 )
 
-// BenchmarkPush sends samples to a peer that only acks them, beside plain writes of 256 KiB on a bare connection to
-// a peer that only reads: the ratio of the rates is what a Producer costs.
+// BenchmarkPush sends samples to a peer that only acks them, without a session and with one, which keeps a copy of each, beside plain
+// writes of 256 KiB on a bare connection to a peer that only reads: the ratio of the rates is what a Producer costs.
 func BenchmarkPush(b *testing.B) {
-	for _, size := range []int{64, 1 << 10, 16 << 10, 256 << 10, 4 << 20} {
-		b.Run(fmt.Sprintf("producer/%d", size), func(b *testing.B) {
-			s := specOf(b, fmt.Sprintf("a:U8[%d]", size))
-			addr := benchListen(b, func(conn net.Conn) {
-				acceptPush(b, options{windowSamples: 1 << 16, windowBytes: 32 << 20}, conn, discardAndAck)
-			})
-			p, err := Dial(b.Context(), addr, Config{Table: "t", Spec: s})
-			if err != nil {
-				b.Fatal(err)
+	for _, session := range []string{"", "s"} {
+		for _, size := range []int{64, 1 << 10, 16 << 10, 256 << 10, 4 << 20} {
+			name := "producer"
+			if session != "" {
+				name = "session"
 			}
-			sample := make([]byte, size)
-			b.SetBytes(int64(size))
-			for b.Loop() {
-				if err := p.Push(b.Context(), sample); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if err := p.Close(b.Context()); err != nil {
-				b.Fatal(err)
-			}
-		})
+			b.Run(fmt.Sprintf("%s/%d", name, size), func(b *testing.B) { benchPush(b, session, size) })
+		}
 	}
 	b.Run("bare/262144", func(b *testing.B) {
 		addr := benchListen(b, func(conn net.Conn) {
@@ -53,6 +40,27 @@ func BenchmarkPush(b *testing.B) {
 			}
 		}
 	})
+}
+
+func benchPush(b *testing.B, session string, size int) {
+	s := specOf(b, fmt.Sprintf("a:U8[%d]", size))
+	addr := benchListen(b, func(conn net.Conn) {
+		acceptPush(b, options{windowSamples: 1 << 16, windowBytes: max(1<<20, 2*int64(size))}, conn, discardAndAck)
+	})
+	p, err := Dial(b.Context(), addr, Config{Table: "t", Spec: s, Session: session})
+	if err != nil {
+		b.Fatal(err)
+	}
+	sample := make([]byte, size)
+	b.SetBytes(int64(size))
+	for b.Loop() {
+		if err := p.Push(b.Context(), sample); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := p.Close(b.Context()); err != nil {
+		b.Fatal(err)
+	}
 }
 
 func benchListen(b *testing.B, serve func(net.Conn)) string {

@@ -18,7 +18,13 @@ import (
 const (
 	DefaultBufferBytes      = 256 << 10
 	DefaultHandshakeTimeout = 10 * time.Second
+	DefaultReconnectFor     = 5 * time.Minute
+	DefaultReconnectFrom    = 10 * time.Millisecond
+	DefaultReconnectTo      = time.Second
 )
+
+// keptBytesMax is the most a Producer with a session keeps (or two samples, if those are more) where Config.WindowBytes says nothing.
+const keptBytesMax = 64 << 20
 
 // Samples from directBytes on whose leaves have leafBytesMin on average are written from the caller's memory: there the copy
 // costs more than a system call of its own and its list of leaves.
@@ -32,7 +38,6 @@ type Config struct {
 	Table string     // required
 	Spec  *spec.Spec // required: the layout of the samples
 
-	Session          string        // identity that survives reconnects; may be empty
 	Ack              wire.AckMode  // default wire.AckQueued
 	WindowSamples    int64         // most samples without an ack; 0: the daemon's limit
 	WindowBytes      int64         // most bytes without an ack; 0: the daemon chooses; ask for more where the round trip is long
@@ -40,7 +45,19 @@ type Config struct {
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION
 
-	// Dialer connects; default net.Dialer. A test or a tunnel may bring its own.
+	// Session is the producer's identity that survives reconnects and restarts of the daemon. With one, a Producer whose
+	// connection ends makes another by itself and sends again what the daemon does not hold: see the package's doc. Without, the end
+	// of the connection is the end of the Producer.
+	Session       string
+	ReconnectFor  time.Duration // most time without a connection since the last ack; default DefaultReconnectFor; negative: do not reconnect
+	ReconnectFrom time.Duration // least upper bound of a pause before a try; default DefaultReconnectFrom
+	ReconnectTo   time.Duration // greatest one; default DefaultReconnectTo
+
+	// ContinueAfterLoss goes on when the daemon does not hold samples it had acked; Stats.Lost counts them. By default the
+	// Producer ends with a *LostError.
+	ContinueAfterLoss bool
+
+	// Dialer connects, also from a goroutine of the Producer; default net.Dialer. A test or a tunnel may bring its own.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -54,6 +71,12 @@ func (c Config) withDefaults() (Config, error) {
 	if c.BufferBytes < 0 || c.HandshakeTimeout < 0 {
 		return c, fmt.Errorf("client: Config.BufferBytes is %d and HandshakeTimeout %v; neither may be negative", c.BufferBytes, c.HandshakeTimeout)
 	}
+	if c.ReconnectFrom < 0 || c.ReconnectTo < 0 || c.ReconnectTo > 0 && c.ReconnectTo < max(c.ReconnectFrom, 1) {
+		return c, fmt.Errorf("client: Config.ReconnectFrom is %v and ReconnectTo %v; they may not be negative, nor the second less than the first", c.ReconnectFrom, c.ReconnectTo)
+	}
+	if c.Session == "" && (c.ReconnectFor > 0 || c.ReconnectFrom > 0 || c.ReconnectTo > 0 || c.ContinueAfterLoss) {
+		return c, errors.New("client: Config says how to reconnect but names no Session; without one the daemon cannot know which samples it holds")
+	}
 	if c.Ack == "" {
 		c.Ack = wire.AckQueued
 	}
@@ -62,6 +85,18 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.HandshakeTimeout == 0 {
 		c.HandshakeTimeout = DefaultHandshakeTimeout
+	}
+	if c.ReconnectFor == 0 {
+		c.ReconnectFor = DefaultReconnectFor
+	}
+	if c.ReconnectFrom == 0 {
+		c.ReconnectFrom = DefaultReconnectFrom
+		if c.ReconnectTo > 0 {
+			c.ReconnectFrom = min(DefaultReconnectFrom, c.ReconnectTo)
+		}
+	}
+	if c.ReconnectTo == 0 {
+		c.ReconnectTo = max(DefaultReconnectTo, c.ReconnectFrom)
 	}
 	if c.Client == "" {
 		c.Client = "ingestd-go/" + moduleVersion()
@@ -114,7 +149,15 @@ func splitAddress(addr string) (network, address string, err error) {
 	return "", "", fmt.Errorf("client: address %q is not known; write tcp://host:port or unix:///path", addr)
 }
 
-// Dial connects to a daemon and agrees with it on table, spec and window. ctx bounds the connecting only.
+// target is where a Producer connects to, and as what.
+type target struct {
+	addr             string // as given to Dial
+	network, address string
+	cfg              Config
+}
+
+// Dial connects to a daemon and agrees with it on table, spec and window. ctx bounds the connecting only. It tries once; only a
+// connection that was there is made again.
 func Dial(ctx context.Context, addr string, cfg Config) (*Producer, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -124,30 +167,40 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Producer, error) {
 	if err != nil {
 		return nil, err
 	}
-	limited, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
+	t := target{addr, network, address, cfg}
+	conn, accepted, err := t.connect(ctx, cfg.HandshakeTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	return start(ctx, conn, accepted, t), nil
+}
+
+// connect makes a connection within the time given.
+func (t *target) connect(ctx context.Context, within time.Duration) (net.Conn, wire.AcceptedPush, error) {
+	limited, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	conn, err := cfg.Dialer(limited, network, address)
+	conn, err := t.cfg.Dialer(limited, t.network, t.address)
 	if err != nil {
 		if limited.Err() != nil {
-			return nil, &waitError{limited, fmt.Sprintf("client: dial %s: no connection in time (%v)", addr, err)}
+			return nil, wire.AcceptedPush{}, &waitError{limited, fmt.Sprintf("dial %s: no connection in time (%v)", t.addr, err)}
 		}
-		return nil, fmt.Errorf("client: dial %s: %w; is the daemon running, and is this its address?", addr, err)
+		return nil, wire.AcceptedPush{}, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", t.addr, err)
 	}
-	accepted, err := handshake(limited, conn, cfg)
+	accepted, err := handshake(limited, conn, t.cfg)
 	if err != nil {
 		conn.Close()
 		if limited.Err() != nil {
-			return nil, &waitError{limited, fmt.Sprintf("client: dial %s: connected, but no reply in time; is this the address of an ingestd daemon?", addr)}
+			return nil, accepted, &waitError{limited, fmt.Sprintf("dial %s: connected, but no reply in time; is this the address of an ingestd daemon?", t.addr)}
 		}
-		return nil, fmt.Errorf("client: dial %s, table %q: %w", addr, cfg.Table, err)
+		return nil, accepted, fmt.Errorf("dial %s, table %q: %w", t.addr, t.cfg.Table, named(err))
 	}
-	return start(conn, accepted, cfg), nil
+	return conn, accepted, nil
 }
 
 func handshake(ctx context.Context, conn net.Conn, cfg Config) (accepted wire.AcceptedPush, err error) {
 	hello, err := wire.AppendHello(nil, &wire.Hello{
 		Role: wire.RolePush, Table: cfg.Table, Spec: cfg.Spec, Fingerprint: cfg.Spec.Fingerprint(), Session: cfg.Session, Ack: cfg.Ack,
-		WindowSamples: cfg.WindowSamples, WindowBytes: cfg.WindowBytes, Client: cfg.Client,
+		WindowSamples: cfg.WindowSamples, WindowBytes: cfg.WindowBytes, Notes: true, Client: cfg.Client,
 	})
 	if err != nil {
 		return accepted, err
@@ -173,12 +226,6 @@ func handshake(ctx context.Context, conn net.Conn, cfg Config) (accepted wire.Ac
 // past is a deadline that makes a blocked read or write return.
 var past = time.Unix(1, 0)
 
-// answered says whether the error is something that the daemon said.
-func answered(err error) bool {
-	var refusal *wire.Refusal
-	return errors.As(err, &refusal) || errors.Is(err, wire.ErrProtocol)
-}
-
 func checkAgreed(a wire.AcceptedPush, cfg Config) error {
 	what := ""
 	switch {
@@ -194,26 +241,43 @@ func checkAgreed(a wire.AcceptedPush, cfg Config) error {
 	return fmt.Errorf("%w: the daemon agreed to %s than asked for", wire.ErrProtocol, what)
 }
 
-func start(conn net.Conn, accepted wire.AcceptedPush, cfg Config) *Producer {
-	s := cfg.Spec
+func start(ctx context.Context, conn net.Conn, accepted wire.AcceptedPush, t target) *Producer {
+	s, cfg := t.cfg.Spec, &t.cfg
 	p := &Producer{
-		conn: conn, spec: s, leafBytes: s.LeafBytes(), sampleBytes: s.SampleBytes(), accepted: accepted,
-		window: uint64(max(1, min(accepted.WindowSamples, accepted.WindowBytes/s.SampleBytes()))),
-		wake:   make(chan struct{}, 1), kick: make(chan struct{}, 1),
+		target: t, conn: conn, spec: s, leafBytes: s.LeafBytes(), sampleBytes: s.SampleBytes(), accepted: accepted, first: accepted.Held,
+		window: windowOf(accepted, s.SampleBytes()),
+		wake:   make(chan struct{}, 1), kick: make(chan struct{}, 1), use: make(chan struct{}, 1),
 		ended: make(chan struct{}), writerEnded: make(chan struct{}),
 		vecRoom: make([][]byte, 0, s.NumLeaves()),
 	}
+	p.quiet.L = &p.mu
+	p.life, p.die = context.WithCancel(context.WithoutCancel(ctx)) // what a Dialer may look up in ctx, but not its end
 	leaves := int64(s.NumLeaves())
-	p.direct = p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes)
+	keep := cfg.Session != "" && cfg.ReconnectFor > 0
+	p.direct = !keep && (p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes))
 	if !p.direct {
 		// A quarter of the window to a write keeps the connection busy while acks are on their way.
 		quarter := int64(min(p.window/4, uint64(cfg.BufferBytes))) * p.sampleBytes
 		p.fillBytes = int(max(p.sampleBytes, min(int64(cfg.BufferBytes), quarter)))
+	}
+	switch {
+	case keep:
+		if cfg.WindowBytes == 0 {
+			p.window = min(p.window, uint64(max(2, keptBytesMax/p.sampleBytes)))
+		}
+		p.kept = newKept(p.window, p.sampleBytes)
+		p.shift = accepted.Held
+	case !p.direct:
 		p.buf, p.spare = make([]byte, 0, p.fillBytes), make([]byte, 0, p.fillBytes)
 	}
-	go p.readAcks()
+	go p.attend()
 	go p.writeLeftovers()
 	return p
+}
+
+// windowOf is the tighter of both windows, in samples, at least 1.
+func windowOf(a wire.AcceptedPush, sampleBytes int64) uint64 {
+	return uint64(max(1, min(a.WindowSamples, a.WindowBytes/sampleBytes)))
 }
 
 // deadlineExceeded says whether a read or write stopped because of a deadline.

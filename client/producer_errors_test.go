@@ -105,7 +105,7 @@ func TestDaemonGone(t *testing.T) {
 
 func TestDaemonBreaksTheProtocol(t *testing.T) {
 	for says, bytes := range map[string]string{
-		"acked 2 samples more": "\x01\x01\x01", "the byte 0x02": "\x02", "closing notice has 1 bytes": "\x00\x01\x00\x00\x00{",
+		"acked 2 samples more": "\x01\x01\x01", "the byte 0x03": "\x03", "closing notice has 1 bytes": "\x00\x01\x00\x00\x00{",
 	} {
 		addr := fakeDaemon(t, options{}, func(f *fake) {
 			f.take(1)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"time"
 
@@ -18,8 +19,16 @@ const reasonTimeout = 5 * time.Second
 // errInterrupted is a write that stopped because its context ended.
 var errInterrupted = errors.New("interrupted")
 
-// writeBuffered writes buf, or waits for the write that is going on. It wants mu and lets go of it meanwhile. If ctx ends
-// first, the leftover writer goes on with the rest.
+// sendable says whether something lies in buf or kept that may be written now. It wants mu.
+func (p *Producer) sendable() bool {
+	if p.kept != nil {
+		return !p.down && p.writeErr == nil && p.kept.pos < p.writeTo()
+	}
+	return len(p.buf) > 0
+}
+
+// writeBuffered writes what is sendable, or waits for the write that is going on. It wants mu and lets go of it meanwhile. If ctx
+// ends first, the leftover writer goes on with the rest.
 func (p *Producer) writeBuffered(ctx context.Context, op string) error {
 	if err := p.usable(ctx, op); err != nil {
 		return err
@@ -27,7 +36,7 @@ func (p *Producer) writeBuffered(ctx context.Context, op string) error {
 	if p.writing {
 		return p.sleep(ctx, op, never)
 	}
-	if len(p.buf) == 0 {
+	if !p.sendable() {
 		return nil
 	}
 	p.watch(ctx)
@@ -41,8 +50,11 @@ func (p *Producer) writeBuffered(ctx context.Context, op string) error {
 	return nil
 }
 
-// writeOut writes buf, which nobody else may be doing, and puts back what was not written.
+// writeOut writes what is sendable, which nobody else may be doing. It wants mu and lets go of it meanwhile.
 func (p *Producer) writeOut(ctx context.Context) error {
+	if p.kept != nil {
+		return p.writeKept(ctx)
+	}
 	out := p.buf
 	p.buf, p.spare = p.spare[:0], nil
 	p.wired = p.sent
@@ -74,6 +86,7 @@ func (p *Producer) endWrite(err error) {
 		p.writeErr = err
 		p.conn.SetReadDeadline(time.Now().Add(reasonTimeout))
 	}
+	p.quiet.Signal()
 	p.rouse()
 }
 
@@ -157,18 +170,18 @@ func (p *Producer) retry(err error) error {
 	return err
 }
 
-// watch lets the end of ctx interrupt a write. It costs nothing while the same context comes again.
+// watch lets the end of ctx interrupt a write. It costs nothing while the same context comes again. It wants mu.
 func (p *Producer) watch(ctx context.Context) {
-	done := ctx.Done()
-	if done == p.watched {
+	done, conn := ctx.Done(), p.conn
+	if done == p.watched && conn == p.watchedConn {
 		return
 	}
 	if p.unwatch != nil {
 		p.unwatch()
 		p.unwatch = nil
 	}
-	if p.watched = done; done != nil {
-		p.unwatch = context.AfterFunc(ctx, func() { p.conn.SetWriteDeadline(past) })
+	if p.watched, p.watchedConn = done, conn; done != nil {
+		p.unwatch = context.AfterFunc(ctx, func() { conn.SetWriteDeadline(past) })
 	}
 }
 
@@ -180,8 +193,8 @@ func (p *Producer) kickWriter() {
 	}
 }
 
-// writeLeftovers writes what lies in buf when the pushing goroutine has no reason to: when all that was written is
-// acked, and after an interruption. The ack reader must not do it, for it would then not read.
+// writeLeftovers writes what lies in buf or kept when the pushing goroutine has no reason to: when all that was written is
+// acked, after an interruption, and after a reconnect. The attendant must not do it, for it would then not read.
 func (p *Producer) writeLeftovers() {
 	defer close(p.writerEnded)
 	for {
@@ -191,8 +204,8 @@ func (p *Producer) writeLeftovers() {
 		case <-p.kick:
 		}
 		p.mu.Lock()
-		for first := true; !p.writing && len(p.buf) > 0 && p.writeErr == nil && p.err == nil; first = false {
-			if !first && p.wired != p.acked {
+		for first := true; !p.writing && p.sendable() && p.writeErr == nil && p.err == nil; first = false {
+			if !first && p.wired != p.acked && !(p.kept != nil && (p.wired < p.begun || p.kept.inside())) {
 				break // its acks will kick us
 			}
 			_ = p.writeOut(context.Background())
@@ -201,73 +214,119 @@ func (p *Producer) writeLeftovers() {
 	}
 }
 
-// readAcks counts acks until the connection ends, and then says why it did.
-func (p *Producer) readAcks() {
-	defer close(p.ended)
-	buf := make([]byte, 16<<10)
+// readAcks counts acks until the connection ends, and returns why it did.
+func (p *Producer) readAcks(conn net.Conn, buf []byte) error {
 	for {
-		n, err := p.conn.Read(buf)
-		acks := 0
-		for acks < n && buf[acks] == wire.Ack {
-			acks++
-		}
-		if ackErr := p.ack(uint64(acks)); ackErr != nil {
-			err = ackErr
-		} else if acks < n {
-			err = p.closingWords(buf[acks:n])
+		n, err := conn.Read(buf)
+		if wordErr := p.words(conn, buf[:n]); wordErr != nil {
+			return wordErr
 		}
 		if err != nil {
-			p.end(err)
-			return
+			return err
 		}
 	}
 }
 
+// words takes what the daemon sent: acks, notes, and at the end a notice, which it returns.
+func (p *Producer) words(conn net.Conn, b []byte) error {
+	for len(b) > 0 {
+		acks := 0
+		for acks < len(b) && b[acks] == wire.Ack {
+			acks++
+		}
+		if err := p.ack(uint64(acks)); err != nil || acks == len(b) {
+			return err
+		}
+		mark := b[acks]
+		if mark != wire.NoteMark && mark != wire.NoticeMark {
+			return fmt.Errorf("%w: the daemon sent the byte %#02x where an ack, a note or a closing notice must be", wire.ErrProtocol, mark)
+		}
+		rest := bytes.NewReader(b[acks+1:])
+		from := io.MultiReader(rest, conn)
+		conn.SetReadDeadline(time.Now().Add(reasonTimeout))
+		if mark == wire.NoticeMark {
+			notice, err := wire.ReadNotice(from)
+			if err != nil {
+				return err
+			}
+			return notice
+		}
+		note, err := wire.ReadNote(from)
+		if err != nil {
+			return err
+		}
+		p.mu.Lock()
+		p.note = note
+		if p.writeErr == nil { // else its deadline holds
+			conn.SetReadDeadline(time.Time{})
+		}
+		p.mu.Unlock()
+		b = b[len(b)-rest.Len():]
+	}
+	return nil
+}
+
 func (p *Producer) ack(n uint64) error {
+	if n == 0 {
+		return nil
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n > p.wired-p.acked {
-		return fmt.Errorf("%w: the daemon acked %d samples more than it was sent", wire.ErrProtocol, n-(p.wired-p.acked))
+	if due := p.due(); n > due {
+		return fmt.Errorf("%w: the daemon acked %d samples more than it was sent", wire.ErrProtocol, n-due)
 	}
 	p.acked += n
+	p.note = nil
+	p.outage.over = true
 	if p.acked >= p.wakeAt {
 		p.rouse()
 	}
-	if p.acked == p.wired && len(p.buf) > 0 {
+	if p.acked == p.wired && p.sendable() {
 		p.kickWriter()
 	}
 	return nil
 }
 
-// closingWords reads what follows the last ack.
-func (p *Producer) closingWords(b []byte) error {
-	if b[0] != wire.NoticeMark {
-		return fmt.Errorf("%w: the daemon sent the byte %#02x where an ack or a closing notice must be", wire.ErrProtocol, b[0])
+// due is how many acks the daemon may send. It wants mu.
+func (p *Producer) due() uint64 {
+	if p.kept == nil {
+		return p.wired - p.acked
 	}
-	p.conn.SetReadDeadline(time.Now().Add(reasonTimeout))
-	notice, err := wire.ReadNotice(io.MultiReader(bytes.NewReader(b[1:]), p.conn))
-	if err != nil {
-		return err
+	to := p.kept.pos
+	if p.writing {
+		to = p.kept.to
 	}
-	return notice
+	return to/p.kept.sample - p.acked
 }
 
-// end notes why the connection ended.
-func (p *Producer) end(err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var notice *wire.Notice
+// reasonOf says why a connection ended, from the error of its reader. It wants mu.
+func (p *Producer) reasonOf(err error) error {
+	if errors.Is(p.writeErr, wire.ErrProtocol) {
+		return p.writeErr
+	}
+	if answered(err) {
+		return named(err)
+	}
+	if p.writeErr != nil && deadlineExceeded(err) {
+		err = p.writeErr
+	}
+	if deadlineExceeded(err) {
+		return fmt.Errorf("%w (%v)", ErrDaemonGone, err) // of reasonTimeout: no deadline of a call
+	}
+	return fmt.Errorf("%w (%w)", ErrDaemonGone, err)
+}
+
+// finish notes why the stream ended. It wants mu.
+func (p *Producer) finish(err error) {
 	switch {
-	case errors.As(err, &notice), errors.Is(err, wire.ErrProtocol):
+	case answered(err), errors.As(err, new(*LostError)), errors.Is(err, ErrSessionTaken):
 		p.err = err
 	case p.closed:
 		p.err = os.ErrClosed
+	case p.kept != nil:
+		p.err = err
 	default:
-		if p.writeErr != nil && deadlineExceeded(err) {
-			err = p.writeErr
-		}
-		p.err = fmt.Errorf("%w: %d samples sent, %d acked (%w): start it again and push those that were not acked; its log may say why", ErrDaemonGone, p.sent, p.acked, err)
+		p.err = fmt.Errorf("%w: %d samples sent, %d acked: start it again and push those that were not acked; its log may say why", err, p.sent, p.acked)
 	}
-	p.conn.Close() // a write that blocks must return
 	p.rouse()
 }

@@ -6,8 +6,9 @@ import (
 )
 
 // Push sends one sample, given as its leaves in spec order. It returns nil once the sample is taken: it is written, or
-// copied and will be, at the latest when every sample before it is acked. It blocks while the window is closed. After an error
-// the sample was not taken. If ctx ends while a large sample is half written, the rest is copied and the sample is taken.
+// copied and will be, at the latest when every sample before it is acked. It blocks while the window is closed, and with a session
+// that means while it waits for another connection too. After an error the sample was not taken. If ctx ends while a large sample is half
+// written, the rest is copied and the sample is taken.
 func (p *Producer) Push(ctx context.Context, leaves ...[]byte) error {
 	if err := p.checkLeaves(leaves); err != nil {
 		return err
@@ -17,6 +18,9 @@ func (p *Producer) Push(ctx context.Context, leaves ...[]byte) error {
 	defer p.mu.Unlock()
 	if err := p.admit(ctx, op); err != nil {
 		return err
+	}
+	if p.kept != nil {
+		return p.keep(ctx, op, leaves)
 	}
 	if p.direct {
 		if err := p.drainBuffer(ctx, op); err != nil {
@@ -50,7 +54,7 @@ func (p *Producer) PushMany(ctx context.Context, n int, data []byte) (int, error
 		if err := p.admit(ctx, op); err != nil {
 			return done, err
 		}
-		open := min(n-done, int(min(p.window-(p.sent-p.acked), 1<<30)))
+		open := min(n-done, int(min(p.window-p.inUse(), 1<<30)))
 		rest := data[int64(done)*p.sampleBytes:]
 		k, err := p.pushSome(ctx, op, rest[:int64(open)*p.sampleBytes], open)
 		done += k
@@ -63,6 +67,9 @@ func (p *Producer) PushMany(ctx context.Context, n int, data []byte) (int, error
 
 // pushSome takes some of n samples for which the window is open.
 func (p *Producer) pushSome(ctx context.Context, op string, data []byte, n int) (int, error) {
+	if p.kept != nil {
+		return p.keepMany(ctx, op, data, n)
+	}
 	if p.direct || len(data) >= directBytes {
 		if err := p.drainBuffer(ctx, op); err != nil {
 			return 0, err
@@ -82,15 +89,15 @@ func (p *Producer) pushSome(ctx context.Context, op string, data []byte, n int) 
 // admit returns when the window is open for a sample.
 func (p *Producer) admit(ctx context.Context, op string) error {
 	for {
-		if p.err != nil || p.writeErr != nil || p.closed || ctx.Err() != nil {
+		if p.err != nil || p.kept == nil && p.writeErr != nil || p.closed || ctx.Err() != nil {
 			if err := p.usable(ctx, op); err != nil {
 				return err
 			}
 		}
-		if p.sent-p.acked < p.window {
+		if p.inUse() < p.window {
 			return nil
 		}
-		if len(p.buf) > 0 {
+		if p.sendable() {
 			if err := p.writeBuffered(ctx, op); err != nil {
 				return err
 			}
@@ -123,16 +130,31 @@ func (p *Producer) drainBuffer(ctx context.Context, op string) error {
 	return nil
 }
 
-// taken counts n samples that were put into buf, and writes it if it is full or if no ack is due that would set the
+// taken counts n samples that were put into buf or kept, and writes if it is full or if no ack is due that would set the
 // leftover writer going. A failure shows in the next call: these samples are taken.
 func (p *Producer) taken(ctx context.Context, n int) {
 	p.sent += uint64(n)
+	if p.down {
+		select {
+		case p.use <- struct{}{}:
+		default:
+		}
+		return
+	}
 	if p.writing {
 		return
 	}
-	if p.wired == p.acked || len(p.buf)+int(p.sampleBytes) > p.fillBytes {
+	if p.wired == p.acked || p.unwritten()+int(p.sampleBytes) > p.fillBytes {
 		_ = p.writeBuffered(ctx, "push")
 	}
+}
+
+// unwritten is how many bytes lie in buf or kept that nobody has begun to write.
+func (p *Producer) unwritten() int {
+	if p.kept != nil {
+		return int(p.sent*p.kept.sample - p.kept.pos)
+	}
+	return len(p.buf)
 }
 
 func (p *Producer) checkLeaves(leaves [][]byte) error {

@@ -261,7 +261,7 @@ func TestConfigDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	zeroIsMeant := map[string]bool{"Session": true, "WindowSamples": true, "WindowBytes": true}
+	zeroIsMeant := map[string]bool{"Session": true, "WindowSamples": true, "WindowBytes": true, "ContinueAfterLoss": true}
 	v := reflect.ValueOf(cfg)
 	for i := range v.NumField() {
 		if name := v.Type().Field(i).Name; v.Field(i).IsZero() != zeroIsMeant[name] {

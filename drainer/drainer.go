@@ -51,8 +51,22 @@ func (p *Pool) Run(ctx context.Context) error {
 	return nil
 }
 
-// Open gives a new stream of r to the drainer that has the fewest. With flushAtEnd, the end of the stream publishes the batch being filled.
-func (p *Pool) Open(r *ring.Ring, id uint64, flushAtEnd bool) *Stream {
+// StreamConfig says what a new stream is.
+type StreamConfig struct {
+	ID uint64 // as it stands beside the samples in the ring; of a session, the session's
+
+	// Session, if not nil, counts the stream's samples: the stream begins with the session's next one, and each commit stores in the segment how many there are.
+	// Its stream before must be Done.
+	Session *ring.Session
+
+	FlushAtEnd bool // the end of the stream publishes the batch being filled
+
+	// Full, if not nil, makes of the error of a Reserve that ran out of time one that says whom it waited for.
+	Full func(error) error
+}
+
+// Open gives a new stream of r to the drainer that has the fewest.
+func (p *Pool) Open(r *ring.Ring, cfg StreamConfig) *Stream {
 	best := p.drainers[0]
 	for _, d := range p.drainers[1:] {
 		if d.owned.Load() < best.owned.Load() {
@@ -60,14 +74,19 @@ func (p *Pool) Open(r *ring.Ring, id uint64, flushAtEnd bool) *Stream {
 		}
 	}
 	s := &Stream{
-		id:         id,
-		ring:       r,
-		queue:      spsc.New[filled](QueueRuns),
-		drainer:    best,
-		seat:       park.NewWaiter(),
-		flushAtEnd: flushAtEnd,
-		done:       make(chan struct{}),
+		cfg:     cfg,
+		ring:    r,
+		queue:   spsc.New[filled](QueueRuns),
+		drainer: best,
+		seat:    park.NewWaiter(),
+		done:    make(chan struct{}),
 	}
+	if cfg.Session != nil {
+		s.held = cfg.Session.Held()
+	}
+	s.next = s.held
+	s.pushed.Store(s.held)
+	s.committed.Store(s.held)
 	best.owned.Add(1)
 	best.mu.Lock()
 	best.arrived = append(best.arrived, s)
@@ -188,7 +207,11 @@ func (d *drainer) visit(s *Stream) bool {
 	for found > 0 {
 		n := s.queue.TryPop(d.buffer[:min(found, visitRuns)])
 		for _, f := range d.buffer[:n] {
-			s.ring.Commit(f.run, s.id, f.first, f.arrival, ring.Mark{})
+			var mark ring.Mark
+			if s.cfg.Session != nil {
+				mark = s.cfg.Session.Mark(f.first + uint64(f.run.N))
+			}
+			s.ring.Commit(f.run, s.cfg.ID, f.first, f.arrival, mark)
 			samples += uint64(f.run.N)
 		}
 		found -= n
@@ -207,7 +230,7 @@ func (d *drainer) remove() {
 			keep = append(keep, s)
 			continue
 		}
-		if s.flushAtEnd {
+		if s.cfg.FlushAtEnd {
 			s.ring.Flush()
 		}
 		d.owned.Add(-1)

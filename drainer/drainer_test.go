@@ -85,7 +85,7 @@ func TestEveryStreamArrivesWholeAndInOrder(t *testing.T) {
 		var running, sending sync.WaitGroup
 		running.Go(func() { _ = pool.Run(ctx) })
 		for id := range uint64(streams) {
-			s := pool.Open(r, id, false)
+			s := pool.Open(r, StreamConfig{ID: id})
 			sending.Go(func() {
 				if err := send(t.Context(), s, 0, samples); err != nil {
 					t.Error(err)
@@ -127,7 +127,7 @@ func TestFloodStarvesNobody(t *testing.T) {
 	r := newRing(t, 256, 64, 16)
 	pool := NewPool(1)
 	d := pool.drainers[0]
-	flood, quiet := pool.Open(r, 1, false), pool.Open(r, 2, false)
+	flood, quiet := pool.Open(r, StreamConfig{ID: 1}), pool.Open(r, StreamConfig{ID: 2})
 	for pass := range uint64(10) {
 		d.baton.Store(true) // as if the drainer were at work: nobody helps it
 		for flood.queue.Len() < QueueRuns {
@@ -161,7 +161,7 @@ func TestSendersHelp(t *testing.T) {
 	r := newRing(t, 4, 4, 16)
 	pool := NewPool(1)
 	d := pool.drainers[0]
-	s := pool.Open(r, 1, false)
+	s := pool.Open(r, StreamConfig{ID: 1})
 	if err := send(t.Context(), s, 0, 2); err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +187,7 @@ func TestSendersHelp(t *testing.T) {
 
 func TestReserveSaysClosedAndDeadline(t *testing.T) {
 	r := newRing(t, 1, 2, 16)
-	s := NewPool(1).Open(r, 1, false)
+	s := NewPool(1).Open(r, StreamConfig{ID: 1})
 	for range 2 {
 		if _, err := s.Reserve(t.Context(), 1); err != nil {
 			t.Fatal(err)
@@ -208,7 +208,7 @@ func TestEndOfStreamFlushes(t *testing.T) {
 	for _, flush := range []bool{true, false} {
 		r := newRing(t, 8, 2, 16)
 		pool := NewPool(1)
-		s := pool.Open(r, 1, flush)
+		s := pool.Open(r, StreamConfig{ID: 1, FlushAtEnd: flush})
 		if err := send(t.Context(), s, 0, 3); err != nil {
 			t.Fatal(err)
 		}
@@ -226,7 +226,7 @@ func TestEndOfStreamFlushes(t *testing.T) {
 func TestNoAllocations(t *testing.T) {
 	r := newRing(t, 4, 4, 16)
 	pool := NewPool(1)
-	s := pool.Open(r, 1, false)
+	s := pool.Open(r, StreamConfig{ID: 1})
 	d := pool.drainers[0]
 	d.pass()
 	if n := testing.AllocsPerRun(1000, func() {

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 )
@@ -286,6 +287,7 @@ func (l *Lender) copyRows(ctx context.Context, t *lent) error {
 		}
 		for leaf, bytes := range columns {
 			copy(l.ring.RunColumn(run, leaf), l.ring.PlaceColumn(t.place, leaf)[int64(t.settled)*bytes:])
+			failpoint.Hit("drainer/settle/copying")
 		}
 		l.shared = sharedSpot{opening: run.Position / uint64(l.size), index: run.Index, pending: true}
 		for run.N > 0 { // in parts that were complete at the same time
@@ -299,6 +301,7 @@ func (l *Lender) copyRows(ctx context.Context, t *lent) error {
 			t.settled += n
 			l.settled.Store(l.settled.Load() + uint64(n))
 			l.ring.Commit(part, l.id.Stream, first, arrival, l.ring.SettledMark(t.place, t.settled))
+			failpoint.Hit("drainer/settle/committed")
 		}
 	}
 	return nil

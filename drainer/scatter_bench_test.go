@@ -66,7 +66,7 @@ func BenchmarkWhoScatters(b *testing.B) {
 			ctx, stop := context.WithCancel(b.Context())
 			finished := make(chan struct{})
 			go func() { _ = pool.Run(ctx); close(finished) }()
-			s := pool.Open(r, 1, false)
+			s := pool.Open(r, StreamConfig{ID: 1})
 			buf := make([]byte, stage)
 			began := cpuTime(b)
 			for b.Loop() {

@@ -2,6 +2,8 @@ package drainer
 
 import (
 	"context"
+	"errors"
+	"os"
 	"sync/atomic"
 	"time"
 
@@ -13,27 +15,29 @@ import (
 // Stream is the sender's side of one producer's queue. Its methods belong to the one goroutine that receives for it; Stats, Done, Committed and
 // Waiting may be called from anywhere.
 type Stream struct {
-	id      uint64
+	cfg     StreamConfig
+	held    uint64 // number of the stream's first sample
 	ring    *ring.Ring
 	queue   *spsc.Queue[filled]
 	drainer *drainer
 	seat    *park.Waiter // the sender's
 	next    uint64       // number of the sender's next sample; the sender's own
 
-	pushed       atomic.Uint64 // samples; written by the sender
+	pushed       atomic.Uint64 // number of the next sample to be pushed; written by the sender
 	abandoned    atomic.Uint64 // slots given back unfilled; written by the sender
 	waitingSince atomic.Int64  // Unix nanoseconds, 0 when not waiting for a slot; written by the sender
-	committed    atomic.Uint64 // samples; written by the drainer
+	committed    atomic.Uint64 // number of the next sample to be committed; written by the drainer
 	settled      park.Event    // woken after committed moved
 
-	flushAtEnd bool
-	ended      bool // the drainer's own: closed and empty
-	done       chan struct{}
+	ended bool // the drainer's own: closed and empty
+	done  chan struct{}
 }
 
 // StreamStats is a snapshot of a stream.
 type StreamStats struct {
 	Stream       uint64
+	Session      string    // "" without one
+	Held         uint64    // number of the stream's first sample
 	Pushed       uint64    // samples placed and queued
 	Committed    uint64    // samples in the ring
 	Abandoned    uint64    // slots given back unfilled
@@ -41,25 +45,34 @@ type StreamStats struct {
 }
 
 // ID returns the number of the stream, as it stands beside its samples in the ring.
-func (s *Stream) ID() uint64 { return s.id }
+func (s *Stream) ID() uint64 { return s.cfg.ID }
+
+// Held returns the number of the stream's first sample: of a session, how many there are in the ring already, or were.
+func (s *Stream) Held() uint64 { return s.held }
 
 // TryReserve takes up to n slots inside one batch, or returns false when the ring is full or closed, or others wait for a slot; Reserve tells which.
 func (s *Stream) TryReserve(n int) (ring.Run, bool) { return s.ring.TryReserveInTurn(n) }
 
-// Reserve takes up to n slots inside one batch, waiting while the ring is full. It returns os.ErrClosed when the ring is closed, or the context's error.
+// Reserve takes up to n slots inside one batch, waiting while the ring is full. It returns os.ErrClosed when the ring is closed, or the context's error,
+// of which StreamConfig.Full may have made another.
 func (s *Stream) Reserve(ctx context.Context, n int) (ring.Run, error) {
 	if run, ok := s.TryReserve(n); ok {
 		return run, nil
 	}
 	s.waitingSince.Store(time.Now().UnixNano())
 	defer s.waitingSince.Store(0)
-	return s.ring.Reserve(ctx, s.seat, n)
+	run, err := s.ring.Reserve(ctx, s.seat, n)
+	if err != nil && s.cfg.Full != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = s.cfg.Full(err)
+	}
+	return run, err
 }
 
 // Column returns the bytes of one leaf of a reserved run, to be filled before Push.
 func (s *Stream) Column(run ring.Run, leaf int) []byte { return s.ring.RunColumn(run, leaf) }
 
-// Push hands filled slots on, in the order of the samples, and commits them itself if the drainer is at rest; arrival is when the last byte of the last of them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round.
+// Push hands filled slots on, in the order of the samples, and commits them itself if the drainer is at rest; arrival is when the last byte of the last of
+// them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round.
 // Pushing after Close panics.
 func (s *Stream) Push(run ring.Run, arrival time.Time) {
 	f := [1]filled{{run: run, first: s.next, arrival: uint64(arrival.UnixNano())}}
@@ -109,10 +122,14 @@ func (s *Stream) Done() <-chan struct{} { return s.done }
 // Stats returns a snapshot.
 func (s *Stream) Stats() StreamStats {
 	st := StreamStats{
-		Stream:    s.id,
-		Committed: s.committed.Load(), // before pushed, so that it is never above it
-		Pushed:    s.pushed.Load(),
+		Stream:    s.cfg.ID,
+		Held:      s.held,
+		Committed: s.committed.Load() - s.held, // before pushed, so that it is never above it
+		Pushed:    s.pushed.Load() - s.held,
 		Abandoned: s.abandoned.Load(),
+	}
+	if s.cfg.Session != nil {
+		st.Session = s.cfg.Session.Name()
 	}
 	if ns := s.waitingSince.Load(); ns != 0 {
 		st.WaitingSince = time.Unix(0, ns)

@@ -4,7 +4,8 @@
 //	pool := drainer.NewPool(1)                // go pool.Run(ctx): commits what is pushed
 //	table, err := engine.New(engine.Config{Name: ..., Spec: ..., BatchSize: ..., Batches: ..., Drainers: pool})
 //	                                          // go table.Run(ctx) if it has a Linger
-//	stream, err := table.OpenStream()         // a producer: Reserve, fill Column in place, Push; Close at its end
+//	stream, err := table.OpenStream(ctx, engine.StreamConfig{})
+//	                                          // a producer: Reserve, fill Column in place, Push; Close at its end
 //	trainer := table.NewTrainer()             // Next, read the columns in place, Release
 //	err = table.Close(ctx)                    // when the streams are closed; then stop the pool, then Free
 //
@@ -15,7 +16,11 @@
 // ends a table in order: no new streams, the open ones drained, the batch being filled published short, then end of stream for the trainers. It
 // needs the pool to run, as the streams do.
 //
-// Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; io.EOF from Next after the last
+// A stream with a session goes on where the session's last one ended, also in a later process over kept memory: Stream.Held says with which sample. One stream has a
+// session at a time; who opens it again waits for the one before, which StreamConfig.Taken tells.
+//
+// Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; *FullError, which names who holds the ring up,
+// from a Reserve that ran out of time; io.EOF from Next after the last
 // batch; the context's error, wrapped, from Close when streams are still open. Releasing a batch twice, or pushing to a closed stream, panics.
 //
 // Cost: one goroutine per open stream, which only waits for its end; nothing per sample or batch beyond what drainer, ring and sampler say.

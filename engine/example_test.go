@@ -72,7 +72,7 @@ func Example() {
 
 // produce pushes n samples through a stream of its own.
 func produce(ctx context.Context, table *engine.Table, n int) error {
-	stream, err := table.OpenStream()
+	stream, err := table.OpenStream(ctx, engine.StreamConfig{})
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"fmt"
-	"os"
 	"sort"
 	"sync"
 	"time"
@@ -24,6 +23,9 @@ type Memory interface {
 // NameBytesMax is the longest name of a table: what a handshake can carry.
 const NameBytesMax = 128
 
+// SessionTTLDefault is how long a session without a connection is remembered at least.
+const SessionTTLDefault = 24 * time.Hour
+
 // Config says what a table is.
 type Config struct {
 	Name      string // 1 to NameBytesMax bytes
@@ -32,6 +34,10 @@ type Config struct {
 	Batches   int           // capacity in batches, at least 2
 	Linger    time.Duration // publish a batch short when its first sample is this old, or a stream ends; 0 (default): never
 	Drainers  *drainer.Pool // shared by all tables; its Run is the caller's
+
+	Sessions      int           // how many sessions the table knows at most; 0: ring.SessionsDefault
+	SessionTTL    time.Duration // how long a session without a connection is remembered at least; 0: SessionTTLDefault
+	CommittedAcks bool          // transports ack no sample of this table before it is in the ring, whatever a producer asks for
 
 	// Memory makes the segment's memory; nil takes it from the heap.
 	Memory func(size int64) (Memory, error)
@@ -46,8 +52,12 @@ type Table struct {
 
 	mu       sync.Mutex
 	closed   bool
-	next     uint64 // number of the next stream
+	closing  chan struct{} // closed with closed
+	opened   uint64        // streams there ever were
 	streams  map[uint64]*drainer.Stream
+	lenders  map[uint64]*drainer.Lender
+	sessions map[string]*session // those that somebody has or waits for
+	taken    uint64              // sessions that went to another connection
 	past     drainer.StreamStats // of the streams that are gone
 	watching sync.WaitGroup
 }
@@ -70,6 +80,7 @@ func layout(cfg *Config) ring.Layout {
 		Spec:        cfg.Spec.JSON(),
 		Fingerprint: cfg.Spec.Fingerprint(),
 		Table:       cfg.Name,
+		Sessions:    cfg.Sessions,
 		Created:     time.Now(),
 	}
 }
@@ -81,6 +92,12 @@ func New(cfg Config) (*Table, error) {
 	}
 	if cfg.Spec == nil || cfg.Drainers == nil {
 		return nil, fmt.Errorf("table %q: Config.Spec and Config.Drainers are required", cfg.Name)
+	}
+	if cfg.SessionTTL < 0 {
+		return nil, fmt.Errorf("table %q: Config.SessionTTL is %v, must not be negative", cfg.Name, cfg.SessionTTL)
+	}
+	if cfg.SessionTTL == 0 {
+		cfg.SessionTTL = SessionTTLDefault
 	}
 	l := layout(&cfg)
 	size, err := l.Bytes()
@@ -95,7 +112,7 @@ func New(cfg Config) (*Table, error) {
 	} else {
 		memory = heap{ring.AlignedBytes(size)}
 	}
-	t := &Table{cfg: cfg, memory: memory, streams: map[uint64]*drainer.Stream{}}
+	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}, sessions: map[string]*session{}}
 	if t.ring, err = ring.Format(memory.Bytes(), l); err == nil {
 		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger})
 	}
@@ -112,6 +129,9 @@ func (t *Table) Name() string { return t.cfg.Name }
 // Spec returns the layout of a sample.
 func (t *Table) Spec() *spec.Spec { return t.cfg.Spec }
 
+// CommittedAcks tells whether Config says that transports ack only what is in the ring.
+func (t *Table) CommittedAcks() bool { return t.cfg.CommittedAcks }
+
 // Ring returns the ring.
 func (t *Table) Ring() *ring.Ring { return t.ring }
 
@@ -124,38 +144,14 @@ func (t *Table) Memory() Memory { return t.memory }
 // Run runs what the table does by the clock, until ctx ends.
 func (t *Table) Run(ctx context.Context) error { return t.sampler.Run(ctx) }
 
-// OpenStream makes the queue of one producer. It returns os.ErrClosed, wrapped, once Close was called.
-func (t *Table) OpenStream() (*drainer.Stream, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.closed {
-		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, os.ErrClosed)
-	}
-	t.next++
-	s := t.cfg.Drainers.Open(t.ring, t.ring.NextStream(), t.cfg.Linger > 0)
-	t.streams[s.ID()] = s
-	t.watching.Go(func() {
-		<-s.Done()
-		t.forget(s)
-	})
-	return s, nil
-}
-
-func (t *Table) forget(s *drainer.Stream) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	st := s.Stats()
-	t.past.Pushed += st.Pushed
-	t.past.Committed += st.Committed
-	t.past.Abandoned += st.Abandoned
-	delete(t.streams, s.ID())
-}
-
 // Close ends the table for producers: no new streams; when the open ones, which their owners close, are drained, the batch being filled is published short,
 // and trainers get io.EOF after the last batch. If ctx ends before the streams do, Close goes on without them and returns its error.
 func (t *Table) Close(ctx context.Context) error {
 	t.mu.Lock()
-	t.closed = true
+	if !t.closed {
+		t.closed = true
+		close(t.closing)
+	}
 	t.mu.Unlock()
 	drained := make(chan struct{})
 	go func() {
@@ -189,7 +185,10 @@ type Stats struct {
 	Committed uint64 // of those, in the ring
 	Abandoned uint64 // slots given back unfilled
 	Opened    uint64 // streams there ever were
+	Sessions  int    // known, with and without a connection
+	Taken     uint64 // sessions that went from one connection to another that asked for it
 	Streams   []drainer.StreamStats
+	Lenders   []drainer.LenderStats // producers that fill places themselves; they count as streams above
 	Sampler   sampler.Stats
 }
 
@@ -203,6 +202,7 @@ func (t *Table) Stats() Stats {
 		Published: t.ring.Published(),
 		Leased:    t.ring.Leased(),
 		Places:    map[string]int{},
+		Sessions:  len(t.ring.Sessions()),
 		Sampler:   t.sampler.Stats(),
 	}
 	for i := range t.ring.Batches() {
@@ -210,7 +210,7 @@ func (t *Table) Stats() Stats {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	st.Opened = t.next
+	st.Opened, st.Taken = t.opened, t.taken
 	st.Pushed, st.Committed, st.Abandoned = t.past.Pushed, t.past.Committed, t.past.Abandoned
 	for _, s := range t.streams {
 		ss := s.Stats()
@@ -219,6 +219,13 @@ func (t *Table) Stats() Stats {
 		st.Abandoned += ss.Abandoned
 		st.Streams = append(st.Streams, ss)
 	}
+	for _, l := range t.lenders {
+		ls := l.Stats()
+		st.Pushed += ls.Committed
+		st.Committed += ls.Committed
+		st.Lenders = append(st.Lenders, ls)
+	}
+	sort.Slice(st.Lenders, func(i, j int) bool { return st.Lenders[i].Stream < st.Lenders[j].Stream })
 	sort.Slice(st.Streams, func(i, j int) bool { return st.Streams[i].Stream < st.Streams[j].Stream })
 	return st
 }

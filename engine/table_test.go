@@ -60,7 +60,7 @@ func newTable(t testing.TB, cfg engine.Config) *engine.Table {
 
 func open(t testing.TB, table *engine.Table) *drainer.Stream {
 	t.Helper()
-	s, err := table.OpenStream()
+	s, err := table.OpenStream(t.Context(), engine.StreamConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestCloseInOrder(t *testing.T) {
 	closed := make(chan error, 1)
 	go func() { closed <- table.Close(context.Background()) }()
 	for { // until Close is seen to be under way
-		s, err := table.OpenStream()
+		s, err := table.OpenStream(t.Context(), engine.StreamConfig{})
 		if errors.Is(err, os.ErrClosed) {
 			break
 		}
@@ -304,7 +304,7 @@ func TestClosedTableTakesNoStreams(t *testing.T) {
 		if err := table.Close(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if s, err := table.OpenStream(); s != nil || !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), table.Name()) {
+		if s, err := table.OpenStream(t.Context(), engine.StreamConfig{}); s != nil || !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), table.Name()) {
 			t.Fatalf("got %v, %v, want os.ErrClosed and the table's name", s, err)
 		}
 	}

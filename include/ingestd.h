@@ -1370,7 +1370,7 @@ static const char *ingestdi_check_geometry(ingestdi_link *l, const unsigned char
         if (i < 3) at = ingestdi_u64(h + 104 + 8 * i);
         else at = ingestdi_u64(c + 16 * (i - 3)), bytes = ingestdi_u64(c + 16 * (i - 3) + 8);
         *bad = at;
-        if (at % 64 || at < end || at > l->stride) return "the offset of a column is wrong";
+        if (at != (end + 63) / 64 * 64 || at > l->stride) return "the offset of a column is wrong";
         *bad = bytes;
         if (bytes < 1 || bytes > INGESTDI_SAMPLE_MAX || bytes > (l->stride - at) / batch_size) return "a column does not fit into a batch";
         end = at + bytes * batch_size;

@@ -2,6 +2,9 @@ package ingest
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
 	"sort"
 	"strings"
 	"sync"
@@ -9,6 +12,8 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -25,8 +30,12 @@ type Transport interface {
 type Table interface {
 	Name() string
 	Spec() *spec.Spec
-	// OpenStream makes the queue of one producer. The transport closes it.
-	OpenStream() (*drainer.Stream, error)
+	// OpenStream makes the queue of one producer, waiting, until ctx ends, for the one before of its session. The transport closes it. Errors are those of engine.Table.
+	OpenStream(ctx context.Context, cfg engine.StreamConfig) (*drainer.Stream, error)
+	// CommittedAcks tells whether no sample is acked before it is in the ring, whatever a producer asks for.
+	CommittedAcks() bool
+	// Holder returns whom writers wait for when the ring is full; false where nobody is to blame.
+	Holder() (engine.Holder, bool)
 }
 
 // Tables finds tables by name.
@@ -50,8 +59,10 @@ func (w Window) bytes(asked, sample int64) int64 {
 	return min(asked, w.BytesMax)
 }
 
-// OpenPush judges the hello of a producer: table, spec, options. It returns the open stream with the answer for the peer, or what to refuse with.
-func OpenPush(tables Tables, h *wire.Hello, limit Window) (Table, *drainer.Stream, *wire.AcceptedPush, *wire.Refusal) {
+// OpenPush judges the hello of a producer: table, spec, options, session. It returns the open stream with the answer for the peer, or what to refuse with. Where another
+// connection has the session, it is ended by its taken, and OpenPush waits for that until ctx ends. taken is called once, from any goroutine, when this one's turn has come to be ended;
+// it must not wait.
+func OpenPush(ctx context.Context, tables Tables, h *wire.Hello, limit Window, taken func()) (Table, *drainer.Stream, *wire.AcceptedPush, *wire.Refusal) {
 	t, ok := tables.Lookup(h.Table)
 	if !ok {
 		names := tables.Names()
@@ -61,18 +72,56 @@ func OpenPush(tables Tables, h *wire.Hello, limit Window) (Table, *drainer.Strea
 	if r := h.CheckSpec(t.Spec()); r != nil {
 		return nil, nil, nil, r
 	}
-	s, err := t.OpenStream()
+	s, err := t.OpenStream(ctx, engine.StreamConfig{Session: h.Session, Taken: taken})
 	if err != nil {
-		return nil, nil, nil, wire.Refuse(wire.CodeShuttingDown, "table %q takes no new streams: %v", h.Table, err)
+		return nil, nil, nil, RefuseStream(h, err)
+	}
+	ack := h.Ack
+	if t.CommittedAcks() {
+		ack = wire.AckCommitted
 	}
 	return t, s, &wire.AcceptedPush{
 		Table:         t.Name(),
 		Fingerprint:   t.Spec().Fingerprint(),
 		Stream:        s.ID(),
-		Ack:           h.Ack,
+		Ack:           ack,
 		WindowSamples: within(h.WindowSamples, limit.Samples),
 		WindowBytes:   limit.bytes(h.WindowBytes, t.Spec().SampleBytes()),
+		Held:          s.Held(),
 	}, nil
+}
+
+// RefuseStream turns an error of a table's OpenStream into what the peer is told.
+func RefuseStream(h *wire.Hello, err error) *wire.Refusal {
+	var full *ring.SessionsFullError
+	switch {
+	case errors.Is(err, os.ErrClosed):
+		return wire.Refuse(wire.CodeShuttingDown, "table %q takes no new streams: %v", h.Table, err)
+	case errors.Is(err, engine.ErrSessionTaken):
+		return wire.Refuse(wire.CodeSessionTaken, "another connection has asked for session %q of table %q since; two producers must not have one session", h.Session, h.Table)
+	case errors.As(err, &full):
+		return wire.Refuse(wire.CodeTooManySessions, "table %q knows %d sessions, and none of them is old enough to be forgotten: reconnect under the same names, do without a session, or raise sessions or lower session_ttl in the daemon's configuration",
+			h.Table, full.Sessions)
+	case errors.Is(err, context.Canceled):
+		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+	case errors.Is(err, context.DeadlineExceeded):
+		return wire.Refuse(wire.CodeTooManyConnections, "a session has one connection at a time, and the one that has session %q of table %q has not ended yet; try again", h.Session, h.Table)
+	}
+	return wire.Refuse(wire.CodeInternal, "table %q: %v", h.Table, err)
+}
+
+// RingFull makes the note for a producer of t whose stream has waited for a free slot since then.
+func RingFull(t Table, since, now time.Time) *wire.Note {
+	h, _ := t.Holder()
+	n := &wire.Note{
+		Code:    wire.NoteRingFull,
+		Reason:  fmt.Sprintf("waiting for a free slot of table %q for %v: %s", t.Name(), now.Sub(since).Round(time.Millisecond), engine.RingFull(h, now)),
+		Trainer: h.Trainer, Group: h.Group, Client: h.Client, PID: h.PID, Batch: h.Batch,
+	}
+	if !h.Since.IsZero() {
+		n.Since = h.Since.UnixNano()
+	}
+	return n
 }
 
 func within(asked, limit int64) int64 {
@@ -96,6 +145,7 @@ type Stats struct {
 	Samples      uint64 // taken into queues
 	Bytes        uint64 // of those samples
 	CutShort     uint64 // samples of which only a part came
+	Notes        uint64 // notes sent to producers that wait for a slot
 	Ended        map[string]uint64
 	Refused      map[string]uint64
 	AcceptErrors uint64
@@ -110,8 +160,9 @@ type Connection struct {
 	Session string    `json:"session,omitempty"`
 	Client  string    `json:"client,omitempty"`
 	Stream  uint64    `json:"stream"`
-	State   string    `json:"state"` // handshake, receiving, waiting-for-slot, waiting-for-data, closing
-	Since   time.Time `json:"since"` // when the state began
+	Ack     string    `json:"ack,omitempty"` // queued, committed
+	State   string    `json:"state"`         // handshake, receiving, waiting-for-slot, waiting-for-data, closing
+	Since   time.Time `json:"since"`         // when the state began
 	Opened  time.Time `json:"opened"`
 	Samples uint64    `json:"samples"`
 	Bytes   uint64    `json:"bytes"`
@@ -146,8 +197,8 @@ func (r *Reasons) Snapshot() map[string]uint64 {
 
 // Counters are the totals of a transport. The zero value is ready.
 type Counters struct {
-	Accepted, Samples, Bytes, CutShort, AcceptErrors atomic.Uint64
-	Ended, Refused                                   Reasons
+	Accepted, Samples, Bytes, CutShort, Notes, AcceptErrors atomic.Uint64
+	Ended, Refused                                          Reasons
 }
 
 // Snapshot fills the totals of a Stats.
@@ -158,6 +209,7 @@ func (c *Counters) Snapshot(transport string) Stats {
 		Samples:      c.Samples.Load(),
 		Bytes:        c.Bytes.Load(),
 		CutShort:     c.CutShort.Load(),
+		Notes:        c.Notes.Load(),
 		AcceptErrors: c.AcceptErrors.Load(),
 		Ended:        c.Ended.Snapshot(),
 		Refused:      c.Refused.Snapshot(),

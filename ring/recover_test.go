@@ -507,3 +507,39 @@ func TestRecoverSurvivesAnything(t *testing.T) {
 		t.Fatal("no change was refused: the survey looks at nothing")
 	}
 }
+
+// TestRecoverRefusesAnotherMove: a move word that names other rows than those that closeUp was about to move would overwrite a sample, or put a stream out of order.
+func TestRecoverRefusesAnotherMove(t *testing.T) {
+	r := newRing(t, 6, 2, 8, 3)
+	stream := r.NextStream()
+	void, _ := r.TryReserve(2)
+	run, _ := r.TryReserve(4)
+	fill(r, run, stream, 0)
+	r.mark(run.Index, run.Row, run.N, stream, 0, 1)
+	r.moveRow(void.Index, 0, 2) // and now row 3 to row 1
+	refused := 0
+	for to := range uint64(8) {
+		for from := range uint64(8) {
+			r.move(void.Index).Store(moving | to<<moveBits | from)
+			mem := AlignedBytes(int64(len(r.mem)))
+			copy(mem, r.mem)
+			r2, found, err := Recover(mem, r.layout)
+			if damaged := (*DamagedError)(nil); errors.As(err, &damaged) {
+				refused++
+				continue
+			}
+			if err != nil || len(found.Batches) != 1 || fmt.Sprint(found.Batches[0].Numbers()) != "[0 1 2 3]" {
+				t.Fatalf("row %d to row %d: %+v, %v", from, to, found, err)
+			}
+			if err := verify(found.Batches[0].Batch, r2.layout.Columns); err != nil {
+				t.Errorf("row %d to row %d: %v", from, to, err)
+			}
+			if to == 0 && from > 2 || to == 1 && from > 3 || to > 1 {
+				t.Errorf("row %d to row %d was taken", from, to)
+			}
+		}
+	}
+	if refused == 0 || refused == 64 {
+		t.Errorf("%d of 64 moves refused", refused)
+	}
+}

@@ -170,7 +170,7 @@ func (v *View) surveyPlace(s *Survey, i int, p BatchState, numbers, openings map
 	}
 	if m := word(v.mem, v.line(uint32(i))+lineMove).Load(); p.State != Free && m != 0 {
 		to, from := m&^moving>>moveBits, m&(1<<moveBits-1)
-		if m&moving == 0 || to >= from || from >= uint64(size) || (p.State != Sealing && p.State != Lent && p.State != Open) {
+		if m&moving == 0 || to >= from || from >= uint64(size) || (p.State != Sealing && p.State != Lent && p.State != Open) || !v.movable(uint32(i), to, from) {
 			s.found("place %d (%v): the move word is %#x", i, p.State, m)
 			return
 		}
@@ -215,6 +215,16 @@ func (v *View) surveyPlace(s *Survey, i int, p BatchState, numbers, openings map
 		v.surveyRows(s, i, p)
 		s.Rows[i] = p.Count
 	}
+}
+
+// movable tells whether closeUp can have noted this move: it has filled all rows before the one it moves to and emptied all between both, and where both
+// are written they are the same sample.
+func (v *View) movable(i uint32, to, from uint64) bool {
+	streams, numbers, arrivals := v.slotWords(i, v.geo.streams), v.slotWords(i, v.geo.numbers), v.slotWords(i, v.geo.arrivals)
+	if slices.Contains(arrivals[:to], 0) || slices.ContainsFunc(arrivals[to+1:from], func(a uint64) bool { return a != 0 }) {
+		return false
+	}
+	return arrivals[to] == 0 || arrivals[from] == 0 || streams[to] == streams[from] && numbers[to] == numbers[from]
 }
 
 // surveyRows checks that the samples of each stream are in order.

@@ -75,11 +75,12 @@ func TestReceivingDoesNotAllocate(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued}, server.window())
+			_, stream, accepted, refusal := ingest.OpenPush(ctx, server.cfg.Tables,
+				&wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued, Session: "s"}, server.window(), c.giveUp)
 			if refusal != nil {
 				t.Fatal(refusal)
 			}
-			ses := newSession(ctx, c, stream, newPlan(s), accepted)
+			ses := newSession(c, stream, newPlan(s), accepted)
 			samples := make([]byte, int64(tc.batch)*s.SampleBytes())
 			acks := make([]byte, tc.batch)
 			seat := park.NewWaiter()

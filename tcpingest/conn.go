@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -42,6 +43,15 @@ type conn struct {
 	writeUntil time.Time
 	readFor    time.Duration // how far ahead readUntil was set
 
+	// ctx ends when the connection may wait no longer: by giveUp, by the end of its peer (see watch), or with server.hurry.
+	ctx     context.Context
+	endWait context.CancelFunc
+	taken   atomic.Bool // set by giveUp
+	gone    atomic.Bool // set by watch
+	ending  sync.Mutex
+	settled bool // nothing more will be taken of the peer, and giveUp has nothing left to do; under ending
+	watch   watch
+
 	// Arguments and results of the callbacks given to raw; kept here so that a read allocates nothing.
 	vec            vector
 	got            int
@@ -53,6 +63,7 @@ type conn struct {
 // agreed is what the handshake settled, for status.
 type agreed struct {
 	table, session, client string
+	ack                    wire.AckMode
 	stream                 uint64
 }
 
@@ -79,6 +90,7 @@ func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
 		c.peer = nc.LocalAddr().Network()
 	}
 	c.lookFn, c.takeFn, c.waitFn, c.readFn = c.look, c.take, c.tryWait, c.tryRead
+	c.ctx, c.endWait = context.WithCancel(s.hurry)
 	return c, nil
 }
 
@@ -99,7 +111,7 @@ func (c *conn) status() ingest.Connection {
 		Bytes:   c.bytes.Load(),
 	}
 	if a := c.agreed.Load(); a != nil {
-		st.Table, st.Session, st.Client, st.Stream = a.table, a.session, a.client, a.stream
+		st.Table, st.Session, st.Client, st.Stream, st.Ack = a.table, a.session, a.client, a.stream, string(a.ack)
 	}
 	return st
 }
@@ -110,6 +122,36 @@ func (c *conn) stop() {
 	_ = c.SetReadDeadline(time.Unix(1, 0))
 }
 
+// giveUp makes the connection end at once, since another one has asked for its session: neither a read, nor a write, nor a wait for a slot holds that up.
+// Called from any goroutine.
+func (c *conn) giveUp() {
+	c.taken.Store(true)
+	c.endWait()
+	c.ending.Lock()
+	defer c.ending.Unlock()
+	if !c.settled {
+		_ = c.SetDeadline(time.Unix(1, 0))
+	}
+}
+
+// settle says that nothing more will be taken of the peer: from here on giveUp changes no deadline.
+func (c *conn) settle() {
+	c.ending.Lock()
+	defer c.ending.Unlock()
+	c.settled, c.writeUntil = true, time.Time{}
+}
+
+// interrupted says why a wait ended that neither the peer nor a timeout did.
+func (c *conn) interrupted() error {
+	switch {
+	case c.taken.Load():
+		return errTaken
+	case c.gone.Load():
+		return errGone
+	}
+	return errInterrupted
+}
+
 // allowRead sets the read deadline about d ahead, for a read that may wait. A deadline costs a timer, so one that is near enough stays.
 func (c *conn) allowRead(d time.Duration) {
 	now := time.Now()
@@ -118,13 +160,17 @@ func (c *conn) allowRead(d time.Duration) {
 	}
 	c.readFor, c.readUntil = d, now.Add(d)
 	_ = c.SetReadDeadline(c.readUntil)
-	if c.stopping.Load() { // stop may have come just before
+	if c.stopping.Load() || c.taken.Load() { // either may have come just before
 		_ = c.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
-// errInterrupted is what a wait returns when Shutdown wants the connection to end.
-var errInterrupted = errors.New("tcpingest: stopping")
+// What a wait returns when somebody else wants the connection to end.
+var (
+	errInterrupted = errors.New("tcpingest: stopping")
+	errTaken       = errors.New("tcpingest: the session was taken")
+	errGone        = errors.New("tcpingest: the peer is gone")
+)
 
 // atHand returns how many bytes the socket holds, 0 when it would have to wait for the first. io.EOF is the peer's end.
 func (c *conn) atHand() (int, error) {
@@ -172,8 +218,8 @@ func (c *conn) tryRead(fd uintptr) bool {
 
 func (c *conn) result(err error) (int, error) {
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded) && c.stopping.Load():
-		return 0, errInterrupted
+	case errors.Is(err, os.ErrDeadlineExceeded) && (c.stopping.Load() || c.taken.Load()):
+		return 0, c.interrupted()
 	case err != nil:
 		return 0, err
 	case c.errno == unix.EAGAIN:
@@ -195,20 +241,33 @@ var ackBytes = func() []byte {
 	return b
 }()
 
-// ack writes n acks.
-func (c *conn) ack(n int64) error {
+// ack writes n acks and returns how many it could not write.
+func (c *conn) ack(n int64) (int64, error) {
 	if now := time.Now(); c.writeUntil.Sub(now) < c.server.cfg.AckTimeout*7/8 {
-		c.writeUntil = now.Add(c.server.cfg.AckTimeout)
-		_ = c.SetWriteDeadline(c.writeUntil)
+		c.allowWrite(now.Add(c.server.cfg.AckTimeout))
+	}
+	if err := c.finishNote(); err != nil {
+		return n, err
 	}
 	for n > 0 {
 		k, err := c.Write(ackBytes[:min(n, int64(len(ackBytes)))])
-		if err != nil {
-			return err
-		}
 		n -= int64(k)
+		if err != nil {
+			return n, err
+		}
 	}
-	return nil
+	return 0, nil
+}
+
+// allowWrite sets the write deadline.
+func (c *conn) allowWrite(until time.Time) {
+	c.ending.Lock()
+	defer c.ending.Unlock()
+	c.writeUntil = until
+	if c.taken.Load() && !c.settled {
+		until = time.Unix(1, 0)
+	}
+	_ = c.SetWriteDeadline(until)
 }
 
 // dismiss tells the peer why it is ended, or nothing if say is empty, and closes so that the peer can read it: our side first, then
@@ -219,6 +278,9 @@ func (c *conn) dismiss(ctx context.Context, say []byte) {
 	cfg := &c.server.cfg
 	until := time.Now().Add(cfg.LingerTimeout)
 	_ = c.SetDeadline(until)
+	if err := c.finishNote(); err != nil {
+		return
+	}
 	if len(say) > 0 {
 		if _, err := c.Write(say); err != nil {
 			return

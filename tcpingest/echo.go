@@ -6,6 +6,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
@@ -32,20 +33,24 @@ func echoHello(s *spec.Spec) ([]byte, error) {
 
 // serveEcho serves one connection of echo's protocol: no handshake from the client, no reason at the end.
 func (s *Server) serveEcho(c *conn, table ingest.Table, hello []byte) {
-	stream, err := table.OpenStream()
+	stream, err := table.OpenStream(c.ctx, engine.StreamConfig{})
 	if err != nil {
 		s.counters.Refused.Add(string(wire.CodeShuttingDown))
 		return
 	}
 	defer stream.Close()
-	c.agreed.Store(&agreed{table: table.Name(), client: "echo", stream: stream.ID()})
+	ack := wire.AckQueued
+	if table.CommittedAcks() {
+		ack = wire.AckCommitted
+	}
+	c.agreed.Store(&agreed{table: table.Name(), client: "echo", ack: ack, stream: stream.ID()})
 	_ = c.SetWriteDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	if _, err := c.Write(hello); err != nil {
 		s.counters.Ended.Add(ingest.EndReset)
 		return
 	}
-	ses := newSession(s.hurry, c, stream, newPlan(table.Spec()), &wire.AcceptedPush{
-		Ack: wire.AckQueued,
+	ses := newSession(c, stream, newPlan(table.Spec()), &wire.AcceptedPush{
+		Ack: ack,
 		// Clients of echo may hold as few as one sample under way: an ack is never held back for more to come.
 		WindowSamples: 1,
 		WindowBytes:   s.cfg.WindowBytes,

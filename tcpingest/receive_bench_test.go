@@ -79,7 +79,7 @@ func startReceiving(t testing.TB, text string, change func(*plan)) *receiving {
 	running.Go(func() { _, _ = io.Copy(io.Discard, onlyReader{theirs}) })
 	c, err := newConn(server, ours.(*net.TCPConn), 1)
 	must(err)
-	_, stream, accepted, refusal := ingest.OpenPush(server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued}, server.window())
+	_, stream, accepted, refusal := ingest.OpenPush(ctx, server.cfg.Tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: s, Ack: wire.AckQueued}, server.window(), c.giveUp)
 	if refusal != nil {
 		t.Fatal(refusal)
 	}
@@ -87,7 +87,7 @@ func startReceiving(t testing.TB, text string, change func(*plan)) *receiving {
 	if change != nil {
 		change(p)
 	}
-	return &receiving{session: newSession(ctx, c, stream, p, accepted), close: func() {
+	return &receiving{session: newSession(c, stream, p, accepted), close: func() {
 		_ = ours.Close()
 		_ = theirs.Close()
 		stream.Close()

@@ -140,6 +140,7 @@ func (s *Server) start(nc net.Conn, serve func(*conn)) {
 	}
 	full, ok := s.add(c)
 	if !ok {
+		c.endWait()
 		_ = nc.Close()
 		return
 	}
@@ -173,6 +174,7 @@ func (s *Server) add(c *conn) (full, ok bool) {
 
 func (s *Server) remove(c *conn) {
 	_ = c.Close()
+	c.endWait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, ok := s.conns[c]; ok {
@@ -210,18 +212,24 @@ func (s *Server) servePush(c *conn) {
 		s.attach(c, hello)
 		return
 	}
-	table, stream, accepted, refusal := ingest.OpenPush(s.cfg.Tables, hello, s.window())
+	opening, cancel := context.WithTimeout(c.ctx, s.cfg.HandshakeTimeout)
+	table, stream, accepted, refusal := ingest.OpenPush(opening, s.cfg.Tables, hello, s.window(), c.giveUp)
+	cancel()
 	if refusal != nil {
 		s.refuse(c, refusal)
 		return
 	}
 	defer stream.Close()
-	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, stream: stream.ID()})
+	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, ack: accepted.Ack, stream: stream.ID()})
+	if hello.Notes {
+		c.watch.table = table
+	}
+	c.allowWrite(time.Now().Add(s.cfg.HandshakeTimeout))
 	if err := wire.WriteAccepted(c.netConn, accepted); err != nil {
 		s.counters.Ended.Add(ingest.EndReset)
 		return
 	}
-	ses := newSession(s.hurry, c, stream, newPlan(table.Spec()), accepted)
+	ses := newSession(c, stream, newPlan(table.Spec()), accepted)
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
 	if reason == ingest.EndReset {
@@ -247,6 +255,7 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 		return
 	}
 	_ = c.SetDeadline(time.Time{})
+	c.endWait()
 	s.mu.Lock()
 	delete(s.conns, c)
 	s.mu.Unlock()

@@ -1,7 +1,6 @@
 package tcpingest
 
 import (
-	"context"
 	"errors"
 	"io"
 	"os"
@@ -18,7 +17,6 @@ import (
 // session receives the samples of one stream: after the handshake, until its end.
 type session struct {
 	*conn
-	ctx       context.Context // ends when the server may wait no longer
 	to        target
 	committed bool // acks follow the commit
 
@@ -33,10 +31,9 @@ type session struct {
 	unyielded  int64 // bytes since the last wait
 }
 
-func newSession(ctx context.Context, c *conn, stream *drainer.Stream, p *plan, acc *wire.AcceptedPush) *session {
+func newSession(c *conn, stream *drainer.Stream, p *plan, acc *wire.AcceptedPush) *session {
 	return &session{
 		conn:      c,
-		ctx:       ctx,
 		to:        target{stream: stream, plan: p},
 		committed: acc.Ack == wire.AckCommitted,
 		// A quarter of the window: the peer never waits for acks that we hold back while it could send.
@@ -52,7 +49,7 @@ var (
 	errCutShort = errors.New("tcpingest: ended inside a sample")
 )
 
-// run receives until the stream ends, and acks all it took. It returns nil when the peer ended the stream after a whole sample.
+// run receives until the stream ends, closes it, and acks all it took. It returns nil when the peer ended the stream after a whole sample.
 func (s *session) run() error {
 	s.setState(stateReceiving)
 	var err error
@@ -65,10 +62,22 @@ func (s *session) run() error {
 	if s.partial || len(s.carry) > 0 {
 		s.server.counters.CutShort.Add(1)
 	}
-	if !errors.Is(err, errAcks) {
-		if ackErr := s.flushAcks(); ackErr != nil {
-			return ackErr
-		}
+	if s.taken.Load() {
+		err = errTaken // whatever it was that giveUp ended
+	}
+	s.to.stream.Close() // at once: another connection may wait for the session
+	s.settle()
+	if errors.Is(err, errAcks) {
+		return err
+	}
+	if errors.Is(err, errTaken) {
+		// Reading acks is all that the peer can still do, and it gets no more time for that than for reading why it is ended.
+		defer time.AfterFunc(s.server.cfg.LingerTimeout, func() { _ = s.SetWriteDeadline(time.Unix(1, 0)) }).Stop()
+		_ = s.flushAcks()
+		return err
+	}
+	if ackErr := s.flushAcks(); ackErr != nil {
+		return ackErr
 	}
 	return err
 }
@@ -130,6 +139,9 @@ func (s *session) await() (int64, error) {
 
 // bytesAtHand returns how many bytes the socket holds, at least one. Before it waits, the acks that are due go out.
 func (s *session) bytesAtHand() (int64, error) {
+	if s.taken.Load() {
+		return 0, errTaken
+	}
 	n, err := s.atHand()
 	if s.stopping.Load() {
 		return s.lastBytes(int64(n), err)
@@ -195,11 +207,13 @@ func (s *session) reserve(n int64) error {
 				return err
 			}
 			s.setState(stateWaitingForSlot)
+			s.startWatch()
 			var err error
 			run, err = s.to.stream.Reserve(s.ctx, int(n))
+			s.stopWatch()
 			s.setState(stateReceiving)
 			if err != nil {
-				return errInterrupted // the ring was closed, or the server waits no longer
+				return s.interrupted() // or the ring was closed, or the server waits no longer
 			}
 		}
 		s.to.runs = append(s.to.runs, run)
@@ -220,7 +234,7 @@ func (s *session) receive() error {
 	}
 	s.carry = s.carry[:0]
 	s.partial = done%s.to.plan.sample != 0
-	s.settle(done)
+	s.place(done)
 	s.lastLeft -= done
 	s.unyielded += done
 	switch {
@@ -269,6 +283,9 @@ func (s *session) receiveStaged(want int64) (int64, error) {
 
 // readSome reads into s.vec, waiting as long as a sender may stall. A sender that dribbles stalls as well: what it holds must come at heldRateMin.
 func (s *session) readSome() (int, error) {
+	if s.taken.Load() {
+		return 0, errTaken
+	}
 	if n, err := s.readNow(); n > 0 || err != nil {
 		return n, err
 	}
@@ -289,8 +306,8 @@ func (s *session) readSome() (int, error) {
 	return n, err
 }
 
-// settle pushes the samples that are complete and gives back the slots of the others.
-func (s *session) settle(done int64) {
+// place pushes the samples that are complete and gives back the slots of the others.
+func (s *session) place(done int64) {
 	now := time.Now()
 	whole := done / s.to.plan.sample
 	s.count(whole)
@@ -326,13 +343,13 @@ func (s *session) flushAcks() error {
 		return nil
 	}
 	if s.committed {
-		if err := s.to.stream.WaitCommitted(s.ctx); err != nil {
+		// Not for long: the drainers wait for nobody.
+		if err := s.to.stream.WaitCommitted(s.server.hurry); err != nil {
 			return errInterrupted
 		}
 	}
-	n := s.unacked
-	s.unacked = 0
-	if err := s.ack(n); err != nil {
+	var err error
+	if s.unacked, err = s.ack(s.unacked); err != nil {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return errAcks
 		}
@@ -352,6 +369,8 @@ func (s *session) ending(err error) (string, *wire.Notice) {
 		return ingest.EndClean, nil
 	case errors.Is(err, errInterrupted):
 		return notice(wire.CodeShuttingDown, "the daemon is stopping; every sample it acked is kept, send the others again later")
+	case errors.Is(err, errTaken):
+		return notice(wire.CodeSessionTaken, "another connection has opened this session; two producers must not have one session")
 	case errors.Is(err, errAcks):
 		return string(wire.CodeAckTimeout), nil // it would not read this either
 	case errors.Is(err, errIdle):

@@ -76,10 +76,14 @@ func mustSpec(t testing.TB, text string) *spec.Spec {
 	return s
 }
 
-func newRig(t *testing.T, start Start, text string, batchSize, batches int, limits Limits) *rig {
+func newRig(t *testing.T, start Start, text string, batchSize, batches int, limits Limits, change ...func(*engine.Config)) *rig {
 	t.Helper()
 	pool := drainer.NewPool(2)
-	table, err := engine.New(engine.Config{Name: tableName, Spec: mustSpec(t, text), BatchSize: batchSize, Batches: batches, Drainers: pool})
+	cfg := engine.Config{Name: tableName, Spec: mustSpec(t, text), BatchSize: batchSize, Batches: batches, Drainers: pool}
+	for _, c := range change {
+		c(&cfg)
+	}
+	table, err := engine.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,6 +192,16 @@ func (r *rig) connect() *client {
 // join connects and shakes hands.
 func (r *rig) join(id uint64, change func(*wire.Hello)) *client {
 	r.t.Helper()
+	c, err := r.ask(id, change)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return c
+}
+
+// ask is join that may be refused.
+func (r *rig) ask(id uint64, change func(*wire.Hello)) (*client, error) {
+	r.t.Helper()
 	c := r.connect()
 	c.id = id
 	h := r.hello()
@@ -197,10 +211,12 @@ func (r *rig) join(id uint64, change func(*wire.Hello)) *client {
 	if err := wire.WriteHello(c, h); err != nil {
 		r.t.Fatal(err)
 	}
-	if err := wire.ReadReply(c, &c.accepted); err != nil {
-		r.t.Fatal(err)
+	err := wire.ReadReply(c, &c.accepted)
+	if err != nil {
+		_ = c.Close()
 	}
-	return c
+	c.sent = c.accepted.Held
+	return c, err
 }
 
 // send writes n samples in pieces of the given size (0: all at once).
@@ -224,7 +240,7 @@ func (c *client) send(n, piece int) error {
 	return nil
 }
 
-// ending reads acks to the end and returns how many came and the closing notice, if one did.
+// ending reads acks and notes to the end and returns how many came and the closing notice, if one did.
 func (c *client) ending() (acks uint64, notice *wire.Notice, err error) {
 	one := make([]byte, 1)
 	for {
@@ -236,6 +252,10 @@ func (c *client) ending() (acks uint64, notice *wire.Notice, err error) {
 		switch one[0] {
 		case wire.Ack:
 			acks++
+		case wire.NoteMark:
+			if _, err := wire.ReadNote(c); err != nil {
+				return acks, nil, err
+			}
 		case wire.NoticeMark:
 			notice, err := wire.ReadNotice(c)
 			return acks, notice, err

@@ -35,6 +35,13 @@ func Run(t *testing.T, start Start) {
 		{"ShutdownUnderLoad", shutdownUnderLoad},
 		{"ShutdownWhenFull", shutdownWhenFull},
 		{"SmallWindowIsNeverStuck", smallWindow},
+		{"SessionsGoOn", sessionsGoOn},
+		{"SessionsSurviveBrokenConnections", brokenConnections},
+		{"SessionIsTakenOver", takeover},
+		{"TooManySessions", tooManySessions},
+		{"TableWithCommittedAcks", committedTable},
+		{"Notes", notes},
+		{"GoneWhileWaiting", goneWhileWaiting},
 	} {
 		t.Run(tc.name, func(t *testing.T) { tc.f(t, start) })
 	}

@@ -12,6 +12,8 @@ const Variable = "INGESTD_FAILPOINT"
 
 // Names are all points, by package, operation and place in it. Those of client are in the peer's process, all others in the daemon's.
 var Names = []string{
+	"drainer/settle/committed",
+	"drainer/settle/copying",
 	"ring/advance/counted",
 	"ring/announce/numbered",
 	"ring/announce/published",

@@ -57,11 +57,11 @@ func (w *world) populate(sessionsGoOn bool) {
 func (w *world) killer(k kind, most int) {
 	rnd := w.rand("killer of " + string(k))
 	victims := w.of(k)
-	for w.running.Err() == nil && w.killed(k) < most {
+	for w.killing.Err() == nil && w.killed(k) < most {
 		p := victims[rnd.IntN(len(victims))]
 		q := p.current()
 		from := p.progress(q)
-		if !q.running() || !within(200*time.Millisecond, func() bool { return p.progress(q) > from || !q.running() || w.running.Err() != nil }) {
+		if !q.running() || !within(200*time.Millisecond, func() bool { return p.progress(q) > from || !q.running() || w.killing.Err() != nil }) {
 			continue
 		}
 		w.moment(rnd, 8*time.Millisecond, q)
@@ -86,7 +86,7 @@ func (w *world) moment(rnd *rand.Rand, most time.Duration, q *process) {
 	select {
 	case <-pause.C:
 	case <-q.done:
-	case <-w.running.Done():
+	case <-w.killing.Done():
 	}
 }
 
@@ -94,7 +94,7 @@ func (w *world) moment(rnd *rand.Rand, most time.Duration, q *process) {
 func (w *world) stopper(k kind) {
 	rnd := w.rand("stopper of " + string(k))
 	victims := w.of(k)
-	for w.running.Err() == nil {
+	for w.killing.Err() == nil {
 		var q *process
 		if k == theDaemon {
 			q = w.theDaemon()
@@ -122,10 +122,10 @@ func (w *world) daemonKiller(most int, tries int) {
 	points := daemonPoints()
 	rnd.Shuffle(len(points), func(i, j int) { points[i], points[j] = points[j], points[i] })
 	tried := map[string]int{}
-	for w.running.Err() == nil {
+	for w.killing.Err() == nil {
 		d := w.theDaemon()
 		from := w.delivered()
-		within(time.Second, func() bool { return w.delivered() > from || !d.running() || w.running.Err() != nil })
+		within(time.Second, func() bool { return w.delivered() > from || !d.running() || w.killing.Err() != nil })
 		w.moment(rnd, 40*time.Millisecond, d)
 		if d.point != "" {
 			within(150*time.Millisecond, func() bool { return !d.running() })
@@ -223,8 +223,8 @@ func peersKilled(t *testing.T, seed uint64, most int, enough func(*world) bool) 
 	w.populate(false)
 	kinds := []kind{tcpProducer, trainer}
 	for _, k := range kinds {
-		w.all.Go(func() { w.killer(k, most) })
-		w.all.Go(func() { w.stopper(k) })
+		w.killers.Go(func() { w.killer(k, most) })
+		w.killers.Go(func() { w.stopper(k) })
 	}
 	warm := func() bool {
 		return w.running.Err() != nil || !slices.ContainsFunc(kinds, func(k kind) bool { return w.killed(k) < killsMin/4 })
@@ -277,5 +277,15 @@ func TestSoak(t *testing.T) {
 	t.Run("peers", func(t *testing.T) {
 		t.Parallel()
 		peersKilled(t, seed, 1<<30, func(*world) bool { return time.Now().After(over) })
+	})
+	t.Run("owners", func(t *testing.T) {
+		t.Parallel()
+		ownerKilled(t, seed, func(_, missing int) bool { return missing == 0 && time.Now().After(over) })
+	})
+	t.Run("damage", func(t *testing.T) {
+		t.Parallel()
+		for round := uint64(0); time.Now().Before(over) && !t.Failed(); round++ {
+			eachByteDamaged(t, seed+round)
+		}
 	})
 }

@@ -148,10 +148,15 @@ func (p *process) running() bool {
 	}
 }
 
-// struck tells whether the process was ended by SIGKILL.
-func (p *process) struck() bool {
+// struck tells whether the process, which is over, was ended by SIGKILL.
+func (p *process) struck() bool { return p.endedBy(syscall.SIGKILL) }
+
+func (p *process) endedBy(sig syscall.Signal) bool {
+	if p.running() {
+		return false
+	}
 	status, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
-	return ok && status.Signaled() && status.Signal() == syscall.SIGKILL
+	return ok && status.Signaled() && status.Signal() == sig
 }
 
 // ending describes the end of a process, with its last words.

@@ -32,6 +32,7 @@ const (
 	shmProducer kind = "shm producer"
 	trainer     kind = "trainer"
 	theDaemon   kind = "daemon"
+	scribbler   kind = "scribbler" // a hostile trainer or shm producer
 )
 
 // table is a table of the daemon, and the oracle of it.
@@ -56,7 +57,10 @@ type world struct {
 	running context.Context // ends when peers and the daemon no longer come back
 	rest    context.CancelFunc
 	peers   []*peer
-	all     sync.WaitGroup
+	keepers sync.WaitGroup
+	killing context.Context // ends when nobody is killed any more
+	spare   context.CancelFunc
+	killers sync.WaitGroup
 
 	mu       sync.Mutex
 	daemon   *process
@@ -124,6 +128,7 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 	t.Helper()
 	w := &world{t: t, seed: seed, dir: memoryDir(t), tables: tables, kills: map[kind]int{}, points: map[string]int{}, stops: map[kind]int{}}
 	w.running, w.rest = context.WithCancel(t.Context())
+	w.killing, w.spare = context.WithCancel(w.running)
 	rnd := w.rand("ports")
 	w.tcp, w.admin, w.unix = freePort(t, rand.New(rand.NewPCG(uint64(os.Getpid()), rnd.Uint64()))), "", filepath.Join(w.dir, "s")
 	w.client.Transport = &http.Transport{MaxIdleConnsPerHost: 1}
@@ -157,7 +162,8 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 				q.kill()
 			}
 		}
-		w.all.Wait()
+		w.killers.Wait()
+		w.keepers.Wait()
 		w.client.CloseIdleConnections()
 	})
 	if !w.serve("") {
@@ -233,6 +239,7 @@ type peer struct {
 	kind   kind
 	table  *table
 	group  string // of a trainer
+	role   string // of a scribbler
 	addr   string
 	lasts  bool // a producer whose session goes on with the next process
 	most   int
@@ -261,7 +268,7 @@ func (w *world) add(p *peer) {
 	if err := p.start(""); err != nil {
 		w.t.Fatal(err)
 	}
-	w.all.Go(p.keep)
+	w.keepers.Go(p.keep)
 }
 
 // start starts the next process.
@@ -269,10 +276,14 @@ func (p *peer) start(point string) error {
 	args := []string{"--addr", p.addr, "--table", p.table.Name, "--spec", p.table.Spec, "--most", strconv.Itoa(p.most), "--pause", p.pause.String(),
 		"--seed", strconv.FormatUint(p.rnd.Uint64(), 10)}
 	var line func(string)
-	if p.kind == trainer {
+	switch p.kind {
+	case trainer:
 		args = append([]string{"train", "--group", p.group}, args...)
 		line = p.delivered
-	} else {
+	case scribbler:
+		args = append([]string{"scribble", "--role", p.role}, args...)
+		line = func(string) {} // counted
+	default:
 		role, name := "produce", ""
 		if p.kind == shmProducer {
 			role = "fill"
@@ -324,7 +335,7 @@ func (p *peer) delivered(line string) {
 
 // account reads the ledger into the history.
 func (p *peer) account() (acked uint64) {
-	if p.kind == trainer {
+	if !p.produces() {
 		return 0
 	}
 	p.mu.Lock()
@@ -349,7 +360,7 @@ func (p *peer) keep() {
 			return
 		case q.struck():
 			p.w.count(p.kind, map[bool]string{false: q.point}[q.killed.Load()])
-		case q.cmd.ProcessState.ExitCode() == 0 && p.kind != trainer && !p.lasts: // a producer without a session does not come back
+		case q.cmd.ProcessState.ExitCode() == 0 && p.produces() && !p.lasts: // a producer without a session does not come back
 		default:
 			p.w.fail("%s ended: %s", p.kind, q.ending())
 			return
@@ -365,9 +376,11 @@ func (p *peer) keep() {
 	}
 }
 
-// progress counts what the current process has done: samples acked, or batches read.
+func (p *peer) produces() bool { return p.kind == tcpProducer || p.kind == shmProducer }
+
+// progress counts what the current process has done: samples acked, or batches read, or channels spoiled.
 func (p *peer) progress(q *process) uint64 {
-	if p.kind == trainer {
+	if !p.produces() {
 		return q.lines.Load()
 	}
 	return p.account()
@@ -397,16 +410,26 @@ func (w *world) get(url string, read func(io.Reader) error) error {
 // finish ends the world in order and judges. The daemon that runs now must go on to the end.
 func (w *world) finish() {
 	w.t.Helper()
+	w.spare()
+	w.killers.Wait()
+	if !within(patience, func() bool {
+		return w.running.Err() != nil || !slices.ContainsFunc(w.peers, func(p *peer) bool { return !p.current().running() })
+	}) {
+		w.fail("those that were killed do not come back")
+	}
 	w.rest()
 	if w.failed.Load() {
 		return
 	}
-	var producers, trainers []*process
+	var producers, trainers, scribblers []*process
 	for _, p := range w.peers {
-		if p.kind == trainer {
-			trainers = append(trainers, p.current())
-		} else {
-			producers = append(producers, p.current())
+		switch q := p.current(); p.kind {
+		case trainer:
+			trainers = append(trainers, q)
+		case scribbler:
+			scribblers = append(scribblers, q)
+		default:
+			producers = append(producers, q)
 		}
 	}
 	end := func(what string, list []*process) {
@@ -414,13 +437,12 @@ func (w *world) finish() {
 			p.signal(termination)
 		}
 		for _, p := range list {
-			if p.running() || !p.struck() {
-				if err := p.ends(0); err != nil {
-					w.t.Errorf("%s: %v", what, err)
-				}
+			if err := p.ends(0); err != nil && !p.endedBy(termination) { // as one that has only begun is
+				w.t.Errorf("%s: %v", what, err)
 			}
 		}
 	}
+	end("scribbler", scribblers)
 	end("producer", producers)
 	for _, p := range w.peers {
 		p.account()
@@ -491,3 +513,6 @@ func (w *world) report() {
 
 // sessionsLast says that sessions survive their producers and the daemon.
 const sessionsLast = false
+
+// hostileRoles are those that share a channel with the daemon.
+var hostileRoles = []string{"train"}

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import Closed, PeerClosed, Released
+from .lease import Lease, Leased
 from .segment import LEASED, Segment
 
 if TYPE_CHECKING:
     from .channel import Descriptor
-    from .spec import Array, Spec
+    from .spec import Array, Leaf, Spec
 
 __all__ = ["Batch", "Window"]
 
@@ -99,22 +100,33 @@ class Batch:
     ``Reader(check=True)`` or ``INGESTD_CHECK=1`` they turn to 0xCC bytes. What is needed longer must be copied
     (:meth:`copy`), or the batch held. The same goes for ``torch.from_numpy`` and ``jax.numpy.asarray``, which share the
     memory of the array that they are given.
+
+    :meth:`torch`, :meth:`jax` and :meth:`dlpack` make arrays that may be kept: the batch goes back to the daemon when
+    it was released (or dropped) and the last of them has been garbage-collected. Until then it counts against the
+    reader's ``prefetch``.
     """
 
     def __init__(
-        self, segment: Segment, spec: Spec, lease: Descriptor, window: Window, release: Callable[[Batch], None]
+        self,
+        segment: Segment,
+        spec: Spec,
+        delivered: Descriptor,
+        window: Window,
+        give_back: Callable[[int, int], None],
     ) -> None:
-        #: number of the batch in the table's life
-        self.seq = lease.number
+        #: number of the batch; numbers only grow, also across restarts of the daemon, so that one that is known already
+        #: is a second delivery
+        self.seq = delivered.number
         #: rows that hold samples, at most the table's batch size
-        self.count = lease.rows
+        self.count = delivered.rows
         #: place of the batch in the segment
-        self.place = lease.place
+        self.place = delivered.place
         #: spec of the samples
         self.spec = spec
         self._segment = segment
         self._window: Window | None = window
-        self._release = release
+        self._lease = Lease(delivered.number, delivered.place, give_back)
+        self._exported = False
         self._arrays: dict[int, Array] = {}
         self._tree: Any = None
         self._lost: str | None = None  # why the batch cannot be used although it was not released
@@ -126,9 +138,12 @@ class Batch:
 
     def __getitem__(self, name: str) -> Array:
         """The leaf's array ``(count, *leaf.shape)``. Raises KeyError, Released."""
+        return self._view(self._number(name))
+
+    def _number(self, name: str) -> int:
         for i, leaf in enumerate(self.spec.leaves):
             if leaf.name == name:
-                return self._view(i)
+                return i
         names = ", ".join(repr(leaf.name) for leaf in self.spec.leaves[:16])
         raise KeyError(f"no leaf {name!r}; there are {names}{', ...' if len(self.spec) > 16 else ''}")
 
@@ -164,8 +179,52 @@ class Batch:
         """The tree with arrays of its own, writable, that outlive the batch. Raises Released."""
         return self.spec.unflatten([a.copy() for a in self.leaves])
 
+    def dlpack(self, name: str) -> Leased:
+        """The leaf for ``from_dlpack`` of any library, sharing the memory and keeping the lease: see :class:`Leased`.
+
+        Raises KeyError, Released.
+        """
+        self._check()
+        leaf = self._leaf(name)
+        self._exported = True
+        # The view is not kept in a variable: where this batch ends with the call, it would still be in use then.
+        return Leased(self._lease, self._window, leaf, self[name])
+
+    def torch(self, name: str | None = None, *, copy: bool = False) -> Any:
+        """The leaf as a torch tensor, or without a name the whole tree; needs torch.
+
+        The tensors share the memory and keep the batch leased as long as they live. torch has no read-only tensors: a
+        write into one of these (also ``t += 1``) ends the process with SIGSEGV. ``copy=True`` makes tensors of their
+        own, writable, that hold nothing. Raises ImportError, KeyError, Released.
+        """
+        from .arrays import to_torch
+
+        return self._converted(name, copy, to_torch)
+
+    def jax(self, name: str | None = None, *, copy: bool = False) -> Any:
+        """The leaf as a JAX array on the CPU, or without a name the whole tree; needs JAX.
+
+        The arrays share the memory and keep the batch leased as long as they live, but for BF16 and F8, which are
+        copied, and for 64-bit types while JAX has them disabled, which it narrows to 32 bits. ``copy=True`` copies all.
+        Raises ImportError, KeyError, Released.
+        """
+        from .arrays import to_jax
+
+        return self._converted(name, copy, to_jax)
+
+    def _converted(self, name: str | None, copy: bool, convert: Callable[[Leased, bool], Any]) -> Any:
+        if name is not None:
+            return convert(self.dlpack(name), copy)
+        self._check()
+        return self.spec.unflatten([convert(self.dlpack(leaf.name), copy) for leaf in self.spec.leaves])
+
+    def _leaf(self, name: str) -> Leaf:
+        return self.spec.leaves[self._number(name)]
+
     def release(self) -> None:
         """Gives the batch back to the daemon; further calls do nothing.
+
+        While arrays of :meth:`dlpack`, :meth:`torch` or :meth:`jax` live, the daemon gets it when the last is gone.
 
         Raises PeerClosed when the daemon had taken the batch away before: then what was read since may be of another.
         """
@@ -176,14 +235,10 @@ class Batch:
         intact = self._segment.state_word(self.place) == self.seq << 3 | LEASED
         self._window = None
         self._tree = None
-        escaped = []
-        while self._arrays:
-            column, *held = self._arrays.popitem()
-            if _references(held) > _ALONE:
-                escaped.append(self._name(column))
+        escaped = self._escaped()
         if escaped:
-            window.poison()
-        self._release(self)
+            self._lease.before = window.poison
+        self._lease.let_go()
         if not intact:
             raise PeerClosed(
                 f"the daemon took batch {self.seq} back while it was held; what was read of it may be wrong"
@@ -195,6 +250,15 @@ class Batch:
                 ResourceWarning,
                 stacklevel=_caller_level(),
             )
+
+    def _escaped(self) -> list[str]:
+        """Forgets the arrays; the names of those that somebody else still has."""
+        escaped = []
+        while self._arrays:
+            column, *held = self._arrays.popitem()
+            if _references(held) > _ALONE:
+                escaped.append(self._name(column))
+        return escaped
 
     def _lose(self, why: str) -> None:
         """The reader was closed, or this process is a fork of the one that leased: the batch can be used no more."""
@@ -238,7 +302,11 @@ class Batch:
             self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_window", None) is not None and self._lost is None:
+        if getattr(self, "_window", None) is None or self._lost is not None:
+            return
+        if self._exported and not self._escaped():
+            self._lease.let_go()  # what was made of it decides
+        else:
             warnings.warn(
                 f"batch {self.seq} was dropped without a release: its place stays taken until the reader is closed",
                 ResourceWarning,

@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 __all__ = [
@@ -98,7 +99,10 @@ class Full(Timeout):
     """
 
     def __init__(self, message: str, note: Note, taken: int = 0) -> None:
-        super().__init__(f"{message}: {note.reason}", taken)
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note.since // 10**9))
+        who = f"trainer {note.trainer} ({note.client!r}, group {note.group!r}, pid {note.pid}) has held batch"
+        held = f"{who} {note.batch} since {since}: " if note.trainer else ""
+        super().__init__(f"{message}: the ring is full: {held}{note.reason}", taken)
         self.note = note
         self.code = note.code
         self.reason = note.reason

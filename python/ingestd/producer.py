@@ -42,9 +42,11 @@ class Producer:
 
     With a ``session`` the producer keeps its samples until they are acknowledged, connects again when the connection
     breaks or the daemon stops, and sends again what the daemon does not hold: each sample gets into the ring once. It
-    waits a random time before each try, up to 10 ms before the first, then twice that and so on up to 0.1 s (``tcp``:
-    1 s). What is kept is at most the window (or one larger sample) and 512 KiB; while there is no connection,
-    the calls wait once that is full. Without a session the first error is final.
+    waits a random time before each try, up to a sixteenth of the outage so far (but 10 ms at least and 1 s at most). It
+    gives up after ``reconnect`` seconds without a connection since the last acknowledgement, if any is due, and at once
+    where the daemon refuses it for good or another producer has taken the session. What is kept is at most the window
+    (or one larger sample) and 512 KiB; while there is no connection, the calls wait once that is full. Without a
+    session the first error is final.
 
     May be used by several threads; not after a fork (Closed).
 
@@ -57,7 +59,7 @@ class Producer:
         ack: ``queued``: acknowledged once the daemon has queued it; ``committed``: once it is in the ring. None is
             ``committed`` with a session, for ``queued`` ones may be lost with the daemon, and else the table's.
         window_samples, window_bytes: most that may be on the way without acknowledgement; 0 lets the daemon choose.
-        reconnect: with a session, seconds to try to connect again before PeerClosed; 0: not at all; None: no limit.
+        reconnect: with a session, seconds without a connection before PeerClosed; 0: at once; None: no limit.
         continue_after_loss: with a session, do not raise Lost, but count what is gone in :attr:`lost` and go on.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake; with a session, also for trying again.

@@ -8,14 +8,17 @@ import os
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Literal
 
 from . import _io
 from ._io import Deadline
 from .batch import Batch, CheckedWindow, Window
 from .channel import Channel, Descriptor
-from .errors import AllHeld, Closed, Ended, EndOfStream, Error, FormatError, PeerClosed
+from .errors import AllHeld, Closed, EndOfStream, Error, FormatError, LostBatches, PeerClosed
+from .incoming import ended
 from .segment import LEASED, Segment
 from .spec import Spec
 from .version import CLIENT
@@ -35,6 +38,11 @@ class Reader:
             for batch in reader:                  # until the end of the stream; each is released by the next step
                 train(batch.tree)
 
+    The trainers of one ``group`` share its batches; every group gets every batch. A batch whose trainer died is offered
+    to another one of the group, so it may come a second time: ``batch.seq`` tells. Where the table lets a group
+    lose what it is too slow for, :class:`LostBatches` is raised once per loss, and the next call reads on (it also ends
+    a ``for`` loop; ``on_lost="count"`` only counts them in :attr:`lost`).
+
     Several batches may be held at once, at most ``prefetch``. ``next`` and ``release`` may run in different threads.
     Not for use after a fork (Closed): attach in the child.
 
@@ -42,7 +50,9 @@ class Reader:
         address: ``unix:///path`` (``shm:///path`` means the same).
         table: name of the table.
         spec: what the samples must look like; None takes the table's spec.
+        group: the group to read for; None is the group ``default``.
         prefetch: most batches held at once; None takes the daemon's default.
+        on_lost: ``raise`` LostBatches, or ``count`` only.
         check: replace the memory of released batches by 0xCC bytes for everyone who kept an array; slower. Default: on
             when the environment has ``INGESTD_CHECK=1``.
         client: free text for the daemon's status and logs.
@@ -59,7 +69,9 @@ class Reader:
         table: str,
         spec: Spec | str | None = None,
         *,
+        group: str | None = None,
         prefetch: int | None = None,
+        on_lost: Literal["raise", "count"] = "raise",
         check: bool | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
@@ -72,9 +84,16 @@ class Reader:
         self._checked = os.environ.get("INGESTD_CHECK", "0") not in ("", "0") if check is None else check
         self._forks = _io.forks()
         self._taking, self._giving = threading.Lock(), threading.Lock()
+        self._returned: deque[tuple[int, int]] = deque()  # (number, place) of leases that are over
+        self._retired = False
+        if on_lost not in ("raise", "count"):
+            raise ValueError(f"on_lost={on_lost!r}: want 'raise' or 'count'")
+        self._raise_lost = on_lost == "raise"
+        #: batches that this reader's group lost, as far as this reader was told
+        self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0  # taken and not given back
-        body = hello("train", table, want, prefetch=prefetch or 0, client=client)
+        body = hello("train", table, want, group=group, prefetch=prefetch or 0, client=client)
         until = _io.deadline_of(deadline)
         sock = _io.connect(self.address, until)
         fds: list[int] = []
@@ -87,6 +106,8 @@ class Reader:
             self.table = table
             #: number of this trainer in the daemon's life
             self.trainer = reply.integer("trainer") if "trainer" in reply.body else 0
+            #: the group that it reads for
+            self.group = str(reply.body.get("group", group or "default"))
             #: most batches held at once
             self.prefetch = reply.integer("prefetch", 1, self._channel.capacity)
         except BaseException:
@@ -131,7 +152,8 @@ class Reader:
             Timeout: no batch came in time; try again.
             EndOfStream: the table was closed, every batch was delivered.
             AllHeld: this reader already holds ``prefetch`` batches, so none can come before one is released.
-            Ended, PeerClosed: the daemon ended the attachment or went away.
+            LostBatches: the group was too slow; the next call reads on.
+            ShuttingDown, Ended, PeerClosed: the daemon ended the attachment or went away.
         """
         until = _io.deadline_of(deadline)
         left = until.left()
@@ -141,9 +163,12 @@ class Reader:
         try:
             while True:
                 self._check()
-                lease = self._channel.take()
-                if lease is not None:
-                    return self._batch(lease)
+                delivered = self._channel.take()
+                if delivered is not None and delivered.rows == 0:
+                    self._note_loss(delivered)
+                    continue
+                if delivered is not None:
+                    return self._batch(delivered)
                 if self._channel.drained():
                     raise EndOfStream(f"table {self.table!r} is closed and every batch was delivered")
                 self._wait(until)
@@ -151,11 +176,11 @@ class Reader:
             self._taking.release()
 
     def _wait(self, until: Deadline) -> None:
-        with self._giving:
+        with self._locked():
             if self._leased >= self.prefetch:
                 raise AllHeld(
-                    f"this reader holds {self._leased} batches and may hold {self.prefetch}; release one before the "
-                    "next, or attach with a larger prefetch"
+                    f"this reader holds {self._leased} batches and may hold {self.prefetch}; release one (and the "
+                    "arrays that keep it) before the next, or attach with a larger prefetch"
                 )
         woken, ended = self._channel.wait(self._sock.fileno(), until)
         if ended and not self._channel.closed:
@@ -174,8 +199,15 @@ class Reader:
                 notice = parse_notice(_io.receive(self._sock, length, until, doing))
         self._disconnect("the daemon ended the attachment of this batch's reader")
         if notice is not None:
-            raise Ended(*notice)
+            raise ended(*notice)
         raise PeerClosed("the daemon went away; its log says why")
+
+    def _note_loss(self, loss: Descriptor) -> None:
+        if loss.place == 0:
+            raise FormatError(f"the daemon delivered {loss}, which is neither a batch nor a loss; attach again")
+        self.lost += loss.place
+        if self._raise_lost:
+            raise LostBatches(self.group, loss.number, loss.place)
 
     def _batch(self, lease: Descriptor) -> Batch:
         """Checks a descriptor against the segment before anything is read through it."""
@@ -187,20 +219,45 @@ class Reader:
             raise FormatError(f"the daemon delivered {lease}, but the segment says {state}; attach again")
         window = CheckedWindow(self._fds[0], segment, lease.place) if self._checked else None
         batch = Batch(
-            segment, self.spec, lease, window or Window(self._memory, segment.place(lease.place)), self._release
+            segment, self.spec, lease, window or Window(self._memory, segment.place(lease.place)), self._give_back
         )
-        with self._giving:
+        with self._locked():
             self._leased += 1
             self._held[lease.number] = batch
         return batch
 
-    def _release(self, batch: Batch) -> None:
-        with self._giving:
-            if self._closed:
-                return
-            self._held.pop(batch.seq, None)
-            self._leased -= 1
-            self._channel.give_back(batch.seq, batch.place)
+    def _give_back(self, number: int, place: int) -> None:
+        self._returned.append((number, place))
+        self._settle()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds _giving, and then does what others could not do meanwhile."""
+        try:
+            with self._giving:
+                yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Gives back what is over, or leaves it to the one that holds the lock.
+
+        The end of a lease may come from a finalizer, even of this thread in the middle of such a section, so it must
+        not wait for the lock. Whoever holds it looks again afterwards.
+        """
+        while self._returned and self._giving.acquire(False):
+            try:
+                while self._returned:
+                    number, place = self._returned.popleft()
+                    if not self._closed:
+                        self._held.pop(number, None)
+                        self._leased -= 1
+                        self._channel.give_back(number, place)
+                over = self._retired and self._leased == 0 and not self._closed
+            finally:
+                self._giving.release()
+            if over:
+                self._disconnect("the reader of this batch was retired")
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches until the end of the stream; each is released when the next one is asked for."""
@@ -219,6 +276,14 @@ class Reader:
         """Detaches. The daemon takes back what is still held; batches of this reader raise Closed afterwards."""
         self._disconnect("the reader of this batch was closed")
 
+    def retire(self) -> None:
+        """Closes when the last batch, and the last array that keeps one, is given back; at once if there is none."""
+        with self._locked():
+            self._retired = True
+            idle = self._leased == 0 and not self._closed
+        if idle:
+            self._disconnect("the reader of this batch was retired")
+
     @property
     def closed(self) -> bool:
         """True after :meth:`close`, or when the daemon has gone."""
@@ -226,11 +291,11 @@ class Reader:
 
     @property
     def held(self) -> int:
-        """Batches leased and not released."""
+        """Batches leased and not given back: not released, or kept by an array of theirs."""
         return self._leased
 
     def _disconnect(self, why: str) -> None:
-        with self._giving:
+        with self._locked():
             self._closed = True
             for batch in list(self._held.values()):
                 batch._lose(why)
@@ -238,6 +303,8 @@ class Reader:
             _io.close_fds(self._fds)
 
     def _check(self) -> None:
+        if self._retired:
+            raise Closed("the reader is retired")
         if self._forks != _io.forks():
             raise Closed("this reader belongs to the parent process; attach a new one after the fork")
         if self._closed:

@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from . import _io
 from ._io import Deadline
-from .errors import Ended, Error, FormatError, PeerClosed, Refused, SessionTaken, Timeout
+from .errors import Error, FormatError, PeerClosed, Refused, SessionTaken, ShuttingDown, Timeout
 from .spec import Spec
 from .wire import Reply, handshake
 
-__all__ = ["PATIENCE_S", "Dialer", "Opened", "delays", "retried"]
+__all__ = ["PATIENCE_S", "Dialer", "Opened", "Redialer", "retried"]
 
-#: Seconds that a producer tries to connect again before it gives up, unless told otherwise.
-PATIENCE_S = 60.0
+#: Seconds without a connection since the last acknowledgement after which a producer gives up, unless told otherwise.
+PATIENCE_S = 300.0
 #: Seconds that one try may take.
 TRY_S = 5.0
-#: The wait before try number n, from 0, is drawn evenly from 0 to this much, doubled n times, and at most the other.
-BACKOFF_S = 0.01
-BACKOFF_MAX_S = {"unix": 0.1, "tcp": 1.0}
+#: The pause before a try is drawn evenly from 0 to a sixteenth of the outage so far, or these at least and at most. So
+#: it adds little to the outage, and producers that lost one daemon together do not come back together.
+PAUSE_MIN_S, PAUSE_MAX_S = 0.01, 1.0
 
-# What may be over the next time. Everything else that the daemon says stays true however often it is asked.
-_PASSING = frozenset(
-    (
-        "shutting_down",
-        "too_many_connections",
-        "handshake_timeout",
-        "idle_timeout",
-        "stalled",
-        "cut_short",
-        "ack_timeout",
-    )
-)
+# Refusals that may be over the next time. Whatever else the daemon says to a hello stays true.
+_PASSING = frozenset(("shutting_down", "too_many_connections", "handshake_timeout", "internal"))
 
 
 def retried(error: Error) -> bool:
     """Whether a producer with a session connects again after ``error``."""
-    if isinstance(error, SessionTaken):
-        return False
-    if isinstance(error, (Ended, Refused)):
+    if isinstance(error, Refused):
         return error.code in _PASSING
-    return isinstance(error, (PeerClosed, Timeout))
+    return isinstance(error, (PeerClosed, Timeout)) and not isinstance(error, SessionTaken)
 
 
-def delays(kind: str) -> Iterator[float]:
-    """Seconds to wait before each try ("full jitter"): many producers that lost one daemon do not come back at once."""
-    most = BACKOFF_S
-    while True:
-        yield random.uniform(0.0, most)
-        most = min(2 * most, BACKOFF_MAX_S[kind])
+def longest_pause(outage: float) -> float:
+    """Seconds that the pause before the next try may take at most, after so many of an outage."""
+    return min(max(outage / 16, PAUSE_MIN_S), PAUSE_MAX_S)
 
 
 class Opened:
@@ -95,12 +80,68 @@ class Dialer:
 
     def open_patiently(self, until: Deadline) -> Opened:
         """Tries until the deadline, as long as there is hope. Raises the error of the last try."""
-        for delay in delays(self.address.kind):
+        began = time.monotonic()
+        while True:
             try:
                 return self.open(until)
             except Error as e:
                 left = until.left()
-                if not retried(e) or isinstance(e, Timeout) or (left is not None and left <= delay):
+                pause = random.uniform(0, longest_pause(time.monotonic() - began))
+                if not retried(e) or isinstance(e, Timeout) or (left is not None and left <= pause):
                     raise
-            time.sleep(delay)
-        raise AssertionError  # delays never end
+            time.sleep(pause)
+
+
+class Redialer:
+    """Connects again after an outage. ``patience`` is in seconds, as for PATIENCE_S; None is without limit."""
+
+    def __init__(self, dialer: Dialer, patience: float | None) -> None:
+        self.dialer = dialer
+        self.patience = patience
+        self._spent = 0.0  # without a connection since the last acknowledgement, in earlier outages
+
+    def acknowledged(self) -> None:
+        """An acknowledgement came: the next outage is one of its own."""
+        self._spent = 0.0
+
+    def again(
+        self, pause: Callable[[float | None], bool], needed: Callable[[], bool], failed: Callable[[Error], None]
+    ) -> Opened | None:
+        """Tries until one works. Raises what is final, or PeerClosed (ShuttingDown) when the patience is over.
+
+        ``pause`` waits for so many seconds, or with None until the connection may be needed, and returns False to give
+        up; then this returns None. ``needed`` says whether samples wait for the connection: while none do, patience
+        does not end. ``failed`` is told of each failure.
+        """
+        began, last = time.monotonic(), None
+        while True:
+            outage = self._spent + time.monotonic() - began
+            if self.patience is not None and outage >= self.patience:
+                if needed():
+                    raise self._over(last)
+                if not pause(None):
+                    return None
+                if needed():
+                    began, self._spent, outage = time.monotonic(), 0.0, 0.0
+                else:
+                    continue
+            left = None if self.patience is None else self.patience - outage
+            delay = random.uniform(0, longest_pause(outage))
+            if not pause(delay if left is None else min(delay, left)):
+                return None
+            try:
+                opened = self.dialer.open(Deadline(TRY_S if left is None else min(TRY_S, max(left, PAUSE_MIN_S))))
+            except Error as e:
+                failed(e)
+                if not retried(e):
+                    raise
+                last = e
+                continue
+            self._spent += time.monotonic() - began
+            return opened
+
+    def _over(self, last: Error | None) -> Error:
+        what = f"there was no connection for {self.patience:g} s"
+        if isinstance(last, ShuttingDown):
+            return ShuttingDown(last.code, f"{last.reason}; {what}")
+        return PeerClosed(f"{what}; the last try: {last}")

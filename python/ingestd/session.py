@@ -25,7 +25,7 @@ from ._io import Deadline
 from .errors import Closed, Ended, Error, FormatError, Lost, PeerClosed, SessionTaken
 from .incoming import Incoming
 from .link import BUFFERS_MAX, COALESCE_BYTES, RECEIVE_BYTES, Sending, window_of
-from .redial import TRY_S, Dialer, Opened, delays, retried
+from .redial import TRY_S, Dialer, Opened, Redialer, retried
 
 __all__ = ["Session"]
 
@@ -41,7 +41,7 @@ class _Chunk(NamedTuple):
 class Session(Sending):
     """Sends the samples of session ``name``; takes the first connection over and makes others with ``dialer``.
 
-    ``patience``: seconds to try to connect again; None is without limit, 0 not at all.
+    ``patience``: seconds without a connection after which it gives up; None is without limit, 0 does not connect again.
     """
 
     def __init__(
@@ -53,9 +53,8 @@ class Session(Sending):
         self.lost = 0
         #: connections made after the first one
         self.reconnects = 0
-        self._dialer = dialer
+        self._redialer = Redialer(dialer, patience)
         self._base = first.held  # number in the session of sample 0 of this producer
-        self._patience = patience
         self._go_on = go_on
         self._sock: socket.socket | None = None
         self._sent: deque[_Chunk] = deque()  # gone, not acknowledged
@@ -240,6 +239,8 @@ class Session(Sending):
                 self._drop(error)
 
     def _acknowledge(self, acked: int) -> None:
+        if acked > self.acked:
+            self._redialer.acknowledged()
         self.acked = acked
         while self._sent and self._sent[0].end <= acked:
             self._sent.popleft()
@@ -253,7 +254,7 @@ class Session(Sending):
         self._why = str(error)
         if self._closing and self.acked == self.pushed:
             self._finished = True
-        elif not retried(error) or self._patience == 0:
+        elif not retried(error) or self._redialer.patience == 0:
             self._fail(error)
         self._kick()
         self._state.notify_all()
@@ -367,37 +368,30 @@ class Session(Sending):
                 os.read(self._wake_r, 4096)
 
     def _reconnect(self) -> bool:
-        """Tries to connect until that works, there is no hope or no patience; False when the session is stopped."""
-        until = Deadline(self._patience)
-        for delay in delays(self._dialer.address.kind):
-            if not self._pause(min(delay, 60.0 if until.at is None else until.left() or 0.0)):
-                return False
-            left = until.left()
-            try:
-                opened = self._dialer.open(Deadline(TRY_S if left is None else min(TRY_S, left)))
-            except Error as e:
-                with self._state:
-                    self._why = str(e)
-                    if not retried(e):
-                        self._fail(e)
-                    elif until.passed():
-                        self._fail(PeerClosed(f"tried for {self._patience:g} s to connect again; the last try: {e}"))
-                    self._state.notify_all()
-                    if self._error is not None:
-                        return True
-                continue
+        """Connects again; False when the session is stopped or has nothing left to do."""
+        try:
+            opened = self._redialer.again(self._pause, lambda: self.acked < self.pushed, self._failed)
+        except Error as e:
             with self._state:
-                if self._stop:
-                    opened.close()
-                    return False
-                self._install(opened)
-                if self._error is None:
-                    self.reconnects += 1
-                return True
-        raise AssertionError  # delays never end
+                self._fail(e)
+            return True
+        if opened is None:
+            return False
+        with self._state:
+            if self._stop:
+                opened.close()
+                return False
+            self._install(opened)
+            if self._error is None:
+                self.reconnects += 1
+        return True
 
-    def _pause(self, seconds: float) -> bool:
-        """Waits; False when the session was stopped, or has nothing left to do, meanwhile."""
+    def _failed(self, error: Error) -> None:
+        with self._state:
+            self._why = str(error)
+
+    def _pause(self, seconds: float | None) -> bool:
+        """Waits, without a limit until samples want to be sent; False when the session was stopped, or is done."""
         deadline = Deadline(seconds)
         while True:
             with self._state:
@@ -406,6 +400,8 @@ class Session(Sending):
                 if self._stop or self._finished:
                     self._state.notify_all()
                     return False
+                if seconds is None and self.acked < self.pushed:
+                    return True
             if deadline.passed():
                 return True
             if _io.wait(self._wake_r, select.POLLIN, deadline):

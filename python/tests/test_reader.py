@@ -21,6 +21,7 @@ from ingestd import (
     Ended,
     EndOfStream,
     FormatError,
+    LostBatches,
     PeerClosed,
     Reader,
     Refused,
@@ -564,3 +565,38 @@ def test_channel_headers_are_checked(form: str, offset: int, value: int, says: s
         make_channel(maker)
     with pytest.raises(FormatError, match="its header alone"):
         Channel(bytearray(63), -1, -1)
+
+
+def test_a_group_and_what_it_lost(daemon: Make) -> None:
+    d = daemon(group="eval")
+    with Reader(d.address, "t", group="eval") as r:
+        assert d.hello["group"] == "eval" and r.group == "eval"
+        d.deliver(0, samples(0))
+        d.channel.push(1, 5, 0)  # batches 1 to 5 were dropped unread
+        d.deliver(6, samples(4), place=1)
+        with r.next(deadline=PATIENCE) as batch:
+            assert batch.seq == 0
+        with pytest.raises(LostBatches, match="group 'eval' was too slow: batch 1 to 5 was dropped") as lost:
+            r.next(deadline=PATIENCE)
+        assert (lost.value.group, lost.value.first, lost.value.n) == ("eval", 1, 5)
+        assert (r.held, r.lost) == (0, 5)
+        with r.next(deadline=PATIENCE) as batch:
+            assert batch.seq == 6
+        assert d.channel.given() == [(0, 0), (6, 1)]  # a loss is not given back
+        d.channel.push(7, 0, 0)
+        with pytest.raises(FormatError, match="neither a batch nor a loss"):
+            r.next(deadline=PATIENCE)
+
+
+def test_losses_that_are_only_counted(daemon: Make) -> None:
+    d = daemon()
+    with Reader(d.address, "t", on_lost="count") as r:
+        assert r.group == "default"
+        d.channel.push(0, 1, 0)
+        d.channel.push(1, 2, 0)
+        d.deliver(3, samples(0))
+        d.channel.close()
+        assert [batch.seq for batch in r] == [3]
+        assert r.lost == 3
+    with pytest.raises(ValueError, match="on_lost"):
+        Reader(d.address, "t", on_lost="ignore")  # type: ignore[arg-type]

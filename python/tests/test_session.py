@@ -25,7 +25,8 @@ from ingestd import (
     Spec,
     Timeout,
 )
-from ingestd.redial import BACKOFF_MAX_S, BACKOFF_S, delays
+from ingestd.redial import PATIENCE_S, Dialer, Redialer, longest_pause
+from ingestd.session import Session
 
 from fakes import PATIENCE, SPEC, Listener, Peer, Steps, encoded, sample
 
@@ -127,10 +128,7 @@ def numbered(spec: Spec, first: int, n: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("spec", [NUMBERS, BIG_NUMBERS], ids=["small", "large"])
-def test_model_random_cuts_lose_nothing_and_repeat_nothing(
-    spec: Spec, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(BACKOFF_MAX_S, "tcp", 0.005)
+def test_model_random_cuts_lose_nothing_and_repeat_nothing(spec: Spec, seed: int) -> None:
     d = Holding(spec, seed)
     dice = random.Random(-1 - seed)
     n = 1500 if spec is NUMBERS else 300
@@ -303,6 +301,10 @@ def spec_refused(peer: Peer) -> None:
 
 
 def test_a_refusal_is_final_and_a_passing_one_is_not(scripts: Scripts) -> None:
+    def internal(peer: Peer) -> None:
+        peer.accept()
+        peer.notice("internal", "the daemon failed")
+
     def later(peer: Peer) -> None:
         peer.hello()
         peer.reply({"code": "shutting_down", "reason": "stopping"}, status=1)
@@ -315,7 +317,7 @@ def test_a_refusal_is_final_and_a_passing_one_is_not(scripts: Scripts) -> None:
         peer.accept()
         peer.exactly(SIZE)
 
-    p = scripts(later, cut, busy, later, spec_refused)  # the first one is met by the constructor
+    p = scripts(later, internal, cut, busy, later, spec_refused)  # the first one is met by the constructor
     p.push(sample(0))
     with pytest.raises(Refused, match="the table was changed"):
         p.flush(deadline=PATIENCE)
@@ -334,7 +336,9 @@ def test_patience_ends(scripts: Scripts) -> None:
     listener.sock.close()
     p.push(sample(0))
     listener_closed.set()
-    with pytest.raises(PeerClosed, match=r"tried for 0.05 s .*; 1 samples were not acknowledged"):
+    with pytest.raises(
+        PeerClosed, match=r"no connection for 0.05 s; the last try: .*; 1 samples were not acknowledged"
+    ):
         p.flush(deadline=PATIENCE)
     p.abort()
     listener.finish()
@@ -434,7 +438,8 @@ def test_a_note_names_who_is_waited_for_until_the_next_ack(listener: Listener, s
     while p.note is None:
         with pytest.raises(Timeout):
             p.flush(deadline=0.01)
-    with pytest.raises(Full, match="trainer 3 of group eval holds batch 9") as full:
+    says = r"ring is full: trainer 3 \('slow', group 'eval', pid 77\) has held batch 9 since 2023-11-14T22:13:20Z"
+    with pytest.raises(Full, match=says) as full:
         p.push(sample(1), deadline=0.01)
     e = full.value
     assert isinstance(e, Timeout)
@@ -481,9 +486,69 @@ def test_the_next_ack_ends_a_note(listener: Listener) -> None:
     p.close(deadline=PATIENCE)
 
 
-def test_backoff_grows_to_its_bound_with_full_jitter() -> None:
-    for kind, most in BACKOFF_MAX_S.items():
-        rounds = [[next(d) for _ in range(12)] for d in (delays(kind) for _ in range(200))]
-        for n, at in enumerate(zip(*rounds)):
-            bound = min(most, BACKOFF_S * 2**n)
-            assert 0 <= min(at) < 0.2 * bound and 0.8 * bound < max(at) <= bound
+def test_patience_does_not_end_while_nothing_is_due(scripts: Scripts) -> None:
+    steps = Steps()
+    listener = Listener.tcp()
+
+    def first(peer: Peer) -> None:
+        peer.accept()
+        steps.wait("connected")
+
+    listener.script(first)
+    p = Producer(listener.address, "t", SPEC, session="s", reconnect=0.02)
+    link = p._link
+    assert isinstance(link, Session)
+    waits = threading.Event()
+    again = link._pause
+    link._redialer.again = lambda pause, needed, failed: Redialer.again(  # type: ignore[method-assign]
+        link._redialer, lambda s: (waits.set() if s is None else None, again(s))[1], needed, failed
+    )
+    address = listener.sock.getsockname()
+    listener.sock.close()
+    steps.done("connected")
+    assert waits.wait(PATIENCE)
+    assert p.unacked == 0
+    listener.sock = socket.create_server(address)
+
+    def second(peer: Peer) -> None:
+        peer.accept()
+        assert peer.exactly(SIZE) == encoded(0)
+        peer.ack(1)
+        peer.end()
+
+    listener.script(second)
+    p.push(sample(0))
+    p.close(deadline=PATIENCE)
+    assert p.acked == 1
+    listener.finish()
+
+
+def test_pauses_grow_with_the_outage_and_patience_is_counted_over_outages_without_acknowledgement() -> None:
+    assert [longest_pause(s) for s in (0, 0.16, 1.6, 16, 1000)] == [0.01, 0.01, 0.1, 1.0, 1.0]
+    assert PATIENCE_S == 300
+
+    class Nobody(Dialer):
+        def __init__(self, outcomes: list[Exception | None]) -> None:
+            self.outcomes = outcomes
+
+        def open(self, until: Any) -> Any:
+            outcome = self.outcomes.pop(0)
+            if outcome is not None:
+                raise outcome
+            return "opened"
+
+    pauses: list[float | None] = []
+    failures: list[Exception] = []
+    refused = Refused("too_many_connections", "busy")
+    redialer = Redialer(Nobody([PeerClosed("x"), refused, None, SessionTaken("session_taken", "gone")]), 300.0)
+    pause = lambda s: (pauses.append(s), True)[1]  # noqa: E731
+    opened: Any = redialer.again(pause, lambda: True, failures.append)
+    assert opened == "opened" and [str(e) for e in failures] == ["x", str(refused)]
+    assert len(pauses) == 3 and all(p is not None and 0 <= p <= 0.01 for p in pauses)
+    with pytest.raises(SessionTaken):
+        redialer.again(pause, lambda: True, failures.append)
+    redialer._spent = 300.0
+    with pytest.raises(PeerClosed, match="no connection for 300 s"):
+        redialer.again(pause, lambda: True, failures.append)
+    redialer.acknowledged()
+    assert redialer.again(lambda s: False, lambda: True, failures.append) is None

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/wire"
 )
 
 // brokenPromise is what the daemon must never do.
@@ -25,11 +26,11 @@ func broken(format string, args ...any) error { return &brokenPromise{fmt.Sprint
 
 // options are the flags of all kinds of peers.
 type options struct {
-	addr, table, specText, group, ledger, name string
-	session                                    uint64
-	seed                                       uint64
-	most                                       int
-	pause                                      time.Duration
+	addr, table, specText, group, ledger, name, role string
+	session                                          uint64
+	seed                                             uint64
+	most                                             int
+	pause                                            time.Duration
 
 	spec *spec.Spec
 	rnd  *rand.Rand
@@ -37,17 +38,18 @@ type options struct {
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "peer: say produce or train")
+		fmt.Fprintln(os.Stderr, "peer: say produce, train, own or scribble")
 		os.Exit(2)
 	}
 	o := &options{}
 	f := flag.NewFlagSet("peer "+os.Args[1], flag.ExitOnError)
-	f.StringVar(&o.addr, "addr", "", "address of the daemon")
+	f.StringVar(&o.addr, "addr", "", "address of the daemon; own: file of the segment")
 	f.StringVar(&o.table, "table", "", "table")
 	f.StringVar(&o.specText, "spec", "", "the table's spec")
 	f.StringVar(&o.group, "group", "", "train: group")
-	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked")
+	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked; own: the first part of the names of such files")
 	f.StringVar(&o.name, "name", "", "produce: name of the session; empty: none, which cannot come back")
+	f.StringVar(&o.role, "role", "train", "scribble: train or fill")
 	f.Uint64Var(&o.session, "session", 0, "produce: number of the session, which stands in its samples")
 	f.Uint64Var(&o.seed, "seed", 0, "of its random choices")
 	f.IntVar(&o.most, "most", 8, "produce: samples at once; train: batches held at once")
@@ -76,6 +78,10 @@ func (o *options) run(ctx context.Context, kind string) (err error) {
 		return o.produce(ctx)
 	case "train":
 		return o.train(ctx)
+	case "own":
+		return o.own(ctx)
+	case "scribble":
+		return o.scribble(ctx, wire.Role(o.role))
 	}
 	return fmt.Errorf("there is no kind of peer %q", kind)
 }

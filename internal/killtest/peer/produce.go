@@ -143,7 +143,7 @@ func comeback(err error) error {
 		return nil
 	case errors.As(err, &notice) && notice.Code == wire.CodeShuttingDown:
 		return nil
-	case errors.As(err, &notice) && notice.Code == wire.CodeSessionTaken:
+	case errors.As(err, &notice) && (notice.Code == wire.CodeSessionTaken || notice.Code == wire.CodeStalled):
 		return nil
 	}
 	return fmt.Errorf("for no reason of ours: %w", err)

@@ -1,0 +1,53 @@
+package engine
+
+import (
+	"fmt"
+	"time"
+)
+
+// Holder returns whom the table's writers wait for, or would if the ring were full: the trainer that has held a batch for longest, else the group that nobody reads for; false where
+// there is neither.
+func (t *Table) Holder() (Holder, bool) { return Holder{}, false }
+
+// FullError says that the ring stayed full until the deadline, and why. It matches os.ErrDeadlineExceeded.
+type FullError struct {
+	Table  string
+	Holder Holder // who is waited for; the zero value where nobody is to blame
+	Err    error  // the deadline's
+}
+
+func (e *FullError) Error() string {
+	return fmt.Sprintf("table %q: %s: %v", e.Table, RingFull(e.Holder, time.Now()), e.Err)
+}
+
+func (e *FullError) Unwrap() error { return e.Err }
+
+// full makes a *FullError of a Reserve's end by its deadline.
+func (t *Table) full(err error) error {
+	h, _ := t.Holder()
+	return &FullError{t.cfg.Name, h, err}
+}
+
+// RingFull says for a person why a ring is full, with what Holder returned; the zero value is nobody.
+func RingFull(h Holder, now time.Time) string {
+	held := now.Sub(h.Since).Round(time.Millisecond)
+	switch {
+	case h == Holder{}:
+		return "the ring is full: no trainer is there, or all are busy with their newest batch"
+	case h.Idle:
+		return fmt.Sprintf("the ring is full: group %q has had unread batches for %v and no trainer takes them", h.Group, held)
+	}
+	return fmt.Sprintf("the ring is full: trainer %d%s of group %q has held batch %d for %v", h.Trainer, whoIs(h), h.Group, h.Batch, held)
+}
+
+func whoIs(h Holder) string {
+	switch {
+	case h.Client != "" && h.PID != 0:
+		return fmt.Sprintf(" (%s, pid %d)", h.Client, h.PID)
+	case h.PID != 0:
+		return fmt.Sprintf(" (pid %d)", h.PID)
+	case h.Client != "":
+		return fmt.Sprintf(" (%s)", h.Client)
+	}
+	return ""
+}
