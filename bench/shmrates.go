@@ -153,7 +153,7 @@ func (r *shmRunner) latency(ctx context.Context, c ShmCase, name string) (*recor
 	case contenderFull:
 		g, err = r.startFiller(ctx, opt, c, 0)
 	case contenderPoll:
-		g, err = r.startFiller(ctx, opt, c, 0, pollArgs(pollFor)...)
+		g, err = r.startPolled(ctx, opt, c)
 	case contenderWake:
 		g, err = startWake(opt, c.Case)
 	}
@@ -170,5 +170,20 @@ func (r *shmRunner) latency(ctx context.Context, c ShmCase, name string) (*recor
 	return latency, err
 }
 
-// pollArgs makes the daemon look at its queues for so long before it sleeps.
-func pollArgs(d time.Duration) []string { return []string{"--fill-poll", d.String()} }
+// startPolled is startFiller with a daemon that looks at its producers' queues for so long before it sleeps.
+func (r *shmRunner) startPolled(ctx context.Context, opt *Options, c ShmCase) (*rig, error) {
+	folder, err := os.MkdirTemp("", "ingestd-bench-")
+	if err != nil {
+		return nil, fmt.Errorf("make a folder for the daemon's configuration: %w", err)
+	}
+	file := filepath.Join(folder, "poll.yaml")
+	if err := os.WriteFile(file, fmt.Appendf(nil, "local_producers: {poll: %v}\n", pollFor), 0o600); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(folder))
+	}
+	g, err := r.startFiller(ctx, opt, c, 0, "--config", file)
+	if g == nil {
+		return nil, errors.Join(err, os.RemoveAll(folder))
+	}
+	g.folder = folder
+	return g, err
+}
