@@ -77,7 +77,7 @@ func (o *Common) flags(f *pflag.FlagSet, cases string) {
 	f.DurationVar(&o.Warmup, "warmup", o.Warmup, "before every window")
 	f.StringArrayVar(&o.ServeArgs, "serve-arg", nil, "one more argument for the daemon; may be repeated")
 	f.StringVar(&o.JSON, "json", "", "write the record here; - is standard output, without the tables")
-	f.StringVar(&o.CPUProfile, "cpuprofile", "", "folder for CPU profiles of daemon and bare loop, from the last run of each case")
+	f.StringVar(&o.CPUProfile, "cpuprofile", "", "folder for CPU profiles of all processes, from the last run of each case")
 	f.StringVar(&o.Binary, "binary", "", "ingestd binary to measure; default: this one")
 	f.BoolVar(&o.Check, "check", false, "fail if a target is missed")
 	f.BoolVar(&o.Quiet, "quiet", false, "no line per run on standard error")

@@ -73,7 +73,7 @@ func runFiller(ctx context.Context, opt fillerOptions) error {
 
 // fill goes on until its context ends.
 func (f *filler) fill(ctx context.Context, p *client.Filler) error {
-	batch := p.BatchSize()
+	batch := int(p.Accepted().BatchSize)
 	sample := int(p.Spec().Leaf(0).Bytes())
 	pattern := newPattern(int64(sample))
 	known := map[*byte]bool{} // places that have their content
@@ -117,7 +117,7 @@ func (f *filler) fill(ctx context.Context, p *client.Filler) error {
 		if err := slots.Commit(); err != nil {
 			return err
 		}
-		sent += uint64(slots.Len())
+		sent += uint64(slots.N())
 		f.samples.Store(sent)
 	}
 }

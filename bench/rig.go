@@ -139,8 +139,8 @@ func (g *rig) measure(ctx context.Context, profile bool, latency *recorder) (*Me
 	if err := sleep(ctx, g.opt.Warmup); err != nil {
 		return nil, err
 	}
-	if profile && g.daemon == nil {
-		if _, err := g.server.ask(request{Do: doProfile, Path: g.profileFile()}); err != nil {
+	if profile {
+		if err := g.profileChildren(); err != nil {
 			return nil, err
 		}
 	}
@@ -161,8 +161,18 @@ func (g *rig) measure(ctx context.Context, profile bool, latency *recorder) (*Me
 	return m, nil
 }
 
-func (g *rig) profileFile() string {
-	name := strings.ReplaceAll(g.c.Name, "/", "-") + "-" + g.name + ".pprof"
+// profileChildren has everybody but the daemon, who is asked in another way, write a profile until it ends.
+func (g *rig) profileChildren() error {
+	for _, p := range []*process{g.sender, g.receiver} {
+		if _, err := p.ask(request{Do: doProfile, Path: g.profileFile(p)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g *rig) profileFile(p *process) string {
+	name := strings.NewReplacer("/", "-", " ", "-").Replace(g.c.Name + "-" + g.name + "-" + p.name + ".pprof")
 	return filepath.Join(g.opt.CPUProfile, name)
 }
 
@@ -215,7 +225,7 @@ func (g *rig) fullSpeed(ctx context.Context, profile bool) (*Measurement, error)
 	}
 	profiled := make(chan error, 1)
 	if profile {
-		go func() { profiled <- g.daemon.profile(ctx, g.profileFile(), g.opt.Duration) }()
+		go func() { profiled <- g.daemon.profile(ctx, g.profileFile(g.server), g.opt.Duration) }()
 	} else {
 		profiled <- nil
 	}

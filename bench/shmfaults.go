@@ -157,8 +157,9 @@ func (r *shmRunner) recoveries(ctx context.Context, out *ShmResult) (err error) 
 			g.sender.kill()
 			g.sender = nil
 		}
-		g.daemon.kill() // a full ring without a trainer would wait for one
-		g.daemon, err = nil, errors.Join(err, d.cleanUp(), g.stop(err != nil))
+		d.kill() // a full ring without a trainer would wait for one
+		g.daemon = nil
+		err = errors.Join(err, d.cleanUp(), g.stop(err != nil))
 	}()
 	if g.sender, _, err = startChild("filler", opt.Binary, "_filler", "--address", d.Unix, "--table", tableName); err != nil {
 		return err

@@ -101,9 +101,9 @@ func (w *waker) sleep(context.Context) error {
 		}
 		now := time.Now().UnixNano()
 		// Two writes before one read add up to a time far ahead: of neither is it known how long it took.
-		if at := int64(binary.NativeEndian.Uint64(word[:])); at <= now && w.recording.Load() {
+		if at := binary.NativeEndian.Uint64(word[:]); at <= uint64(now) && w.recording.Load() {
 			w.latency.mu.Lock()
-			record(w.latency.intended, now-at, 1)
+			record(w.latency.intended, now-int64(at), 1)
 			w.latency.mu.Unlock()
 		}
 		w.samples.Add(1)
