@@ -12,12 +12,13 @@
 // A drainer visits its streams in rotating order and takes from each at most what it found there on arrival, so that a flooding
 // producer starves nobody. A closed stream is removed when it is empty; Done tells.
 //
-// Lender is for producers that write to the ring themselves, through shared memory: it lends them whole places, commits the rows they call complete, publishes full places as they
-// are, and settles (copies into the batch that all share) what must not wait for the rest. It keeps the order of its stream: nothing is published in place before
-// everything of the stream that was copied earlier.
+// Lender is for producers that write to the ring themselves, through shared memory: it lends them whole places, commits the rows they call complete,
+// publishes full places as they are, and settles (copies into the batch that all share) what must not wait for the rest. It keeps the order of its stream:
+// nothing is published in place before everything of the stream that was copied earlier.
 //
 // Backpressure is one chain: ring full → Reserve waits → the transport does not read and does not ack → the producer's window closes.
 //
-// Errors: os.ErrClosed when the ring or the stream is closed, or the context's; *LeaseError for rows that a producer cannot have filled; *StrandedError. Cost: per push, one queue slot and one atomic add in the ring; nothing per sample
-// but its 24 bytes; no allocation. Proof: drainer_test.go (fairness, order, removal, no allocation), lender_test.go (order of copied and published rows, every end), on heap memory under the race detector.
+// Errors: os.ErrClosed when the ring or the stream is closed, or the context's; *LeaseError for rows that a producer cannot have filled; *StrandedError.
+// Cost: per push, one queue slot and one atomic add in the ring; nothing per sample but its 24 bytes; no allocation. Proof: drainer_test.go (fairness,
+// order, removal, no allocation), lender_test.go (order of copied and published rows, every end), on heap memory under the race detector.
 package drainer

@@ -356,10 +356,12 @@ func (e *StrandedError) Error() string {
 
 func (e *StrandedError) Unwrap() error { return e.Err }
 
-// End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the producer's until Free.
+// End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the
+// producer's until Free.
 //
-// The last rows are copied, which waits while the ring is full. With inPlace, for a daemon that stops, they are published as a short batch of their own where their
-// order allows it, which waits for nobody; they are also if they cannot be copied. The error is a *StrandedError if neither was possible before ctx ended.
+// The last rows are copied, which waits while the ring is full. With inPlace, for a daemon that stops, they are published as a short batch of their own
+// where their order allows it, which waits for nobody; they are also if they cannot be copied. The error is a *StrandedError if neither was possible before
+// ctx ended.
 func (l *Lender) End(ctx context.Context, inPlace bool) error {
 	defer close(l.done)
 	t := l.current()

@@ -365,8 +365,8 @@ func TestServerConfig(t *testing.T) {
 			t.Errorf("%s has no default", got.Type().Field(i).Name)
 		}
 	}
-	full := ServerConfig{Tables: d, Prefetch: 9, PrefetchMax: 10, TrainersMax: 11, WriteTimeout: 12, Log: got.Interface().(ServerConfig).Log}
-	if again := full.withDefaults(); again != full {
+	full := ServerConfig{Tables: d, Prefetch: 9, PrefetchMax: 10, TrainersMax: 11, WriteTimeout: 12, Fill: FillConfig{Prefetch: 1, FillersMax: 2, SettleAfter: 3}, Log: got.Interface().(ServerConfig).Log}
+	if again := full.withDefaults(); !reflect.DeepEqual(again, full) {
 		t.Errorf("defaulting changed what was set: %+v", again)
 	}
 }

@@ -307,17 +307,18 @@ func (e *ForeignFileError) Error() string {
 	return fmt.Sprintf("%s is not a file that this program left there: %s; look at it, then move it away or choose another path", e.Path, e.Reason)
 }
 
-// OpenNamed takes a named file up again that an earlier process kept, with the content it has. cfg.Size 0 takes it in whatever size it has; otherwise it must be
-// that, in whole pages. HugePages is not looked at.
+// OpenNamed takes a named file up again that an earlier process kept, with the content it has. cfg.Size 0 takes it in whatever size it has; otherwise it
+// must be that, in whole pages. HugePages is not looked at.
 //
-// The file must be a regular one of this process's user, with mode 0600 and one name, and not in use: *InUseError, *ForeignFileError; fs.ErrNotExist where there is
-// none; *InsufficientError when there is no memory for it. It is left as it was in every case.
+// The file must be a regular one of this process's user, with mode 0600 and one name, and not in use: *InUseError, *ForeignFileError; fs.ErrNotExist where
+// there is none; *InsufficientError when there is no memory for it. It is left as it was in every case.
 func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if cfg.Name == "" {
 		cfg.Name = "ingestd"
 	}
 	if cfg.Path == "" || cfg.PeersWrite || cfg.Size < 0 || cfg.Size > math.MaxInt-maxPage {
-		return nil, fmt.Errorf("%s: opening a kept memory needs a path, no PeersWrite, and a size from 0: got %q, %v, %d", cfg.Name, cfg.Path, cfg.PeersWrite, cfg.Size)
+		return nil, fmt.Errorf("%s: opening a kept memory needs a path, no PeersWrite, and a size from 0: got %q, %v, %d",
+			cfg.Name, cfg.Path, cfg.PeersWrite, cfg.Size)
 	}
 	fd, err := unix.Open(cfg.Path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	switch {

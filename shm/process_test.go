@@ -34,11 +34,18 @@ func TestMain(m *testing.M) {
 	if role == "" {
 		os.Exit(m.Run())
 	}
-	if err := trainProcess(role, os.Getenv(pathVariable)); err != nil {
+	run := trainProcess
+	if other, ok := processRoles[role]; ok {
+		run = other
+	}
+	if err := run(role, os.Getenv(pathVariable)); err != nil {
 		fmt.Println("failed", err)
 		os.Exit(1)
 	}
 }
+
+// processRoles are the roles of other tests.
+var processRoles = map[string]func(role, path string) error{}
 
 // trainProcess prints "read <batch>" for each batch it read and gave back, "holding <batch>" when it keeps one for ever, and "end".
 func trainProcess(role, path string) error {
@@ -85,6 +92,13 @@ func (d *daemon) start(t *testing.T, role string) *trainerProcess {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), roleVariable+"="+role, pathVariable+"="+d.path)
+	p := startProcess(t, cmd)
+	p.expect("attached")
+	return p
+}
+
+func startProcess(t *testing.T, cmd *exec.Cmd) *trainerProcess {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	check(t, err)
 	check(t, cmd.Start())
@@ -93,7 +107,6 @@ func (d *daemon) start(t *testing.T, role string) *trainerProcess {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	p.expect("attached")
 	return p
 }
 

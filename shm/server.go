@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/spec"
@@ -42,6 +43,16 @@ type Table struct {
 
 	// Prefetch is the batches a trainer that names no number may hold; 0 takes the server's.
 	Prefetch int
+
+	// Fill opens a stream for a producer that fills places in place; taken is called once, from any goroutine, when another connection opens the same session:
+	// the Lender is to end soon. Nil: that is not offered.
+	Fill func(ctx context.Context, session string, taken func()) (*drainer.Lender, error)
+
+	// Holder tells whom a full ring waits for; false if nobody holds a batch. Nil: producers are not told.
+	Holder func() (wire.Note, bool)
+
+	// Linger is the table's: rows that a slow producer has complete wait no longer than that. 0: it has none.
+	Linger time.Duration
 }
 
 // Tables finds tables.
@@ -68,6 +79,9 @@ type ServerConfig struct {
 	// WriteTimeout is how long a peer may take to accept a reply or a notice. Default 5 s.
 	WriteTimeout time.Duration
 
+	// Fill is about producers that fill places in place.
+	Fill FillConfig
+
 	// Log is told of attachments and their ends. Default: nothing is logged.
 	Log *slog.Logger
 }
@@ -85,6 +99,7 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	c.Fill = c.Fill.withDefaults()
 	return c
 }
 
@@ -111,7 +126,7 @@ func (c ServerConfig) check() error {
 	case c.WriteTimeout < 0:
 		return fmt.Errorf("shm: WriteTimeout is %v, must be positive", c.WriteTimeout)
 	}
-	return nil
+	return c.Fill.check(c.PrefetchMax)
 }
 
 // Server attaches trainers and observers of other processes to tables.
@@ -123,6 +138,7 @@ type Server struct {
 	granted  map[string]int // per table, the batches that its trainers may hold together
 	lastID   uint64
 	total    Stats // of attachments that have ended; Trainers is nil
+	filling  filling
 }
 
 // NewServer returns a server, or an error for a configuration that cannot be.
@@ -133,6 +149,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, trainers: map[uint64]*trainer{}, granted: map[string]int{}}
 	s.total.Refused = map[wire.Code]uint64{}
+	s.filling.fillers, s.filling.granted = map[uint64]*filler{}, map[string]int{}
 	return s, nil
 }
 
@@ -169,8 +186,11 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn, hello *wire.Hell
 		return s.observe(conn, table)
 	case wire.RoleTrain:
 		return s.train(ctx, conn, hello, table, log)
+	case wire.RoleFill:
+		return s.fill(ctx, conn, hello, table, log)
 	default:
-		return wire.Refuse(wire.CodeWrongRole, "role %q is not served here: this side serves %q and %q", hello.Role, wire.RoleTrain, wire.RoleObserve)
+		return wire.Refuse(wire.CodeWrongRole, "role %q is not served here: this side serves %q, %q and %q",
+			hello.Role, wire.RoleTrain, wire.RoleFill, wire.RoleObserve)
 	}
 }
 
@@ -326,6 +346,7 @@ func (s *Server) Stats() Stats {
 		t.addTo(&all)
 		all.Trainers = append(all.Trainers, t.stats())
 	}
+	all.Fill = s.fillStats()
 	slices.SortFunc(all.Trainers, func(a, b TrainerStats) int { return int(a.ID) - int(b.ID) })
 	return all
 }

@@ -23,6 +23,8 @@ type Stats struct {
 	Returned  uint64 // batches taken from trainers that ended, offered again
 
 	Trainers []TrainerStats // those attached now, by number
+
+	Fill FillStats // producers that fill in place
 }
 
 // TrainerStats is one attached trainer.
