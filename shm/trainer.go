@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
@@ -296,6 +297,7 @@ func (t *trainer) give(lost *sampler.LostError, batch ...spsc.Desc) error {
 		*lost = sampler.LostError{}
 	}
 	descs = append(descs, batch...)
+	failpoint.Hit("shm/trainer/giving")
 	n, err := t.deliver.TryPush(descs)
 	if err != nil {
 		return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
@@ -392,6 +394,7 @@ func (t *trainer) takeBack(buf []spsc.Desc) (int, error) {
 		if !ok {
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: descriptor %#x %#x is no batch that this trainer holds", d.A, d.B)
 		}
+		failpoint.Hit("shm/trainer/unlent")
 		t.member.Release(b)
 	}
 	if n > 0 {
