@@ -3,6 +3,8 @@ package client
 import (
 	"context"
 	"fmt"
+
+	"github.com/ingestd/ingestd/spec"
 )
 
 // Push sends one sample, given as its leaves in spec order. It returns nil once the sample is taken: it is written, or
@@ -10,7 +12,7 @@ import (
 // that means while it waits for another connection too. After an error the sample was not taken. If ctx ends while a large sample is half
 // written, the rest is copied and the sample is taken.
 func (p *Producer) Push(ctx context.Context, leaves ...[]byte) error {
-	if err := p.checkLeaves(leaves); err != nil {
+	if err := checkLeaves(p.spec, p.leafBytes, leaves); err != nil {
 		return err
 	}
 	const op = "push"
@@ -45,7 +47,7 @@ func (p *Producer) Push(ctx context.Context, leaves ...[]byte) error {
 func (p *Producer) PushMany(ctx context.Context, n int, data []byte) (int, error) {
 	if n < 0 || int64(len(data))/p.sampleBytes != int64(n) || int64(len(data))%p.sampleBytes != 0 {
 		return 0, fmt.Errorf("client: push: %d bytes are not %d samples of %d bytes; give whole samples of %s",
-			len(data), n, p.sampleBytes, p.brief())
+			len(data), n, p.sampleBytes, brief(p.spec))
 	}
 	const op = "push"
 	p.mu.Lock()
@@ -157,22 +159,23 @@ func (p *Producer) unwritten() int {
 	return len(p.buf)
 }
 
-func (p *Producer) checkLeaves(leaves [][]byte) error {
-	if len(leaves) != len(p.leafBytes) {
-		return fmt.Errorf("client: push: %d leaves given, but a sample has %d: %s", len(leaves), len(p.leafBytes), p.brief())
+// checkLeaves sees that leaves are those of one sample.
+func checkLeaves(s *spec.Spec, leafBytes []int64, leaves [][]byte) error {
+	if len(leaves) != len(leafBytes) {
+		return fmt.Errorf("client: push: %d leaves given, but a sample has %d: %s", len(leaves), len(leafBytes), brief(s))
 	}
 	for i, leaf := range leaves {
-		if int64(len(leaf)) != p.leafBytes[i] {
-			l := p.spec.Leaf(i)
-			return fmt.Errorf("client: push: leaf %d (%q) has %d bytes, but %s has %d", i, l.Name, len(leaf), l.Type(), p.leafBytes[i])
+		if int64(len(leaf)) != leafBytes[i] {
+			l := s.Leaf(i)
+			return fmt.Errorf("client: push: leaf %d (%q) has %d bytes, but %s has %d", i, l.Name, len(leaf), l.Type(), leafBytes[i])
 		}
 	}
 	return nil
 }
 
 // brief is the spec's text, cut for an error.
-func (p *Producer) brief() string {
-	text := p.spec.Text()
+func brief(s *spec.Spec) string {
+	text := s.Text()
 	if len(text) > 500 {
 		return text[:500] + "..."
 	}
