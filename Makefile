@@ -85,6 +85,15 @@ bench: build ## measure the whole path beside its baselines (BENCH="--json out.j
 	bin/ingestd bench tcp $(BENCH)
 	$(GO) test -run '^$$' -bench . -benchmem ./spsc ./ring
 
+.PHONY: bench-shm
+bench-shm: build bench-shmipc ## measure shared memory beside its baselines (BENCH="--json out.json" adds flags)
+	bin/ingestd bench shm --shmipc bin/shmipc-peer $(BENCH)
+
+.PHONY: bench-shmipc
+bench-shmipc: ## build bin/shmipc-peer, the shmipc-go baseline of `ingestd bench shm`; its module is its own
+	@mkdir -p bin
+	cd bench/shmipc && GOWORK=off $(GO) test ./... && GOWORK=off $(GO) build -trimpath -o $(CURDIR)/bin/shmipc-peer .
+
 .PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME (10s)
 	@packages=$$($(GO) list ./...); \

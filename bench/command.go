@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // Command returns the command bench with its subcommands, for cmd/ingestd.
@@ -21,13 +22,18 @@ func Command() *cobra.Command {
 		Long: "Measure this machine. Every figure stands beside its baseline from the same run: compare the ratios, the absolute figures are of this\n" +
 			"machine and this moment.",
 	}
-	cmd.AddCommand(tcpCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand())
+	cmd.AddCommand(tcpCommand(), shmCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
+		fillerCommand(), handoffCommand(), wakeCommand(), watcherCommand(), sessionsCommand())
 	return cmd
+}
+
+func defaultCommon() Common {
+	return Common{Runs: 5, Duration: 2 * time.Second, Warmup: 300 * time.Millisecond}
 }
 
 func defaultOptions() Options {
 	return Options{
-		Runs: 5, Duration: 2 * time.Second, Warmup: 300 * time.Millisecond, OpenDuration: time.Second, OpenFraction: 0.5,
+		Common: defaultCommon(), OpenDuration: time.Second, OpenFraction: 0.5,
 		WriteBytes: senderWriteBytes, SendBuffer: senderBuffer, BareRead: bareReadBytes,
 	}
 }
@@ -48,12 +54,8 @@ func tcpCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&opt.Case, "case", "", "only these cases, separated by commas: "+caseNames(fullCases()))
+	opt.Common.flags(f, caseNames(fullCases()))
 	f.BoolVar(&opt.All, "all", false, "also the cases that take much memory or time")
-	f.BoolVar(&opt.Smoke, "smoke", false, "tiny sizes and times: does everything work? The figures mean nothing")
-	f.IntVar(&opt.Runs, "runs", opt.Runs, "runs of every contender; the medians count")
-	f.DurationVar(&opt.Duration, "duration", opt.Duration, "measured window at full speed")
-	f.DurationVar(&opt.Warmup, "warmup", opt.Warmup, "before every window")
 	f.DurationVar(&opt.OpenDuration, "open-duration", opt.OpenDuration, "open loop for latencies; 0: none")
 	f.Float64Var(&opt.OpenFraction, "open-fraction", opt.OpenFraction, "rate of the open loop, as a fraction of the rate just measured")
 	f.StringVar(&opt.Only, "only", "", "only these contenders, separated by commas: full, bare, copy")
@@ -64,13 +66,34 @@ func tcpCommand() *cobra.Command {
 	f.Int64Var(&opt.AskSamples, "window-samples", 0, "window that the sender asks for; 0: the daemon's limit")
 	f.Int64Var(&opt.AskBytes, "window-bytes", 0, "window that the sender asks for; 0: the daemon's limit")
 	f.BoolVar(&opt.Client, "client", false, "send with the client library instead of the bench's own loop; without an open loop")
-	f.StringArrayVar(&opt.ServeArgs, "serve-arg", nil, "one more argument for the daemon; may be repeated")
-	f.StringVar(&opt.JSON, "json", "", "write the record here; - is standard output, without the tables")
-	f.StringVar(&opt.CPUProfile, "cpuprofile", "", "folder for CPU profiles of daemon and bare loop, from the last run of each case")
-	f.StringVar(&opt.Binary, "binary", "", "ingestd binary to measure; default: this one")
-	f.BoolVar(&opt.Check, "check", false, "fail if a target is missed")
-	f.BoolVar(&opt.Quiet, "quiet", false, "no line per run on standard error")
 	return cmd
+}
+
+func (o *Common) flags(f *pflag.FlagSet, cases string) {
+	f.StringVar(&o.Case, "case", "", "only these cases, separated by commas: "+cases)
+	f.BoolVar(&o.Smoke, "smoke", false, "tiny sizes and times: does everything work? The figures mean nothing")
+	f.IntVar(&o.Runs, "runs", o.Runs, "runs of every contender; the medians count")
+	f.DurationVar(&o.Duration, "duration", o.Duration, "measured window at full speed")
+	f.DurationVar(&o.Warmup, "warmup", o.Warmup, "before every window")
+	f.StringArrayVar(&o.ServeArgs, "serve-arg", nil, "one more argument for the daemon; may be repeated")
+	f.StringVar(&o.JSON, "json", "", "write the record here; - is standard output, without the tables")
+	f.StringVar(&o.CPUProfile, "cpuprofile", "", "folder for CPU profiles of all processes, from the last run of each case")
+	f.StringVar(&o.Binary, "binary", "", "ingestd binary to measure; default: this one")
+	f.BoolVar(&o.Check, "check", false, "fail if a target is missed")
+	f.BoolVar(&o.Quiet, "quiet", false, "no line per run on standard error")
+}
+
+// report writes the record, and fails for missed targets if that is asked for.
+func (o *Common) report(record any, all []Target, out io.Writer) error {
+	if o.JSON != "" {
+		if err := writeRecord(record, o.JSON, out); err != nil {
+			return err
+		}
+	}
+	if bad := missed(all); o.Check && len(bad) > 0 {
+		return fmt.Errorf("%d of %d targets missed: the table above says which", len(bad), len(all))
+	}
+	return nil
 }
 
 // runTCP measures, prints and writes the record.
@@ -87,15 +110,7 @@ func runTCP(ctx context.Context, opt Options, out, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if opt.JSON != "" {
-		if err := writeRecord(record, opt.JSON, out); err != nil {
-			return err
-		}
-	}
-	if bad := missed(record.Targets); opt.Check && len(bad) > 0 {
-		return fmt.Errorf("%d of %d targets missed: the table above says which", len(bad), len(record.Targets))
-	}
-	return nil
+	return opt.report(record, record.Targets, out)
 }
 
 func writeRecord(record any, path string, out io.Writer) error {

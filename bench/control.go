@@ -17,6 +17,7 @@ type request struct {
 	Do   string  `json:"do"`
 	Pids []int   `json:"pids,omitempty"` // snapshot: read the CPU clocks of these
 	Rate float64 `json:"rate,omitempty"` // open: samples per second over all connections
+	Upto uint64  `json:"upto,omitempty"` // fill: samples in all
 	Path string  `json:"path,omitempty"` // profile: write a CPU profile here until the child ends
 }
 
@@ -27,6 +28,7 @@ const (
 	doRecord     = "record"     // receiver: note latencies from now on
 	doHistograms = "histograms" // receiver: the latencies noted
 	doProfile    = "profile"
+	doFill       = "fill" // filler: go on until so many samples were committed
 	doStop       = "stop"
 )
 
@@ -53,6 +55,9 @@ type snapshot struct {
 	Batches uint64        `json:"batches"`
 	Wrong   uint64        `json:"wrong"` // samples whose first bytes were not the sender's
 	Streams []uint64      `json:"streams,omitempty"`
+	Last    int64         `json:"last,omitempty"`  // CLOCK_MONOTONIC, ns: when the last batch, or the end that was waited for, came
+	Stall   int64         `json:"stall,omitempty"` // ns: the longest time in which a producer got no ack, since record
+	Lost    uint64        `json:"lost,omitempty"`  // samples that a producer says the daemon has lost
 }
 
 // takeSnapshot reads the clocks; the caller adds its counters.

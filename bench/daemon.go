@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,7 @@ import (
 // daemon is a running `ingestd serve` with one table.
 type daemon struct {
 	*process
+	launch launch
 	folder string  // holds its socket and ready file
 	Unix   string  `json:"unix"`
 	TCP    string  `json:"tcp"`
@@ -29,9 +31,12 @@ type daemon struct {
 // startTimeout is long because a large ring is populated before the daemon is ready.
 const startTimeout = 60 * time.Second
 
+// readyPoll is how often the ready file is looked for; a restart's time is exact to it.
+const readyPoll = time.Millisecond
+
 const tableName = "bench"
 
-func startDaemon(ctx context.Context, opt *Options, c Case) (*daemon, error) {
+func startDaemon(ctx context.Context, opt *Options, c Case, extra ...string) (*daemon, error) {
 	layout, err := c.spec()
 	if err != nil {
 		return nil, err
@@ -41,23 +46,54 @@ func startDaemon(ctx context.Context, opt *Options, c Case) (*daemon, error) {
 		return nil, fmt.Errorf("make a folder for the daemon's socket: %w", err)
 	}
 	d := &daemon{folder: folder}
-	file := filepath.Join(folder, "ready.json")
-	args := append([]string{
+	args := slices.Concat([]string{
 		"serve", "--table", tableName, "--spec", layout.Text(),
 		"--batch-size", strconv.Itoa(c.BatchSize), "--batches", strconv.Itoa(c.Batches),
-		"--listen", "tcp://127.0.0.1:0", "--listen", "unix://" + filepath.Join(folder, "ingestd.sock"),
-		"--admin", "127.0.0.1:0", "--ready-file", file,
-	}, opt.ServeArgs...)
-	d.process, err = startProcess("daemon", opt.Binary, args...)
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(folder))
-	}
-	d.logOutput()
-	if err := d.awaitReady(ctx, file); err != nil {
-		d.kill()
+		"--listen", anyPort, "--listen", "unix://" + filepath.Join(folder, "ingestd.sock"),
+		"--admin", "127.0.0.1:0", "--ready-file", d.readyFile(),
+	}, opt.ServeArgs, extra)
+	d.launch = launch{name: "daemon", binary: opt.Binary, args: args}
+	if err := d.begin(ctx); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(folder))
 	}
 	return d, nil
+}
+
+const anyPort = "tcp://127.0.0.1:0"
+
+func (d *daemon) readyFile() string { return filepath.Join(d.folder, "ready.json") }
+
+// begin starts it and waits until it is ready. After an error it does not run.
+func (d *daemon) begin(ctx context.Context) error {
+	var err error
+	if d.process, err = d.launch.start(); err != nil {
+		return err
+	}
+	d.logOutput()
+	if err := d.awaitReady(ctx, d.readyFile()); err != nil {
+		d.kill()
+		return err
+	}
+	return nil
+}
+
+// restart kills it and starts it again at the same addresses. between is called while none runs. It returns when it was killed and when the new one was
+// started and was ready, in monotonic nanoseconds.
+func (d *daemon) restart(ctx context.Context, between func() error) (killed, started, ready int64, err error) {
+	for i, arg := range d.launch.args {
+		if arg == anyPort {
+			d.launch.args[i] = d.TCP
+		}
+	}
+	killed = monotonic()
+	d.kill()
+	if err := errors.Join(os.Remove(d.readyFile()), between()); err != nil {
+		return 0, 0, 0, err
+	}
+	d.http.CloseIdleConnections()
+	started = monotonic()
+	err = d.begin(ctx)
+	return killed, started, monotonic(), err
 }
 
 // awaitReady waits until the daemon has written its addresses.
@@ -74,7 +110,7 @@ func (d *daemon) awaitReady(ctx context.Context, file string) error {
 			return d.fail(errors.New("did not start"))
 		case <-ctx.Done():
 			return d.fail(fmt.Errorf("wrote no %s: %w", file, ctx.Err()))
-		case <-time.After(2 * time.Millisecond):
+		case <-time.After(readyPoll):
 		}
 	}
 	d.TCP, d.Unix = withScheme("tcp://", d.TCP), withScheme("unix://", d.Unix)

@@ -31,7 +31,19 @@ type process struct {
 
 // startChild runs one of the bench's own subcommands and waits until it is ready.
 func startChild(name, binary string, args ...string) (*process, *ready, error) {
-	p, err := startProcess(name, binary, append([]string{"bench"}, args...)...)
+	return launch{name: name, binary: binary, args: append([]string{"bench"}, args...)}.child()
+}
+
+// launch is how a process is started.
+type launch struct {
+	name, binary string
+	args         []string
+	files        []*os.File // its descriptors from 3 on
+}
+
+// child starts a process that speaks the control protocol and waits until it is ready.
+func (l launch) child() (*process, *ready, error) {
+	p, err := l.start()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -46,9 +58,11 @@ func startChild(name, binary string, args ...string) (*process, *ready, error) {
 	return p, answer.Ready, nil
 }
 
-// startProcess runs the binary with args. The child dies with the parent, whatever kills that.
-func startProcess(name, binary string, args ...string) (*process, error) {
-	p := &process{name: name, cmd: exec.Command(binary, args...), log: &lastLines{}, done: make(chan struct{})}
+// start runs the binary. The child dies with the parent, whatever kills that.
+func (l launch) start() (*process, error) {
+	name := l.name
+	p := &process{name: name, cmd: exec.Command(l.binary, l.args...), log: &lastLines{}, done: make(chan struct{})}
+	p.cmd.ExtraFiles = l.files
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	p.cmd.Stderr = p.log
 	in, err := p.cmd.StdinPipe()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ type rig struct {
 	server   *process // whose CPU time is compared: the bare loop, or the daemon
 	daemon   *daemon  // nil for the bare loop
 	window   ready    // in force
+	folder   string   // removed at the end
 }
 
 // Measurement is one run of one contender.
@@ -126,6 +128,9 @@ func (g *rig) stop(failed bool) error {
 	if g.receiver != nil {
 		end(g.receiver, g.receiver.stop)
 	}
+	if g.folder != "" {
+		errs = append(errs, os.RemoveAll(g.folder))
+	}
 	return errors.Join(errs...)
 }
 
@@ -134,8 +139,8 @@ func (g *rig) measure(ctx context.Context, profile bool, latency *recorder) (*Me
 	if err := sleep(ctx, g.opt.Warmup); err != nil {
 		return nil, err
 	}
-	if profile && g.daemon == nil {
-		if _, err := g.server.ask(request{Do: doProfile, Path: g.profileFile()}); err != nil {
+	if profile {
+		if err := g.profileChildren(); err != nil {
 			return nil, err
 		}
 	}
@@ -156,8 +161,18 @@ func (g *rig) measure(ctx context.Context, profile bool, latency *recorder) (*Me
 	return m, nil
 }
 
-func (g *rig) profileFile() string {
-	name := strings.ReplaceAll(g.c.Name, "/", "-") + "-" + g.name + ".pprof"
+// profileChildren has everybody but the daemon, who is asked in another way, write a profile until it ends.
+func (g *rig) profileChildren() error {
+	for _, p := range []*process{g.sender, g.receiver} {
+		if _, err := p.ask(request{Do: doProfile, Path: g.profileFile(p)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g *rig) profileFile(p *process) string {
+	name := strings.NewReplacer("/", "-", " ", "-").Replace(g.c.Name + "-" + g.name + "-" + p.name + ".pprof")
 	return filepath.Join(g.opt.CPUProfile, name)
 }
 
@@ -210,7 +225,7 @@ func (g *rig) fullSpeed(ctx context.Context, profile bool) (*Measurement, error)
 	}
 	profiled := make(chan error, 1)
 	if profile {
-		go func() { profiled <- g.daemon.profile(ctx, g.profileFile(), g.opt.Duration) }()
+		go func() { profiled <- g.daemon.profile(ctx, g.profileFile(g.server), g.opt.Duration) }()
 	} else {
 		profiled <- nil
 	}
@@ -275,13 +290,18 @@ func (g *rig) openLoop(ctx context.Context, m *Measurement, latency *recorder) e
 	if _, err := g.sender.ask(request{Do: doOpen, Rate: m.OpenRate}); err != nil {
 		return err
 	}
-	if err := sleep(ctx, openLead+g.opt.Warmup); err != nil {
+	return g.noteLatencies(ctx, openLead+g.opt.Warmup, g.opt.OpenDuration, latency)
+}
+
+// noteLatencies lets the receiver note latencies for so long after a warm-up.
+func (g *rig) noteLatencies(ctx context.Context, warmup, length time.Duration, latency *recorder) error {
+	if err := sleep(ctx, warmup); err != nil {
 		return err
 	}
 	if _, err := g.receiver.ask(request{Do: doRecord}); err != nil {
 		return err
 	}
-	if err := sleep(ctx, g.opt.OpenDuration); err != nil {
+	if err := sleep(ctx, length); err != nil {
 		return err
 	}
 	answer, err := g.receiver.ask(request{Do: doHistograms})

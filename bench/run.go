@@ -74,24 +74,38 @@ func (r *runner) runCase(ctx context.Context, c Case) (*CaseResult, error) {
 	for _, name := range who {
 		results[name] = &Result{latency: newRecorder()}
 	}
-	for run := range r.opt.Runs {
-		for i := range who {
-			name := who[(run+i)%len(who)]
-			m, err := r.runOne(ctx, out, name, run, results[name].latency)
-			if err != nil {
-				return nil, fmt.Errorf("run %d of %s: %w", run+1, name, err)
-			}
-			results[name].Runs = append(results[name].Runs, *m)
-			if !r.opt.Quiet {
-				fmt.Fprintf(r.log, "%-10s run %d/%d  %-4s  %7.2f GB/s  %.3f CPU-s/GB\n", c.Name, run+1, r.opt.Runs, name, m.GBPerSecond, m.ServerCPU)
-			}
+	err = interleave(r.opt.Runs, who, func(run int, name string) error {
+		m, err := r.runOne(ctx, out, name, run, results[name].latency)
+		if err != nil {
+			return err
 		}
+		results[name].Runs = append(results[name].Runs, *m)
+		if !r.opt.Quiet {
+			fmt.Fprintf(r.log, "%-10s run %d/%d  %-4s  %7.2f GB/s  %.3f CPU-s/GB\n", c.Name, run+1, r.opt.Runs, name, m.GBPerSecond, m.ServerCPU)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	for _, result := range results {
 		result.summarise()
 	}
 	out.Full, out.Bare, out.Copy = results[contenderFull], results[contenderBare], results[contenderCopy]
 	return out, nil
+}
+
+// interleave runs all contenders once per run, each time beginning with another one.
+func interleave(runs int, who []string, do func(run int, name string) error) error {
+	for run := range runs {
+		for i := range who {
+			name := who[(run+i)%len(who)]
+			if err := do(run, name); err != nil {
+				return fmt.Errorf("run %d of %s: %w", run+1, name, err)
+			}
+		}
+	}
+	return nil
 }
 
 func (r *runner) runOne(ctx context.Context, out *CaseResult, name string, run int, latency *recorder) (*Measurement, error) {
@@ -121,28 +135,35 @@ const copySourceBytes = 256 * kib
 
 // measureCopy is the plain copy(): samples from a hot source into memory of the size of the ring.
 func measureCopy(ctx context.Context, opt *Options, c Case) (*Measurement, error) {
+	source := make([]byte, min(c.SampleBytes, copySourceBytes))
+	for i := range source {
+		source[i] = byte(i)
+	}
+	return measureWrite(ctx, opt, c, len(source), func(into []byte) { copy(into, source) })
+}
+
+// measureWrite writes memory of the size of the ring over and over, step bytes at a time, in this process.
+func measureWrite(ctx context.Context, opt *Options, c Case, step int, write func(into []byte)) (*Measurement, error) {
 	memory, err := newMemory(c.dataBytes())
 	if err != nil {
 		return nil, err
 	}
 	defer memory.Close()
 	into := memory.Bytes()[:c.dataBytes()]
-	source := make([]byte, min(c.SampleBytes, copySourceBytes))
-	for i := range source {
-		source[i] = byte(i)
-	}
+	at := 0
 	pass := func(length time.Duration) (float64, time.Duration) {
-		begin, copied, at := time.Now(), 0, 0
+		begin, written := time.Now(), 0
 		for time.Since(begin) < length && ctx.Err() == nil {
-			for range max(1, mib/len(source)) { // a clock read per MiB
-				copied += copy(into[at:], source)
-				at += len(source)
-				if at+len(source) > len(into) {
+			for range max(1, mib/step) { // a clock read per MiB
+				write(into[at : at+step])
+				written += step
+				at += step
+				if at+step > len(into) {
 					at = 0
 				}
 			}
 		}
-		return float64(copied), time.Since(begin)
+		return float64(written), time.Since(begin)
 	}
 	pass(opt.Warmup / 2)
 	from, err := takeSnapshot([]int{selfPid})

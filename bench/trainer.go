@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -17,8 +18,14 @@ import (
 
 // trainerOptions are the flags of the trainer's process.
 type trainerOptions struct {
-	address string
-	table   string
+	address  string
+	table    string
+	prefetch int
+	sparse   bool   // look at the first sample of a batch only
+	hold     bool   // never release
+	notify   string // unix socket of a watcher to connect to, so that it sees this process end
+	reattach bool   // attach again when the daemon is gone
+	times    bool   // note when the last batch came
 }
 
 // touch says what the trainer does with a sample, for the table and the record.
@@ -26,11 +33,13 @@ const touch = "reads the first 8 bytes of each sample's first leaf and compares 
 
 // trainerLoop leases batches, touches each sample once and releases. Its counters have one writer.
 type trainerLoop struct {
+	opt       trainerOptions
 	latency   *recorder
 	recording atomic.Bool
 	samples   atomic.Uint64
 	batches   atomic.Uint64
 	wrong     atomic.Uint64
+	last      atomic.Int64 // when the last batch came; only with times
 
 	mu  sync.Mutex
 	err error
@@ -48,23 +57,60 @@ func trainerCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&opt.address, "address", "", "where to attach: unix:///path")
 	f.StringVar(&opt.table, "table", "bench", "table to read")
+	f.IntVar(&opt.prefetch, "prefetch", 0, "most batches to hold; 0: the daemon's choice")
+	f.BoolVar(&opt.sparse, "sparse", false, "look at the first sample of a batch only")
+	f.BoolVar(&opt.hold, "hold", false, "never release a batch")
+	f.StringVar(&opt.notify, "notify", "", "unix socket to be connected to for as long as this process lives")
+	f.BoolVar(&opt.times, "times", false, "note when the last batch came")
+	f.BoolVar(&opt.reattach, "reattach", false, "attach again when the daemon is gone")
 	return cmd
 }
 
 func runTrainer(ctx context.Context, opt trainerOptions) error {
-	trainer, err := client.Attach(ctx, opt.address, client.TrainerConfig{Table: opt.table})
+	if opt.notify != "" {
+		conn, err := net.Dial("unix", opt.notify)
+		if err != nil {
+			return fmt.Errorf("connect to the watcher: %w", err)
+		}
+		defer conn.Close()
+	}
+	t := &trainerLoop{opt: opt, latency: newRecorder()}
+	trainer, err := t.attach(ctx)
 	if err != nil {
 		return err
 	}
-	t := &trainerLoop{latency: newRecorder()}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var running sync.WaitGroup
-	running.Go(func() { t.fail(t.run(ctx, trainer)) })
+	running.Go(func() { t.fail(t.stay(ctx, trainer)) })
 	err = serveControl(os.Stdin, os.Stdout, &ready{}, t.handle)
 	cancel()
 	running.Wait()
-	return errors.Join(err, trainer.Close())
+	return err
+}
+
+func (t *trainerLoop) attach(ctx context.Context) (*client.Trainer, error) {
+	return client.Attach(ctx, t.opt.address, client.TrainerConfig{Table: t.opt.table, Prefetch: t.opt.prefetch})
+}
+
+// reattachPause is between two tries to attach to a daemon that is being started again.
+const reattachPause = 2 * time.Millisecond
+
+// stay reads until the stream ends, over the daemon's restarts if it was told so.
+func (t *trainerLoop) stay(ctx context.Context, trainer *client.Trainer) error {
+	for {
+		err := t.run(ctx, trainer)
+		err = errors.Join(err, trainer.Close())
+		if !t.opt.reattach || !errors.Is(err, client.ErrDaemonGone) {
+			return err
+		}
+		for trainer = nil; trainer == nil; {
+			if sleep(ctx, reattachPause) != nil {
+				return nil
+			}
+			trainer, _ = t.attach(ctx) // why not: it is not up yet
+		}
+	}
 }
 
 func (t *trainerLoop) fail(err error) {
@@ -89,8 +135,13 @@ func (t *trainerLoop) run(ctx context.Context, trainer *client.Trainer) error {
 		case err != nil:
 			return fmt.Errorf("next batch: %w", err)
 		}
+		if t.opt.times {
+			t.last.Store(monotonic())
+		}
 		t.take(batch)
-		batch.Release()
+		if !t.opt.hold {
+			batch.Release()
+		}
 	}
 }
 
@@ -101,6 +152,9 @@ func (t *trainerLoop) take(b *client.Batch) {
 	} else {
 		column := b.Column(0)
 		stride := len(column) / b.Count()
+		if t.opt.sparse {
+			stride = len(column)
+		}
 		wrong := uint64(0)
 		for at := 0; at < len(column); at += stride {
 			if v := readStamp(column[at:]); v != closedStamp && v >= timeMax {
@@ -145,6 +199,7 @@ func (t *trainerLoop) handle(ask request) (reply, error) {
 			return reply{}, err
 		}
 		snap.Samples, snap.Batches, snap.Wrong = t.samples.Load(), t.batches.Load(), t.wrong.Load()
+		snap.Last = t.last.Load()
 		return reply{Snapshot: snap}, nil
 	case doRecord:
 		t.recording.Store(true)

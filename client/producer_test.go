@@ -216,6 +216,27 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
+// TestInterruptedIsFinished: a sample that was taken half written arrives without another call.
+func TestInterruptedIsFinished(t *testing.T) {
+	for _, session := range []string{"", "s"} {
+		read, arrived := make(chan struct{}), make(chan struct{})
+		addr := fakeDaemon(t, options{tight: true}, func(f *fake) {
+			<-read
+			f.take(1)
+			close(arrived)
+			f.ack(1)
+			f.serveAll()
+		})
+		p := dial(t, addr, Config{Spec: specOf(t, "a:U8[8000000]"), Session: session, Dialer: dialTight})
+		if err := p.Push(soon(t), makeSamples(0, 1, 8000000)); err != nil {
+			t.Fatal(err)
+		}
+		close(read)
+		<-arrived
+		closeWell(t, p)
+	}
+}
+
 // TestSpuriousInterruption: the end of an earlier call's context does not disturb a later call.
 func TestSpuriousInterruption(t *testing.T) {
 	addr := fakeDaemon(t, options{}, (*fake).serveAll)
@@ -270,6 +291,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 	for says, cfg := range map[string]Config{
 		"Table is empty": {Spec: cfg.Spec}, "Spec is nil": {Table: "t"}, "may be negative": {Table: "t", Spec: cfg.Spec, BufferBytes: -1},
+		"names no Session": {Table: "t", Spec: cfg.Spec, ReconnectFor: 1}, "nor the second less": {Table: "t", Spec: cfg.Spec, Session: "s", ReconnectFrom: 2, ReconnectTo: 1},
 	} {
 		if _, err := Dial(t.Context(), "tcp://127.0.0.1:1", cfg); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v; want %q", err, says)
@@ -280,11 +302,11 @@ func TestConfigDefaults(t *testing.T) {
 // TestOptionsReachTheDaemon checks what the hello carries.
 func TestOptionsReachTheDaemon(t *testing.T) {
 	hellos := make(chan *wire.Hello, 1)
-	addr := fakeDaemon(t, options{windowSamples: 5, windowBytes: 50}, func(f *fake) { hellos <- f.hello })
+	addr := fakeDaemon(t, options{windowSamples: 5, windowBytes: 50, held: 3}, func(f *fake) { hellos <- f.hello })
 	cfg := Config{Spec: specOf(t, "a:U8"), Session: "s", Ack: wire.AckCommitted, WindowSamples: 5, WindowBytes: 50, Client: "c"}
 	p := dial(t, addr, cfg)
 	h := <-hellos
-	if h.Session != "s" || h.Ack != wire.AckCommitted || h.WindowSamples != 5 || h.WindowBytes != 50 || h.Client != "c" || h.Role != wire.RolePush {
+	if h.Session != "s" || h.Ack != wire.AckCommitted || h.WindowSamples != 5 || h.WindowBytes != 50 || h.Client != "c" || !h.Notes || h.Role != wire.RolePush {
 		t.Errorf("%+v", h)
 	}
 	if p.Held() != 3 || p.Accepted().Stream != 1 || p.Spec() != cfg.Spec {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/spsc"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -53,6 +54,7 @@ type filler struct {
 	unfinished bool // the place being filled is full, and could be neither published nor copied
 	last       bool // the attachment has ended: nothing more is lent
 	armed      bool
+	oldest     rowAge
 	settleDue  atomic.Bool // set by its timer
 	clock      *time.Timer
 
@@ -240,6 +242,7 @@ func (f *filler) refill() error {
 
 func (f *filler) deliver(lease uint64, index uint32) error {
 	one := [1]spsc.Desc{{A: lease, B: uint64(index)}}
+	failpoint.Hit("shm/filler/lent")
 	n, err := f.link.deliver.TryPush(one[:])
 	if err != nil {
 		return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
@@ -385,7 +388,9 @@ func (f *filler) handle(ctx context.Context, descs []spsc.Desc, arrival uint64) 
 		if err != nil {
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: %v", err)
 		}
+		failpoint.Hit("shm/filler/committed")
 		f.link.giveback.Done(k)
+		failpoint.Hit("shm/filler/acked")
 		if full {
 			return k, f.finish(ctx)
 		}
@@ -443,15 +448,32 @@ func (f *filler) settleOld(ctx context.Context) error {
 		f.armed = false
 	}
 	since, waiting := f.lender.Unsettled()
-	if !waiting || f.armed {
+	if !waiting {
 		return nil
 	}
-	if age := time.Since(since); age < f.settle {
+	age := f.oldest.age(since, time.Now())
+	switch {
+	case f.armed:
+		return nil
+	case age < f.settle:
 		f.armed = true
-		f.clock.Reset(f.settle - max(age, 0))
+		f.clock.Reset(f.settle - age)
 		return nil
 	}
 	return f.copyOut(ctx)
+}
+
+// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row it is; its
+// age counts from when it was first seen, by a clock that does not jump.
+type rowAge struct {
+	arrival, seen time.Time
+}
+
+func (r *rowAge) age(arrival, now time.Time) time.Duration {
+	if !arrival.Equal(r.arrival) {
+		r.arrival, r.seen = arrival, now
+	}
+	return now.Sub(r.seen)
 }
 
 // end takes what is complete, puts it where trainers find it, and takes the places back. It says what Serve returns.

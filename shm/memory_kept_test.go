@@ -267,3 +267,34 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// TestLockEndsWithItsDaemon: descriptors and mappings that peers still have do not keep a kept file locked when its daemon is gone.
+func TestLockEndsWithItsDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ring")
+	m, err := NewMemory(MemoryConfig{Name: "first", Size: 8192, Path: path, Keep: true, Fillable: true})
+	check(t, err)
+	writable, ok := m.Writable()
+	if !ok {
+		t.Fatal("no writable descriptor")
+	}
+	for _, fd := range []int{writable, m.Descriptor()} { // as SCM_RIGHTS hands them over
+		theirs, err := unix.Dup(fd)
+		check(t, err)
+		defer unix.Close(theirs)
+	}
+	mapped, err := unix.Mmap(writable, 0, 8192, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	check(t, err)
+	defer func() { check(t, unix.Munmap(mapped)) }()
+	var used *InUseError
+	if _, err := OpenNamed(MemoryConfig{Name: "second", Path: path, Keep: true, Fillable: true}); !errors.As(err, &used) {
+		t.Errorf("while it is in use: %v", err)
+	}
+	check(t, m.Close())
+	next, err := OpenNamed(MemoryConfig{Name: "second", Path: path, Keep: true, Fillable: true})
+	check(t, err)
+	mapped[5000] = 9
+	if next.Bytes()[5000] != 9 {
+		t.Error("it is another memory")
+	}
+	check(t, next.Close())
+}

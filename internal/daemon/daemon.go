@@ -69,7 +69,7 @@ const (
 var stateNames = [...]string{"starting", "serving", "draining"}
 
 // ErrStoppedAtOnce is what Run returns after StopNow.
-var ErrStoppedAtOnce = errors.New("stopped at once, without draining: samples that were not read are lost")
+var ErrStoppedAtOnce = errors.New("stopped at once, without draining: samples that were not read are lost, unless their table is kept")
 
 // New opens everything that the configuration names. Run serves; Close gives back what was opened if Run is not called.
 func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
@@ -102,7 +102,7 @@ func (d *Daemon) open(log *slog.Logger) error {
 		d.admin = newAdmin(d, l, log)
 	}
 	for i := range d.plan.tables {
-		t, err := newTable(&d.plan.tables[i], d.pool)
+		t, err := newTable(&d.plan.tables[i], d.pool, d.plan.DiscardSegments, d.log)
 		if err != nil {
 			return err
 		}
@@ -113,7 +113,11 @@ func (d *Daemon) open(log *slog.Logger) error {
 	}
 	l := &d.plan.Limits
 	var err error
-	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log}); err != nil {
+	local := &d.plan.LocalProducers
+	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: shm.FillConfig{
+		Users: d.plan.users, Groups: d.plan.groups, Prefetch: local.Prefetch, FillersMax: local.Max,
+		SettleAfter: time.Duration(local.SettleAfter), Poll: time.Duration(local.Poll),
+	}}); err != nil {
 		return err
 	}
 	d.ingest, err = tcpingest.New(tcpingest.Config{
@@ -132,19 +136,51 @@ func (d *Daemon) open(log *slog.Logger) error {
 	return err
 }
 
-func newTable(p *tablePlan, pool *drainer.Pool) (*table, error) {
-	t := &table{plan: p}
+// newTable makes a table, or takes it up from a segment that was kept.
+func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) (*table, error) {
+	if p.path == "" {
+		m, err := shm.NewMemory(shm.MemoryConfig{Name: "ingestd " + p.Name, Size: p.bytes, HugePages: p.HugePages, Fillable: p.fill})
+		if err != nil {
+			return nil, fmt.Errorf("table %q: %w", p.Name, err)
+		}
+		return makeTable(p, pool, m, false)
+	}
+	began := time.Now()
+	m, found, err := openSegment(p, discard)
+	if err != nil {
+		return nil, err
+	}
+	t, err := makeTable(p, pool, m, found) // which closes m where it fails
+	if err == nil && found {
+		r := t.Found()
+		log.Info("segment taken up", "table", p.Name, "path", p.path, "samples", r.Samples, "batches", len(r.Batches), "published_short", r.Closed, "discarded", r.Discarded,
+			"sessions", len(t.Ring().Sessions()), "clean", r.Clean, "dur", time.Since(began))
+	}
+	if !found || err == nil || !refused(err) {
+		return t, err
+	}
+	err = &SegmentError{p.Name, p.path, errors.Unwrap(err)}
+	if !discard {
+		return nil, err
+	}
+	log.Warn("segment overwritten", "table", p.Name, "path", p.path, "err", err)
+	if m, err = shm.OpenNamed(shm.MemoryConfig{Name: "ingestd " + p.Name, Path: p.path, Keep: true}); err != nil {
+		return nil, &SegmentError{p.Name, p.path, err}
+	}
+	if m, err = replaceSegment(p, m); err != nil {
+		return nil, err
+	}
+	return makeTable(p, pool, m, false)
+}
+
+func makeTable(p *tablePlan, pool *drainer.Pool, m *shm.Memory, recover bool) (*table, error) {
+	t := &table{plan: p, memory: m}
 	var err error
 	t.Table, err = engine.New(engine.Config{
 		Name: p.Name, Spec: p.spec, BatchSize: p.BatchSize, Batches: p.Batches, Linger: time.Duration(p.Linger), Drainers: pool,
-		Memory: func(size int64) (engine.Memory, error) {
-			m, err := shm.NewMemory(shm.MemoryConfig{Name: "ingestd " + p.Name, Size: size, HugePages: p.HugePages})
-			if err != nil {
-				return nil, err
-			}
-			t.memory = m
-			return m, nil
-		},
+		Sessions: p.Sessions, SessionTTL: time.Duration(p.SessionTTL), CommittedAcks: p.Ack == string(wire.AckCommitted),
+		Groups: p.samplerGroups(), DefaultGroup: p.OtherGroups.sampler(""), GroupKeep: time.Duration(p.GroupKeep),
+		Memory: func(int64) (engine.Memory, error) { return m, nil }, Recover: recover, Boot: bootID(),
 	})
 	return t, err
 }
@@ -178,7 +214,30 @@ func (r registry) Table(name string) (shm.Table, bool) {
 	if t == nil {
 		return shm.Table{}, false
 	}
-	return shm.Table{Name: name, Spec: t.Spec(), View: &t.Ring().View, Memory: t.memory, Source: t.Sampler()}, true
+	st := shm.Table{
+		Name: name, Spec: t.Spec(), View: &t.Ring().View, Memory: t.memory, Source: t.Sampler(), Linger: time.Duration(t.plan.Linger),
+		Holder: func() (wire.Note, bool) {
+			_, ok := t.Holder()
+			return *ingest.RingFull(t, time.Time{}, time.Now()), ok
+		},
+	}
+	if t.plan.fill {
+		st.Fill = r.d.fill(t)
+	}
+	return st, true
+}
+
+// fill opens streams of producers that fill places of a table in place.
+func (d *Daemon) fill(t *table) func(context.Context, string, func()) (*drainer.Lender, error) {
+	return func(ctx context.Context, session string, taken func()) (*drainer.Lender, error) {
+		opening, cancel := context.WithTimeout(ctx, time.Duration(d.plan.Limits.HandshakeTimeout))
+		defer cancel()
+		l, err := t.OpenLender(opening, engine.StreamConfig{Session: session, Taken: taken})
+		if err != nil && ctx.Err() == nil {
+			return nil, ingest.RefuseStream(&wire.Hello{Table: t.Name(), Session: session}, err)
+		}
+		return l, err
+	}
 }
 
 type ingestTables struct{ registry }
@@ -281,6 +340,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	halt()
 	err = errors.Join(err, d.closeDoors())
 	group.Wait() // before the memory goes that they work in
+	if d.now.Err() == nil {
+		err = errors.Join(err, d.leaveClean())
+	}
 	err = errors.Join(err, d.Close())
 	if d.plan.ReadyFile != "" {
 		_ = os.Remove(d.plan.ReadyFile)

@@ -12,8 +12,12 @@ const Variable = "INGESTD_FAILPOINT"
 
 // Names are all points, by package, operation and place in it. Those of client are in the peer's process, all others in the daemon's.
 var Names = []string{
+	"client/filler/copying",
+	"client/filler/filled",
+	"client/filler/handed",
 	"drainer/settle/committed",
 	"drainer/settle/copying",
+	"drainer/visit/committed",
 	"ring/advance/counted",
 	"ring/announce/numbered",
 	"ring/announce/published",
@@ -45,6 +49,19 @@ var Names = []string{
 	"ring/recover/settled",
 	"ring/release/freed",
 	"ring/reserve/taken",
+	"sampler/done/noted",
+	"shm/filler/acked",
+	"shm/filler/committed",
+	"shm/filler/lent",
+	"shm/trainer/giving",
+	"shm/trainer/unlent",
+	"tcpingest/ack/due",
+	"tcpingest/ack/sent",
+	"tcpingest/place/pushed",
+	"tcpingest/receive/part",
+	"tcpingest/receive/staged",
+	"tcpingest/reserve/taken",
+	"tcpingest/scatter/leaf",
 }
 
 // point is what the variable says.

@@ -35,22 +35,40 @@ func tables(groups ...string) []*table {
 // most is how many samples a producer of the table sends at once.
 func (tb *table) most() int { return max(1, tb.BatchSize*3/4) }
 
-// populate adds producers of each transport and trainers of each group to each table.
+// populate adds trainers of each group and producers of each transport to each table.
 func (w *world) populate(sessionsGoOn bool) {
+	trainers := 0
+	for _, tb := range w.tables {
+		for _, group := range tb.groups {
+			for range 2 {
+				w.add(&peer{kind: trainer, table: tb, group: group, addr: "unix://" + w.unix, most: 2, pause: 100 * time.Microsecond})
+				trainers++
+			}
+		}
+	}
+	// A group gets what is published after it was made, and the history wants all.
+	if !within(patience, func() bool { s, err := w.status(); return err == nil && len(s.Trainers) == trainers }) {
+		w.fail("the trainers do not attach")
+	}
 	for _, tb := range w.tables {
 		for k := range 2 {
 			addr := "tcp://" + w.tcp
 			if k == 1 {
 				addr = "unix://" + w.unix
 			}
-			w.add(&peer{kind: tcpProducer, table: tb, addr: addr, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsLast && (sessionsGoOn || k == 1)})
-		}
-		for _, group := range tb.groups {
-			for range 2 {
-				w.add(&peer{kind: trainer, table: tb, group: group, addr: "unix://" + w.unix, most: 2, pause: 100 * time.Microsecond})
-			}
+			w.add(&peer{kind: tcpProducer, table: tb, addr: addr, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1})
+			w.add(&peer{kind: shmProducer, table: tb, addr: "unix://" + w.unix, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1, points: fillerPoint})
 		}
 	}
+}
+
+// fillerPoint chooses the failpoint of a producer's process, or none.
+func fillerPoint(rnd *rand.Rand) string {
+	points := slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return !strings.HasPrefix(name, "client/filler/") })
+	if rnd.IntN(2) == 0 {
+		return ""
+	}
+	return points[rnd.IntN(len(points))] + ":" + strconv.Itoa(1+rnd.IntN(100))
 }
 
 // killer kills peers of a kind, at random moments after they have done something, until there were so many.
@@ -102,6 +120,10 @@ func (w *world) stopper(k kind) {
 			q = victims[rnd.IntN(len(victims))].current()
 		}
 		w.moment(rnd, 100*time.Millisecond, q)
+		if !q.running() {
+			within(time.Second, func() bool { return w.killing.Err() != nil || k != theDaemon || w.theDaemon().running() })
+			continue
+		}
 		q.signal(syscall.SIGSTOP)
 		w.moment(rnd, 30*time.Millisecond, q)
 		q.signal(syscall.SIGCONT)
@@ -116,8 +138,9 @@ func daemonPoints() []string {
 	return slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return strings.HasPrefix(name, "client/") })
 }
 
-// daemonKiller kills the daemon, at a failpoint or at a random moment, and starts it again, until there were so many and every point was struck.
-func (w *world) daemonKiller(most int, tries int) {
+// daemonKiller kills the daemon, at a failpoint or at a random moment, and starts it again, until that was enough and every point was struck or tried so often. The
+// last daemon has no failpoint.
+func (w *world) daemonKiller(enough func() bool, tries int) {
 	rnd := w.rand("killer of the daemon")
 	points := daemonPoints()
 	rnd.Shuffle(len(points), func(i, j int) { points[i], points[j] = points[j], points[i] })
@@ -131,6 +154,9 @@ func (w *world) daemonKiller(most int, tries int) {
 			within(150*time.Millisecond, func() bool { return !d.running() })
 		}
 		point := map[bool]string{true: d.point}[!d.running()]
+		if own, err := d.memory("RssAnon"); err == nil && own > ownMemoryMax {
+			w.fail("the daemon holds %d bytes beside its segments", own)
+		}
 		d.kill()
 		if !d.struck() {
 			w.fail("the daemon ended by itself: %s", d.ending())
@@ -138,15 +164,19 @@ func (w *world) daemonKiller(most int, tries int) {
 		}
 		w.count(theDaemon, point)
 		next := ""
-		if i := slices.IndexFunc(points, func(name string) bool { return w.struckAt(name) == 0 && tried[name] < tries }); i >= 0 && rnd.IntN(4) > 0 {
+		if i := slices.IndexFunc(points, func(name string) bool { return w.struckAt(name) == 0 && tried[name] < triesAt(name, tries) }); i >= 0 && rnd.IntN(4) > 0 {
 			name := points[i]
 			points = append(slices.Delete(points, i, i+1), name) // the others come before it is tried again
 			tried[name]++
-			next = name + ":" + strconv.Itoa(1+rnd.IntN(1+20/tried[name]))
+			count := 1 // some are passed only once in a daemon's life
+			if tried[name]%2 == 0 {
+				count += rnd.IntN(20)
+			}
+			next = name + ":" + strconv.Itoa(count)
 		} else if rnd.IntN(2) == 0 {
 			next = points[rnd.IntN(len(points))] + ":" + strconv.Itoa(1+rnd.IntN(40))
 		}
-		done := w.killed(theDaemon) >= most && w.visited(tried, tries)
+		done := enough() && w.visited(tried, tries)
 		if done {
 			next = ""
 		}
@@ -165,10 +195,24 @@ func (w *world) struckAt(name string) int {
 	return w.points[name]
 }
 
+// alwaysPassed tells whether a point is passed again and again wherever there are daemon, producers and trainers. The others are passed here only where peers happen to meet; all
+// those of ring and drainer are struck in TestRingOwnerKilled.
+func alwaysPassed(name string) bool {
+	return !strings.HasPrefix(name, "ring/") && !strings.HasPrefix(name, "drainer/settle/") && name != "client/filler/copying"
+}
+
+// triesAt is how often it is tried to strike a point.
+func triesAt(name string, tries int) int {
+	if alwaysPassed(name) {
+		return tries
+	}
+	return min(tries, 1)
+}
+
 // visited tells whether each point of the daemon was struck, or tried often enough to give up.
 func (w *world) visited(tried map[string]int, tries int) bool {
 	for _, name := range daemonPoints() {
-		if w.struckAt(name) == 0 && tried[name] < tries {
+		if w.struckAt(name) == 0 && tried[name] < triesAt(name, tries) {
 			return false
 		}
 	}
@@ -219,9 +263,9 @@ const ownMemoryMax = 64 << 20
 
 // peersKilled kills peers of these kinds while enough says so; the daemon never. Its memory must not grow meanwhile.
 func peersKilled(t *testing.T, seed uint64, most int, enough func(*world) bool) {
-	w := newWorld(t, seed, tables("default"), nil)
+	w := newWorld(t, seed, tables("a", "b"), nil)
 	w.populate(false)
-	kinds := []kind{tcpProducer, trainer}
+	kinds := []kind{tcpProducer, shmProducer, trainer}
 	for _, k := range kinds {
 		w.killers.Go(func() { w.killer(k, most) })
 		w.killers.Go(func() { w.stopper(k) })
@@ -249,6 +293,43 @@ func peersKilled(t *testing.T, seed uint64, most int, enough func(*world) bool) 
 	w.report()
 }
 
+// everyoneKilled kills the daemon, which keeps its segments, and everybody else, while enough says so.
+func everyoneKilled(t *testing.T, seed uint64, most, tries int, enough func(*world) bool) *world {
+	w := newWorld(t, seed, tables("a", "b"), func(cfg *daemon.Config) { cfg.SegmentDir = "segments" })
+	w.populate(true)
+	for _, k := range []kind{tcpProducer, shmProducer, trainer} {
+		w.killers.Go(func() { w.killer(k, most) })
+	}
+	for _, k := range []kind{tcpProducer, shmProducer, trainer, theDaemon} {
+		w.killers.Go(func() { w.stopper(k) })
+	}
+	done := make(chan struct{})
+	w.killers.Go(func() {
+		defer close(done)
+		w.daemonKiller(func() bool { return enough(w) }, tries)
+	})
+	select {
+	case <-done: // every point was struck, and the daemon that runs now has none
+	case <-w.running.Done():
+	}
+	w.finish()
+	w.report()
+	return w
+}
+
+// TestEveryoneKilled: the daemon is killed at each failpoint and at random moments, and its peers meanwhile; its successor takes the segments up.
+func TestEveryoneKilled(t *testing.T) {
+	t.Parallel()
+	seed := newSeed(t)
+	const tries = 12
+	w := everyoneKilled(t, seed, killsMin, tries, enough(killsMin, tcpProducer, shmProducer, trainer, theDaemon))
+	for _, name := range failpoint.Names {
+		if w.struckAt(name) == 0 && alwaysPassed(name) {
+			t.Errorf("nobody was killed at %s", name)
+		}
+	}
+}
+
 // enough tells whether so many of each kind were killed.
 func enough(most int, kinds ...kind) func(*world) bool {
 	limit := time.Now().Add(2 * time.Minute)
@@ -263,7 +344,7 @@ func enough(most int, kinds ...kind) func(*world) bool {
 // TestPeersKilled: producers and trainers are killed and stopped beside each other, the daemon never.
 func TestPeersKilled(t *testing.T) {
 	t.Parallel()
-	peersKilled(t, newSeed(t), killsMin, enough(killsMin, tcpProducer, trainer))
+	peersKilled(t, newSeed(t), killsMin, enough(killsMin, tcpProducer, shmProducer, trainer))
 }
 
 // TestSoak: everything at once, for as long as -soak says.
@@ -277,6 +358,15 @@ func TestSoak(t *testing.T) {
 	t.Run("peers", func(t *testing.T) {
 		t.Parallel()
 		peersKilled(t, seed, 1<<30, func(*world) bool { return time.Now().After(over) })
+	})
+	t.Run("everyone", func(t *testing.T) {
+		t.Parallel()
+		everyoneKilled(t, seed, 1<<30, 0, func(*world) bool { return time.Now().After(over) })
+	})
+	t.Run("hostile", func(t *testing.T) {
+		t.Parallel()
+		until := time.Now().Add(min(*soakFor, time.Minute))
+		hostilePeers(t, seed, func(uint64) bool { return time.Now().After(until) })
 	})
 	t.Run("owners", func(t *testing.T) {
 		t.Parallel()

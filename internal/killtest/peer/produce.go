@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/ingestd/ingestd/client"
@@ -58,7 +59,7 @@ func (p *producer) connection(ctx context.Context) (done bool, err error) {
 	if err := p.note(base); err != nil {
 		return true, err
 	}
-	stop := p.watch(c, base)
+	stop := p.watch(c.Acked, base)
 	err = p.send(ctx, c)
 	if err == nil { // asked to end
 		err = p.end(ctx, c)
@@ -99,7 +100,7 @@ func (p *producer) end(ctx context.Context, c *client.Producer) error {
 }
 
 // watch writes the acks down as they come, until the function it returns is called, which writes the last.
-func (p *producer) watch(c *client.Producer, base uint64) (stop func() error) {
+func (p *producer) watch(acked func() uint64, base uint64) (stop func() error) {
 	quit, ended := make(chan struct{}), make(chan error)
 	go func() {
 		tick := time.NewTicker(time.Millisecond)
@@ -107,10 +108,10 @@ func (p *producer) watch(c *client.Producer, base uint64) (stop func() error) {
 		for {
 			select {
 			case <-quit:
-				ended <- p.note(base + c.Acked())
+				ended <- p.note(base + acked())
 				return
 			case <-tick.C:
-				if err := p.note(base + c.Acked()); err != nil {
+				if err := p.note(base + acked()); err != nil {
 					<-quit
 					ended <- err
 					return
@@ -132,14 +133,14 @@ func (p *producer) note(acked uint64) error {
 	return p.book.SetAcked(acked)
 }
 
-// comeback returns nil for what a daemon that was killed, is stopping or has no room just now leaves behind, and any other error as it is.
+// comeback returns nil for what a daemon that was killed, is stopping, or has no room or no descriptors just now leaves behind, and any other error as it is.
 func comeback(err error) error {
 	var refusal *wire.Refusal
 	var notice *wire.Notice
 	switch {
 	case err == nil, errors.Is(err, client.ErrDaemonGone), unreachable(err):
 		return nil
-	case errors.As(err, &refusal) && (refusal.Code == wire.CodeShuttingDown || refusal.Code == wire.CodeTooManyConnections):
+	case errors.As(err, &refusal) && slices.Contains([]wire.Code{wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeInternal}, refusal.Code):
 		return nil
 	case errors.As(err, &notice) && notice.Code == wire.CodeShuttingDown:
 		return nil
