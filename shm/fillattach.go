@@ -302,12 +302,13 @@ func (a *FillAttachment) hand(d spsc.Desc) error {
 	if n == 0 {
 		panic("shm: a descriptor was handed over without room for it")
 	}
-	// While it has not taken what it was last rung for, it is yet to wake, and finds this too: it looks again after it has taken something.
+	// What it has taken already needs no bell. While it has not taken what it was last rung for, it is yet to wake, and finds this too, since it looks again
+	// after it has taken something.
 	taken, err := a.giveback.Taken()
 	if err != nil {
 		return &FormatError{a.path, err}
 	}
-	if (!a.rung || taken != a.rungAt) && a.giveback.ConsumerWaiting() {
+	if taken < a.giveback.Pushed() && (!a.rung || taken != a.rungAt) && a.giveback.ConsumerWaiting() {
 		a.rung, a.rungAt = true, taken
 		a.toDaemon.signal()
 	}
