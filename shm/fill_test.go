@@ -394,7 +394,7 @@ func TestFillerIsToldOfTheEnd(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		p.place = LentPlace{} // those it had were its own
+		check(t, p.writeAll(t.Context(), 8)) // what it had was its own
 	}
 	h.eventually("it is known to be told", func(s FillStats) bool { return s.Fillers[0].State == FillEnded })
 	h.stop()
