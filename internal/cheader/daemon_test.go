@@ -187,7 +187,7 @@ func TestRefusals(t *testing.T) {
 		d := startDaemon(t)
 		p := start(t, b)
 		before := p.fds()
-		for what, test := range map[string]struct {
+		for _, test := range map[string]struct {
 			change func(*options)
 			words  string
 		}{
@@ -201,7 +201,6 @@ func TestRefusals(t *testing.T) {
 		} {
 			o := d.options()
 			test.change(&o)
-			t.Log(what)
 			p.fails("refused", test.words, "%s", o.attach())
 		}
 		if after := p.fds(); after != before {
@@ -213,7 +212,7 @@ func TestRefusals(t *testing.T) {
 func TestMisuse(t *testing.T) {
 	each(t, func(t *testing.T, b built) {
 		p := start(t, b)
-		for what, test := range map[string]struct {
+		for _, test := range map[string]struct {
 			o     options
 			words string
 		}{
@@ -231,7 +230,6 @@ func TestMisuse(t *testing.T) {
 			"two specs":             {options{path: "/x", table: "t", spec: `{}{}`}, "something follows"},
 			"no deadline":           {options{path: "/x", table: "t", deadline: -1}, "deadline_ms is negative"},
 		} {
-			t.Log(what)
 			p.fails("misuse", test.words, "%s", test.o.attach())
 			if test.o.group == "" {
 				p.fails("misuse", test.words, "%s", test.o.open())

@@ -26,7 +26,7 @@ type probe struct {
 // start runs a probe. At the end of the test it must end with 0: the sanitizers see to it that it does so only if all was well.
 func start(t *testing.T, b built) *probe {
 	t.Helper()
-	p := &probe{t: t, cmd: exec.Command(b.path)}
+	p := &probe{t: t, cmd: exec.Command(b.program("probe"))}
 	var err error
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
