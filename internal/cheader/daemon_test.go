@@ -32,7 +32,7 @@ type running struct {
 	done   chan error
 }
 
-func startDaemon(t *testing.T) *running {
+func startDaemon(t *testing.T, change ...func(*daemon.Config)) *running {
 	t.Helper()
 	s, err := spec.ParseText(testSpec)
 	if err != nil {
@@ -43,6 +43,9 @@ func startDaemon(t *testing.T) *running {
 	cfg.Listen, cfg.Admin = []string{"unix://" + r.socket}, "off"
 	cfg.DrainTimeout = daemon.Duration(time.Minute)
 	cfg.Tables = []daemon.Table{{Name: testTable, Spec: testSpec, BatchSize: 16, Batches: 128}}
+	for _, f := range change {
+		f(&cfg)
+	}
 	if r.Daemon, err = daemon.New(cfg, slog.New(slog.DiscardHandler), "test"); err != nil {
 		t.Fatal(err)
 	}

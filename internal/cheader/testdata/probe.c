@@ -83,7 +83,8 @@ static int pull(int deadline) {
         if (!verify(&b)) return printf("broken: batch %llu is torn\n", (unsigned long long)b.number);
         for (row = 0; row < b.count; row++) {
             uint64_t stream = ingestd_streams(&b)[row] % 64;
-            if (ingestd_numbers(&b)[row] != due[stream]++) return printf("broken: batch %llu, row %lu is out of order\n", (unsigned long long)b.number, (unsigned long)row);
+            if (ingestd_numbers(&b)[row] != due[stream]++)
+                return printf("broken: batch %llu, row %lu is out of order\n", (unsigned long long)b.number, (unsigned long)row);
             if (!ingestd_arrivals(&b)[row]) return printf("broken: a row without an arrival\n");
         }
         samples += b.count;
@@ -105,7 +106,8 @@ static void fill(void) { /* the reserved rows */
     for (leaf = 0; leaf < t->leaf_count; leaf++) {
         unsigned char *column = (unsigned char *)ingestd_slot_column(&slots, (int)leaf);
         for (row = 0; row < slots.n; row++)
-            content(column + row * t->leaves[leaf].bytes, (size_t)t->leaves[leaf].bytes, t->leaves[leaf].dtype, ingestd_stream(producer), slots.number + row, leaf);
+            content(column + row * t->leaves[leaf].bytes, (size_t)t->leaves[leaf].bytes, t->leaves[leaf].dtype, ingestd_stream(producer),
+                    slots.number + row, leaf);
     }
 }
 
@@ -247,7 +249,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "release-stale")) return say(ingestd_release(&stale), ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column-stale")) return ingestd_column(&stale, 0, NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column")) return ingestd_column(&stale, atoi(w[0]), NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
-    if (!strcmp(verb, "column-named")) return ingestd_column_named(&stale, w[0], NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
+    if (!strcmp(verb, "column-named"))
+        return ingestd_column_named(&stale, w[0], NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
     if (!strcmp(verb, "write")) { /* which the kernel must not allow */
         *(volatile unsigned char *)(uintptr_t)ingestd_column(&stale, 0, NULL) = 1;
         return printf("broken: written\n");
@@ -283,8 +286,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "nobody")) { /* every function takes a handle that is not there */
         ingestd_detach(NULL);
         ingestd_close(NULL);
-        return printf("ok %d %d %d %d %d %d %d\n", ingestd_next(NULL, 0, NULL), ingestd_release(NULL), ingestd_reserve(NULL, 1, 0, NULL), ingestd_commit(NULL, 1),
-                      ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
+        return printf("ok %d %d %d %d %d %d %d\n", ingestd_next(NULL, 0, NULL), ingestd_release(NULL), ingestd_reserve(NULL, 1, 0, NULL),
+                      ingestd_commit(NULL, 1), ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
     }
     return printf("broken: no verb %s\n", verb);
 }
