@@ -31,6 +31,7 @@
  *
  * Results:   every call that can fail returns an ingestd_code; INGESTD_OK is 0. The text, which says what to do, and all details
  *            are in the ingestd_error of the handle (ingestd_trainer_error, ingestd_producer_error), or of the attaching call.
+ *            A NULL handle, an empty batch or empty slots have none: the call just returns INGESTD_MISUSE.
  * Deadlines: every call that can wait takes deadline_ms: milliseconds from the call, on a clock that nobody sets. 0 looks once
  *            and does not wait. There is no "for ever": a negative one is INGESTD_MISUSE. INGESTD_TIMEOUT and INGESTD_FULL change
  *            nothing: call again.

@@ -97,7 +97,8 @@ func TestFullNamesTheTrainer(t *testing.T) {
 		for {
 			line := producer.do("reserve 16 2000")
 			if !strings.HasPrefix(line, "ok") {
-				for _, word := range []string{"error full\t", "the ring is full: ", "trainer=1\t", "batch=0\t", "group=default\t", "client=sleeper\t", fmt.Sprintf("pid=%d\t", trainer.cmd.Process.Pid)} {
+				pid := fmt.Sprintf("pid=%d\t", trainer.cmd.Process.Pid)
+				for _, word := range []string{"error full\t", "the ring is full: ", "trainer=1\t", "batch=0\t", "group=default\t", "client=sleeper\t", pid} {
 					if !strings.Contains(line, word) {
 						t.Errorf("%s: want %q", line, word)
 					}

@@ -32,7 +32,7 @@ static void content(unsigned char *to, size_t n, ingestd_dtype dtype, uint64_t s
 }
 
 static int say_error(int code, const ingestd_error *e) {
-    if (!e) return printf("error %s\n", ingestd_code_name(code));
+    if (!e) return printf("error %s\ttext=\n", ingestd_code_name(code)); /* no handle, no text */
     if (e->code != code) return printf("broken: the call returned %s, its error says %s\n", ingestd_code_name(code), ingestd_code_name(e->code));
     return printf("error %s\tsystem=%d\tdaemon=%s\tlost=%llu+%llu\ttrainer=%llu\tbatch=%llu\tsince=%llu\tpid=%llu\tgroup=%s\tclient=%s\ttext=%s\n",
                   ingestd_code_name(code), e->system, e->daemon_code, (unsigned long long)e->lost_first, (unsigned long long)e->lost_count,
@@ -240,6 +240,7 @@ static int reserve(uint32_t n, int deadline) {
 static int act(const char *verb, char *const *w, int n) {
     unsigned long long a = n > 0 ? strtoull(w[0], NULL, 10) : 0;
     int b = n > 1 ? atoi(w[1]) : 0;
+    const ingestd_producer *whose = slots.producer; /* empty slots have no handle that could say what was wrong */
     if (!strcmp(verb, "attach")) return attach(w, n);
     if (!strcmp(verb, "next")) return next((int)strtol(w[0], NULL, 10), 1);
     if (!strcmp(verb, "next-any")) return next((int)strtol(w[0], NULL, 10), 0);
@@ -265,8 +266,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "held")) return printf("ok %llu\n", (unsigned long long)ingestd_held(producer));
     if (!strcmp(verb, "reserve")) return reserve((uint32_t)a, b);
     if (!strcmp(verb, "fill")) return fill(), printf("ok\n");
-    if (!strcmp(verb, "commit")) return say(ingestd_commit(&slots, (uint32_t)a), ingestd_producer_error(producer));
-    if (!strcmp(verb, "abandon")) return say(ingestd_abandon(&slots), ingestd_producer_error(producer));
+    if (!strcmp(verb, "commit")) return say(ingestd_commit(&slots, (uint32_t)a), ingestd_producer_error(whose));
+    if (!strcmp(verb, "abandon")) return say(ingestd_abandon(&slots), ingestd_producer_error(whose));
     if (!strcmp(verb, "slot")) return ingestd_slot_column(&slots, atoi(w[0])) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_producer_error(producer));
     if (!strcmp(verb, "push")) return push(a, b);
     if (!strcmp(verb, "push-nothing")) {
