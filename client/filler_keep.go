@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -233,6 +234,7 @@ func (p *Filler) copyOver() error {
 		n := min(r.rows-from, p.cur.size-p.row)
 		for leaf, bytes := range p.leafBytes {
 			copy(p.cur.Column(p.place.Place, leaf)[int64(p.row)*bytes:], r.in.Column(r.place, leaf)[int64(from)*bytes:int64(from+n)*bytes])
+			failpoint.Hit("client/filler/copying")
 		}
 		if !p.intact(r) {
 			return p.gone()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/ring"
 )
 
@@ -84,6 +85,7 @@ func (s *Slots) commit(op string) error {
 	case p.state == fillerBusy && p.cfg.Session == "":
 		return fmt.Errorf("client: %s: %w", op, explainEnd(p.outage.last))
 	}
+	failpoint.Hit("client/filler/filled")
 	p.done += uint64(s.n)
 	r.rows += s.n
 	if p.state == fillerLive && in == p.cur {
@@ -104,6 +106,7 @@ func (p *Filler) handOver(n int) error {
 	if err := p.cur.Complete(p.place, n); err != nil {
 		return err
 	}
+	failpoint.Hit("client/filler/handed")
 	p.sent += uint64(n)
 	if p.row += n; p.row == p.cur.size {
 		p.place.Lease, p.record = 0, nil

@@ -288,7 +288,7 @@ func TestWhatIsFinal(t *testing.T) {
 				return []answer{n.accept(0, takeAnd(1, 0)), n.refuse(code), n.accept(0, (*fake).serveAll)}
 			}
 			inBubble(t, Config{}, answers, func(t *testing.T, n *network, p *Producer) {
-				push(t, p, 0, 2)
+				push(t, p, 0, 1)
 				err := p.Flush(t.Context())
 				if slices.Contains(again, code) {
 					if err != nil {
@@ -310,7 +310,7 @@ func TestWhatIsFinal(t *testing.T) {
 				}), n.accept(0, (*fake).serveAll)}
 			}
 			inBubble(t, Config{}, answers, func(t *testing.T, n *network, p *Producer) {
-				push(t, p, 0, 2)
+				push(t, p, 0, 1)
 				err := p.Flush(t.Context())
 				if code != wire.CodeSessionTaken {
 					if err != nil {
@@ -366,6 +366,27 @@ func TestUsedByAnother(t *testing.T) {
 				wantOnly(t, err, ErrSessionTaken)
 			case err != nil || s.Acked != 3 || s.Resent != uint64(13-held) || s.Lost != 0 || s.Reconnects != 1:
 				t.Errorf("held %d: %v, %+v", held, err, s)
+			}
+		})
+	}
+}
+
+// TestHoldsWhatWasNeverSent: neither does a daemon hold samples that lie here and were not begun to be written.
+func TestHoldsWhatWasNeverSent(t *testing.T) {
+	for held, want := range map[int]error{2: nil, 3: ErrSessionTaken} {
+		answers := func(n *network) []answer {
+			return []answer{n.accept(0, func(f *fake) {
+				f.take(1)
+				<-time.After(time.Second) // the second is being written; the others are taken after the end
+			}), n.accept(held, (*fake).serveAll)}
+		}
+		inBubble(t, Config{}, answers, func(t *testing.T, n *network, p *Producer) {
+			push(t, p, 0, 4)
+			switch err := p.Flush(t.Context()); {
+			case want != nil:
+				wantOnly(t, err, want)
+			case err != nil:
+				t.Error(err)
 			}
 		})
 	}

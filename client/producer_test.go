@@ -216,6 +216,27 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
+// TestInterruptedIsFinished: a sample that was taken half written arrives without another call.
+func TestInterruptedIsFinished(t *testing.T) {
+	for _, session := range []string{"", "s"} {
+		read, arrived := make(chan struct{}), make(chan struct{})
+		addr := fakeDaemon(t, options{tight: true}, func(f *fake) {
+			<-read
+			f.take(1)
+			close(arrived)
+			f.ack(1)
+			f.serveAll()
+		})
+		p := dial(t, addr, Config{Spec: specOf(t, "a:U8[8000000]"), Session: session, Dialer: dialTight})
+		if err := p.Push(soon(t), makeSamples(0, 1, 8000000)); err != nil {
+			t.Fatal(err)
+		}
+		close(read)
+		<-arrived
+		closeWell(t, p)
+	}
+}
+
 // TestSpuriousInterruption: the end of an earlier call's context does not disturb a later call.
 func TestSpuriousInterruption(t *testing.T) {
 	addr := fakeDaemon(t, options{}, (*fake).serveAll)

@@ -104,12 +104,11 @@ func (t *Trainer) Group() string { return t.accepted.Group }
 // comes only where the table lets the group lose what it is too slow for, and every trainer of the group is told.
 type LostBatchesError = shm.LostError
 
-// Next waits for a batch, which is this trainer's to read until it releases it. It may hold up to Prefetch of them at once. Nothing is
-// copied.
+// Next waits for a batch, which is this trainer's to read until it releases it. It may hold up to Prefetch of them at once. Nothing is copied.
 //
-// Its errors: *LostBatchesError when its group lost batches, once for every loss, after which Next goes on with the next; io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
-// os.ErrDeadlineExceeded, and after which Next may be called again; *wire.Notice when the daemon cut this trainer off;
-// ErrDaemonGone (and *shm.PeerGoneError) when it died; os.ErrClosed after Close.
+// Its errors: *LostBatchesError when its group lost batches, once for every loss, after which Next goes on with the next; io.EOF when the stream has ended
+// and this trainer has had its part of it; the context's, which for a deadline is also os.ErrDeadlineExceeded, and after which Next may be called again;
+// *wire.Notice when the daemon cut this trainer off; ErrDaemonGone (and *shm.PeerGoneError) when it died; os.ErrClosed after Close.
 func (t *Trainer) Next(ctx context.Context) (*Batch, error) {
 	b, err := t.attachment.Next(ctx)
 	if err != nil {

@@ -330,7 +330,8 @@ func TestTrainerIsToldOfLoss(t *testing.T) {
 	b.Release()
 	_, err := tr.Next(t.Context())
 	var lost *LostBatchesError
-	if !errors.As(err, &lost) || *lost != (LostBatchesError{Group: "slow", First: 1, N: 3}) || !strings.Contains(err.Error(), `group "slow" lost 3 unread batches`) {
+	if !errors.As(err, &lost) || *lost != (LostBatchesError{Group: "slow", First: 1, N: 3}) ||
+		!strings.Contains(err.Error(), `group "slow" lost 3 unread batches`) {
 		t.Errorf("%v, want the loss of batches 1 to 3", err)
 	}
 	b = must[*Batch](t)(tr.Next(t.Context())) // and on it goes

@@ -13,6 +13,7 @@ import (
 
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/internal/proof"
 	"github.com/ingestd/ingestd/ring"
 )
 
@@ -270,5 +271,22 @@ func TestFullErrorSaysWhy(t *testing.T) {
 	s.Close()
 	if err := table.Close(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// past returns a context whose deadline is over.
+func past(t testing.TB) context.Context {
+	ctx, cancel := context.WithDeadline(t.Context(), time.Unix(1, 0))
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// fillPlace writes the first n samples of a stream in place.
+func fillPlace(table *engine.Table, p ring.Place, stream uint64, n int) {
+	for i := range table.Spec().NumLeaves() {
+		leaf, column := table.Spec().Leaf(i), table.Ring().PlaceColumn(p, i)
+		for row := range n {
+			proof.Leaf(column[row*int(leaf.Bytes()):(row+1)*int(leaf.Bytes())], leaf.DType, stream, uint64(row), i)
+		}
 	}
 }

@@ -39,8 +39,8 @@ func (t *Table) NewTrainerIn(group string) (*Trainer, error) {
 }
 
 // Next waits for the next batch, which the caller may read until Release. It may hold several. It returns io.EOF when the table was closed and every batch is
-// out, os.ErrClosed after Close, or the context's error (a deadline also matches os.ErrDeadlineExceeded). A *sampler.LostError says that the group lost batches that it
-// was too slow for, where the table lets it; after it Next goes on.
+// out, os.ErrClosed after Close, or the context's error (a deadline also matches os.ErrDeadlineExceeded). A *sampler.LostError says that the group lost
+// batches that it was too slow for, where the table lets it; after it Next goes on.
 func (tr *Trainer) Next(ctx context.Context) (ring.Batch, error) {
 	if tr.err != nil {
 		return ring.Batch{}, tr.err

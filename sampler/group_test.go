@@ -547,7 +547,8 @@ func TestPinned(t *testing.T) {
 	one, _ := r.TryLease()
 	empty := one
 	empty.Count = 0
-	s := newGroups(t, r, Config{}, ring.Recovered{Batch: zero, Pending: ring.AllGroups, Stream: 7}, ring.Recovered{Batch: empty, Pending: ring.AllGroups, Stream: 8})
+	s := newGroups(t, r, Config{}, ring.Recovered{Batch: zero, Pending: ring.AllGroups, Stream: 7},
+		ring.Recovered{Batch: empty, Pending: ring.AllGroups, Stream: 8})
 	m := join(t, s, "g")
 	m.Release(take(t, m, 0))
 	takeNone(t, m)

@@ -54,6 +54,7 @@ type filler struct {
 	unfinished bool // the place being filled is full, and could be neither published nor copied
 	last       bool // the attachment has ended: nothing more is lent
 	armed      bool
+	oldest     rowAge
 	settleDue  atomic.Bool // set by its timer
 	clock      *time.Timer
 
@@ -447,15 +448,32 @@ func (f *filler) settleOld(ctx context.Context) error {
 		f.armed = false
 	}
 	since, waiting := f.lender.Unsettled()
-	if !waiting || f.armed {
+	if !waiting {
 		return nil
 	}
-	if age := time.Since(since); age < f.settle {
+	age := f.oldest.age(since, time.Now())
+	switch {
+	case f.armed:
+		return nil
+	case age < f.settle:
 		f.armed = true
-		f.clock.Reset(f.settle - max(age, 0))
+		f.clock.Reset(f.settle - age)
 		return nil
 	}
 	return f.copyOut(ctx)
+}
+
+// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row it is; its
+// age counts from when it was first seen, by a clock that does not jump.
+type rowAge struct {
+	arrival, seen time.Time
+}
+
+func (r *rowAge) age(arrival, now time.Time) time.Duration {
+	if !arrival.Equal(r.arrival) {
+		r.arrival, r.seen = arrival, now
+	}
+	return now.Sub(r.seen)
 }
 
 // end takes what is complete, puts it where trainers find it, and takes the places back. It says what Serve returns.

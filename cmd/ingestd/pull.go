@@ -95,7 +95,8 @@ func (o *pullOptions) run(ctx context.Context, std streams) error {
 	defer cancel()
 	var t *client.Trainer
 	err = o.retry(ctx, func() (err error) {
-		t, err = client.Attach(ctx, o.addr, client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version()})
+		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version()}
+		t, err = client.Attach(ctx, o.addr, cfg)
 		return err
 	})
 	if err != nil {

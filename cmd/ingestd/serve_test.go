@@ -249,7 +249,7 @@ func TestStatus(t *testing.T) {
 	s := serveTable(t, layout, "--batch-size", "4", "--batches", "4", "--drain-timeout", "1h")
 	ingestd(t, "", "status", "-a", s.Admin).want(t, exitOK, "serving", "table a: "+layout, "4 batches of 4", "0 sessions known")
 	pull := background(t, "pull", "-a", s.Unix, "-t", "a")
-	who := fmt.Sprintf("pid %d)", pull.cmd.Process.Pid)
+	who := fmt.Sprintf("pid %d", pull.cmd.Process.Pid)
 	shows := func(what ...string) func() bool {
 		return func() bool {
 			out := ingestd(t, "", "status", "-a", s.Admin).out
@@ -261,7 +261,7 @@ func TestStatus(t *testing.T) {
 			return true
 		}
 	}
-	eventually(t, shows(who+" holds no batch: has waited ", ` for a batch of table "a", on the producers`))
+	eventually(t, shows(who+`, group "default") holds no batch: has waited `, ` for a batch of table "a", on the producers`))
 	pull.signal(t, syscall.SIGSTOP)
 	push := background(t, "push", "-a", s.TCP, "-t", "a", "--generate", "1000000", "--session", "s 1")
 	eventually(t, shows(" (127.0.0.1:", `session "s 1")`, ` for a free slot of table "a" (the ring is full), on `, who, "1 sessions known"))

@@ -461,3 +461,139 @@ func TestStatusSaysWhoWaitsForWhom(t *testing.T) {
 	r.StopNow()
 	_ = r.wait()
 }
+
+// unix connects to the daemon's socket and says hello.
+func (r *running) unix(t testing.TB, hello *wire.Hello) net.Conn {
+	t.Helper()
+	c, err := net.Dial("unix", strings.TrimPrefix(r.addr.Unix, "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if err := wire.WriteHello(c, hello); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestLocalProducers: who may write in place is served, shown and stopped as the configuration says; its session is one with that of producers that push.
+func TestLocalProducers(t *testing.T) {
+	r := start(t, testConfig(t))
+	hello := &wire.Hello{Role: wire.RoleFill, Table: "a", Session: "s", Client: "local"}
+	local := r.unix(t, hello)
+	var accepted wire.AcceptedFill
+	if err := wire.ReadReply(local, &accepted); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { s := r.Status(); return len(s.Local.Producers) == 1 && s.Local.Producers[0].Lent > 0 })
+	if f := r.Status().Local.Producers[0]; f.PID != os.Getpid() || f.Session != "s" || f.Client != "local" || f.Stream != accepted.Stream || f.Name() == "" {
+		t.Errorf("%+v", f)
+	}
+	push := r.sender(t, "s") // takes the session
+	if push.accepted.Stream != accepted.Stream {
+		t.Errorf("one session has the streams %d and %d", push.accepted.Stream, accepted.Stream)
+	}
+	mark := make([]byte, 1)
+	if _, err := io.ReadFull(local, mark); err != nil || mark[0] != wire.NoticeMark {
+		t.Fatalf("got %#x, %v, want a notice", mark, err)
+	}
+	if n, err := wire.ReadNotice(local); err != nil || n.Code != wire.CodeSessionTaken {
+		t.Fatalf("got %v, %v, want %s", n, err, wire.CodeSessionTaken)
+	}
+	push.send(0, 3)
+	again := r.unix(t, hello) // and takes it back
+	if err := wire.ReadReply(again, &accepted); err != nil || accepted.Held != 3 {
+		t.Errorf("%v; %d held, want 3", err, accepted.Held)
+	}
+	a := r.trainer(t)
+	r.stop()
+	if got, err := read(t.Context(), a); err != nil || got[accepted.Stream] != 3 {
+		t.Errorf("%v, %v", got, err)
+	}
+	_ = a.Close()
+	if err := r.wait(); err != nil {
+		t.Error(err)
+	}
+
+	cfg := testConfig(t)
+	cfg.LocalProducers.Enabled = false
+	r = start(t, cfg)
+	var refusal *wire.Refusal
+	if err := wire.ReadReply(r.unix(t, hello), &accepted); !errors.As(err, &refusal) || refusal.Code != wire.CodeWrongRole {
+		t.Errorf("while that is switched off: %v", err)
+	}
+}
+
+// TestGroups: every group gets every batch; those of the configuration are there from the start, and the status says for whom nobody reads.
+func TestGroups(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Tables[0].Groups = []Group{{Name: "eval", Policy: Policy{OnDeath: "drop", OnLag: "lose"}}}
+	r := start(t, cfg)
+	s := r.sender(t, "")
+	s.send(0, 8)
+	st := r.Status()
+	if g := st.Tables[0].Groups; len(g) != 1 || g[0].Name != "eval" || !g[0].Listed || g[0].OnDeath != "drop" || g[0].OnLag != "lose" || g[0].Unread != 2 || g[0].Waits == nil {
+		t.Fatalf("%+v", g)
+	}
+	if len(st.Waits) != 1 || st.Waits[0].Who != `group "eval" of table "a"` {
+		t.Errorf("%+v", st.Waits)
+	}
+	attach := func(group string) *shm.Attachment {
+		a, err := shm.Attach(t.Context(), strings.TrimPrefix(r.addr.Unix, "unix://"), wire.Hello{Table: "a", Group: group, Client: group})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	eval, train := attach("eval"), attach("train")
+	r.stop()
+	var reading sync.WaitGroup
+	for want, a := range map[uint64]*shm.Attachment{8: eval, 0: train} { // train came after they were published
+		reading.Go(func() {
+			if got, err := read(t.Context(), a); err != nil || got[s.accepted.Stream] != want {
+				t.Errorf("group %s: %v, %v", a.Accepted().Group, got, err)
+			}
+			_ = a.Close()
+		})
+	}
+	reading.Wait()
+	if err := r.wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNotesNameTheTrainer: a producer that waits is told which trainer holds the ring up.
+func TestNotesNameTheTrainer(t *testing.T) {
+	r := start(t, testConfig(t))
+	a := r.trainer(t)
+	c := r.unix(t, &wire.Hello{Role: wire.RolePush, Table: "a", Spec: mustSpec(t, testSpec), Notes: true})
+	var accepted wire.AcceptedPush
+	if err := wire.ReadReply(c, &accepted); err != nil {
+		t.Fatal(err)
+	}
+	sp := mustSpec(t, testSpec)
+	if _, err := c.Write(make([]byte, 40*sp.SampleBytes())); err != nil {
+		t.Fatal(err)
+	}
+	b, err := a.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	one := make([]byte, 1)
+	for one[0] != wire.NoteMark {
+		if _, err := io.ReadFull(c, one); err != nil || one[0] != wire.Ack && one[0] != wire.NoteMark {
+			t.Fatalf("got %#x, %v", one, err)
+		}
+	}
+	n, err := wire.ReadNote(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.Code != wire.NoteRingFull || n.Trainer != a.Accepted().Trainer || n.Batch != b.Number || n.Group != "default" || n.Client != "test" || n.PID != os.Getpid() || n.Since == 0 ||
+		!strings.Contains(n.Reason, fmt.Sprintf("pid %d", os.Getpid())) {
+		t.Errorf("%+v", n)
+	}
+	_ = a.Close()
+	r.StopNow()
+	_ = r.wait()
+}

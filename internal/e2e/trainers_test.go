@@ -75,7 +75,7 @@ func TestTrainerStopped(t *testing.T) {
 	awake, push := d.pull(small.name), d.push(small.name, endless, 5000)
 	d.await("/status says who waits for it", func(s *status) bool {
 		for _, w := range s.Waits {
-			if strings.Contains(w.For, fmt.Sprintf("pid %d", sleeper.pid())) && strings.Contains(w.For, "holds all it may") {
+			if strings.Contains(w.On, fmt.Sprintf("pid %d", sleeper.pid())) && strings.Contains(w.On, "holds all it may") {
 				return true
 			}
 		}

@@ -12,6 +12,9 @@ const Variable = "INGESTD_FAILPOINT"
 
 // Names are all points, by package, operation and place in it. Those of client are in the peer's process, all others in the daemon's.
 var Names = []string{
+	"client/filler/copying",
+	"client/filler/filled",
+	"client/filler/handed",
 	"drainer/settle/committed",
 	"drainer/settle/copying",
 	"drainer/visit/committed",

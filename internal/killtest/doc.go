@@ -14,6 +14,9 @@
 // At the end of a run, the harness also asks the daemon that places, leases and connections came back and that its memory did not grow, and `ingestd check`
 // whether the segments are whole. TestHistoryFindsFaults plants each fault into a true history, and each must be found.
 //
+// The machine's clock is not set: it belongs to everybody. What is told by the wall clock is tested with the time passed in: TestClockJumps, and TestRowAgeIgnoresTheWallClock in shm;
+// everything else goes by the monotonic clock.
+//
 // `make test` runs a hundred kills of each kind; `make soak` goes on for SOAK (30m) and replays with SEED. A seed gives the same choices of victims, points and
 // delays; processes on a real machine still meet in their own order.
 //

@@ -57,8 +57,18 @@ func (w *world) populate(sessionsGoOn bool) {
 				addr = "unix://" + w.unix
 			}
 			w.add(&peer{kind: tcpProducer, table: tb, addr: addr, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1})
+			w.add(&peer{kind: shmProducer, table: tb, addr: "unix://" + w.unix, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1, points: fillerPoint})
 		}
 	}
+}
+
+// fillerPoint chooses the failpoint of a producer's process, or none.
+func fillerPoint(rnd *rand.Rand) string {
+	points := slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return !strings.HasPrefix(name, "client/filler/") })
+	if rnd.IntN(2) == 0 {
+		return ""
+	}
+	return points[rnd.IntN(len(points))] + ":" + strconv.Itoa(1+rnd.IntN(100))
 }
 
 // killer kills peers of a kind, at random moments after they have done something, until there were so many.
@@ -185,10 +195,10 @@ func (w *world) struckAt(name string) int {
 	return w.points[name]
 }
 
-// alwaysPassed tells whether every daemon with producers passes a point again and again. All others are struck in TestRingOwnerKilled; here some of
-// them are passed only where peers happen to meet.
+// alwaysPassed tells whether a point is passed again and again wherever there are daemon, producers and trainers. The others are passed here only where peers happen to meet; all
+// those of ring and drainer are struck in TestRingOwnerKilled.
 func alwaysPassed(name string) bool {
-	return !strings.HasPrefix(name, "ring/") && !strings.HasPrefix(name, "drainer/settle/")
+	return !strings.HasPrefix(name, "ring/") && !strings.HasPrefix(name, "drainer/settle/") && name != "client/filler/copying"
 }
 
 // triesAt is how often it is tried to strike a point.
@@ -255,7 +265,7 @@ const ownMemoryMax = 64 << 20
 func peersKilled(t *testing.T, seed uint64, most int, enough func(*world) bool) {
 	w := newWorld(t, seed, tables("a", "b"), nil)
 	w.populate(false)
-	kinds := []kind{tcpProducer, trainer}
+	kinds := []kind{tcpProducer, shmProducer, trainer}
 	for _, k := range kinds {
 		w.killers.Go(func() { w.killer(k, most) })
 		w.killers.Go(func() { w.stopper(k) })
@@ -287,10 +297,10 @@ func peersKilled(t *testing.T, seed uint64, most int, enough func(*world) bool) 
 func everyoneKilled(t *testing.T, seed uint64, most, tries int, enough func(*world) bool) *world {
 	w := newWorld(t, seed, tables("a", "b"), func(cfg *daemon.Config) { cfg.SegmentDir = "segments" })
 	w.populate(true)
-	for _, k := range []kind{tcpProducer, trainer} {
+	for _, k := range []kind{tcpProducer, shmProducer, trainer} {
 		w.killers.Go(func() { w.killer(k, most) })
 	}
-	for _, k := range []kind{tcpProducer, trainer, theDaemon} {
+	for _, k := range []kind{tcpProducer, shmProducer, trainer, theDaemon} {
 		w.killers.Go(func() { w.stopper(k) })
 	}
 	done := make(chan struct{})
@@ -312,10 +322,10 @@ func TestEveryoneKilled(t *testing.T) {
 	t.Parallel()
 	seed := newSeed(t)
 	const tries = 12
-	w := everyoneKilled(t, seed, killsMin, tries, enough(killsMin, tcpProducer, trainer, theDaemon))
-	for _, name := range daemonPoints() {
+	w := everyoneKilled(t, seed, killsMin, tries, enough(killsMin, tcpProducer, shmProducer, trainer, theDaemon))
+	for _, name := range failpoint.Names {
 		if w.struckAt(name) == 0 && alwaysPassed(name) {
-			t.Errorf("the daemon was never killed at %s", name)
+			t.Errorf("nobody was killed at %s", name)
 		}
 	}
 }
@@ -334,7 +344,7 @@ func enough(most int, kinds ...kind) func(*world) bool {
 // TestPeersKilled: producers and trainers are killed and stopped beside each other, the daemon never.
 func TestPeersKilled(t *testing.T) {
 	t.Parallel()
-	peersKilled(t, newSeed(t), killsMin, enough(killsMin, tcpProducer, trainer))
+	peersKilled(t, newSeed(t), killsMin, enough(killsMin, tcpProducer, shmProducer, trainer))
 }
 
 // TestSoak: everything at once, for as long as -soak says.

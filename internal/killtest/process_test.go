@@ -8,7 +8,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,7 +63,6 @@ const patience = 30 * time.Second
 // process is a running daemon or peer.
 type process struct {
 	cmd    *exec.Cmd
-	out    io.Reader
 	said   words
 	done   chan struct{} // closed when it has ended and its output was read
 	killed atomic.Bool   // by the harness

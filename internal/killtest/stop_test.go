@@ -63,7 +63,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	w.populate(true)
 	var old unix.Rlimit
 	check(t, unix.Prlimit(w.theDaemon().pid(), unix.RLIMIT_NOFILE, nil, &old))
-	for _, k := range []kind{tcpProducer, trainer} {
+	for _, k := range []kind{tcpProducer, shmProducer, trainer} {
 		w.killers.Go(func() { w.killer(k, 1<<30) })
 	}
 	waits := w.rand("descriptors")

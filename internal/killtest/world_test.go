@@ -110,11 +110,14 @@ func memoryDir(t *testing.T) string {
 	return dir
 }
 
+// ports counts the ports that were tried.
+var ports atomic.Int64
+
 // freePort finds a port that the kernel gives to no connection, so that it is still free after a restart.
-func freePort(t *testing.T, rnd *rand.Rand) string {
+func freePort(t *testing.T) string {
 	t.Helper()
 	for range 100 {
-		addr := "127.0.0.1:" + strconv.Itoa(20000+rnd.IntN(10000))
+		addr := "127.0.0.1:" + strconv.FormatInt(20000+(61*int64(os.Getpid())+ports.Add(1))%10000, 10)
 		if l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", addr); err == nil {
 			check(t, l.Close())
 			return addr
@@ -130,8 +133,7 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 	w := &world{t: t, seed: seed, dir: memoryDir(t), tables: tables, kills: map[kind]int{}, points: map[string]int{}, stops: map[kind]int{}}
 	w.running, w.rest = context.WithCancel(t.Context())
 	w.killing, w.spare = context.WithCancel(w.running)
-	rnd := w.rand("ports")
-	w.tcp, w.admin, w.unix = freePort(t, rand.New(rand.NewPCG(uint64(os.Getpid()), rnd.Uint64()))), "", filepath.Join(w.dir, "s")
+	w.tcp, w.unix = freePort(t), filepath.Join(w.dir, "s")
 	w.client.Transport = &http.Transport{MaxIdleConnsPerHost: 1}
 	cfg := daemon.DefaultConfig()
 	cfg.Listen = []string{"tcp://" + w.tcp, "unix://" + w.unix}
@@ -538,4 +540,4 @@ func (w *world) report() {
 }
 
 // hostileRoles are those that share a channel with the daemon.
-var hostileRoles = []string{"train"}
+var hostileRoles = []string{"train", "fill"}

@@ -38,7 +38,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Bell:
-    """A pipe that wakes whoever polls ``fd``. It lasts as long as somebody refers to it: none polls a dead one."""
+    """A pipe that wakes whoever polls ``fd``. Without :meth:`close` it lasts as long as somebody refers to it."""
 
     def __init__(self) -> None:
         self.fd, self._w = os.pipe()
@@ -46,16 +46,23 @@ class Bell:
         os.set_blocking(self._w, False)
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it rings already
-            os.write(self._w, b"\0")
+        if self._w >= 0:
+            with contextlib.suppress(BlockingIOError):  # full: it rings already
+                os.write(self._w, b"\0")
 
     def clear(self) -> None:
         drain(self.fd)
 
+    def close(self) -> None:
+        """Closes it, once. Nobody may poll it any more."""
+        fds, self.fd, self._w = (self.fd, self._w), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
     def __del__(self) -> None:
         if hasattr(self, "_w"):
-            os.close(self.fd)
-            os.close(self._w)
+            self.close()
 
 
 class Deadline:

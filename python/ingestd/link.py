@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import os
 import select
 import socket
 import threading
@@ -61,9 +60,7 @@ class Sending:
         self._stop = False
         self._error: Error | None = None
         self._forks = _io.forks()
-        self._wake_r, self._wake_w = os.pipe()
-        os.set_blocking(self._wake_r, False)
-        os.set_blocking(self._wake_w, False)
+        self._wake = _io.Bell()  # for the thread
         _io.close_in_child(self)
         _live.add(self)
 
@@ -89,10 +86,6 @@ class Sending:
         left = deadline.left()
         if left == 0 or not self._state.wait(left):
             raise self.timeout(deadline, doing)
-
-    def _kick(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_w, b"\0")
 
     def _unacked(self) -> str:
         n = self.pushed - self.acked
@@ -152,7 +145,7 @@ class Link(Sending):
             self._make_room(1, deadline)
             while self._queued - self._sent >= COALESCE_BYTES:
                 self._check()
-                self._kick()
+                self._wake.ring()
                 self._sleep(deadline, "waiting for the daemon to read")
             idle = self.pushed - len(self._waiting) == self.acked
             self._waiting.append(data)
@@ -162,7 +155,7 @@ class Link(Sending):
                 self._release_waiting()
                 self._pump()
                 if self._out:
-                    self._kick()
+                    self._wake.ring()
 
     def push_views(self, views: Sequence[memoryview], samples: int, deadline: Deadline) -> int:
         """``samples`` whole samples (at most :attr:`window`) from the caller's memory; how many were taken.
@@ -189,7 +182,7 @@ class Link(Sending):
                 with self._state:
                     self._sending = False
                     if self._out:
-                        self._kick()
+                        self._wake.ring()
 
     def flush(self, deadline: Deadline) -> None:
         """Sends what waits, and waits until everything is acknowledged."""
@@ -226,7 +219,7 @@ class Link(Sending):
             if self._stop:
                 return
             self._stop = True
-            self._kick()
+            self._wake.ring()
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # wakes a caller that waits to send
             self._state.notify_all()
@@ -234,8 +227,7 @@ class Link(Sending):
             self._thread.join()
         busy = not self._callers.acquire(timeout=1)  # another thread leaves its call; a signal handler's own cannot
         self._sock.close()
-        os.close(self._wake_r)
-        os.close(self._wake_w)
+        self._wake.close()
         if not busy:
             self._callers.release()
 
@@ -267,7 +259,7 @@ class Link(Sending):
         self._release_waiting()
         self._pump()
         if self._out:
-            self._kick()
+            self._wake.ring()
 
     def _release_waiting(self) -> None:
         if self._waiting:
@@ -375,7 +367,7 @@ class Link(Sending):
     def _run(self) -> None:
         """Reads acknowledgements, sends what waits once nothing is unacknowledged, and what callers left behind."""
         poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
+        poll.register(self._wake.fd, select.POLLIN)
         events = -1
         while True:
             with self._state:
@@ -390,9 +382,8 @@ class Link(Sending):
                 events = want
             ready = dict(poll.poll())
             with self._state:
-                if self._wake_r in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake_r, 4096)
+                if self._wake.fd in ready:
+                    self._wake.clear()
                 self._read()
                 if not self._sending:
                     if self._waiting and self.pushed - len(self._waiting) == self.acked:
@@ -403,7 +394,5 @@ class Link(Sending):
     def _forked(self) -> None:
         """In the child of a fork: the parent's connection must not stay open because of the child."""
         self._sock.close()
-        for fd in (self._wake_r, self._wake_w):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        self._wake.close()
         self._stop = True

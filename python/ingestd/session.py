@@ -12,7 +12,6 @@ what the socket takes at once. All socket calls on a connection are made under o
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import threading
@@ -113,7 +112,7 @@ class Session(Sending):
             if self._error is None:
                 self._flush(deadline)
             while not self._finished and self._error is None and not self._stop:
-                self._kick()
+                self._wake.ring()
                 self._sleep(deadline, "closing: everything is acknowledged, but the daemon has not closed its side")
         error = None if self.acked == self.pushed else self._error
         self.abort()
@@ -128,7 +127,7 @@ class Session(Sending):
             if self._stop:
                 return
             self._stop = True
-            self._kick()
+            self._wake.ring()
             self._state.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(TRY_S)  # it may be within a try to connect, and cleans up behind itself
@@ -176,7 +175,7 @@ class Session(Sending):
         self._release_waiting()
         self._pump()
         if self._out or self._sock is None:
-            self._kick()
+            self._wake.ring()
 
     def _pump(self) -> None:
         """Gives the kernel what it takes without waiting, within the window of this connection."""
@@ -256,7 +255,7 @@ class Session(Sending):
             self._finished = True
         elif not retried(error) or self._redialer.patience == 0:
             self._fail(error)
-        self._kick()
+        self._wake.ring()
         self._state.notify_all()
 
     def _fail(self, error: Error) -> None:
@@ -318,15 +317,13 @@ class Session(Sending):
                 if self._sock is not None:
                     self._sock.close()
                     self._sock = None
-                os.close(self._wake_r)
-                os.close(self._wake_w)
-                self._wake_r = self._wake_w = -1
+                self._wake.close()
                 self._state.notify_all()
 
     def _serve(self) -> bool:
         """Serves one connection until it is over; whether there shall be another."""
         poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
+        poll.register(self._wake.fd, select.POLLIN)
         watched: tuple[int, int] | None = None
         shut = False
         while True:
@@ -350,7 +347,8 @@ class Session(Sending):
                 watched = want
             ready = dict(poll.poll())
             with self._state:
-                self._drain_wake(ready)
+                if self._wake.fd in ready:
+                    self._wake.clear()
                 self._read()
                 if self._waiting and self.pushed - len(self._waiting) == self.acked:
                     self._release_waiting()
@@ -361,11 +359,6 @@ class Session(Sending):
         """Keeps the pipe for callers until the producer is closed."""
         while not self._stop:
             self._state.wait()
-
-    def _drain_wake(self, ready: dict[int, int]) -> None:
-        if self._wake_r in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_r, 4096)
 
     def _reconnect(self) -> bool:
         """Connects again; False when the session is stopped or has nothing left to do."""
@@ -404,22 +397,14 @@ class Session(Sending):
                     return True
             if deadline.passed():
                 return True
-            if _io.wait(self._wake_r, select.POLLIN, deadline):
-                self._drain_wake({self._wake_r: select.POLLIN})
-
-    def _kick(self) -> None:
-        if self._wake_w >= 0:
-            super()._kick()
+            if _io.wait(self._wake.fd, select.POLLIN, deadline):
+                self._wake.clear()
 
     def _forked(self) -> None:
         """In the child of a fork: the parent's connection must not stay open because of the child."""
         if self._sock is not None:
             self._sock.close()
-        for fd in (self._wake_r, self._wake_w):
-            if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        self._wake_r = self._wake_w = -1
+        self._wake.close()
         self._stop = True
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fakes import SPEC, FakeDaemon, Listener
+from real import BINARY, POINT, Daemon, Serve
 
 
 @pytest.fixture
@@ -35,3 +39,30 @@ def daemon(socket_path: str) -> Iterator[Callable[..., FakeDaemon]]:
     yield make
     for one in made:
         one.__exit__()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    if not os.path.exists(BINARY):
+        pytest.fail(f"no daemon at {BINARY}: run `make build`, or name it in INGESTD_BIN")
+    daemons: list[Daemon] = []
+    with tempfile.TemporaryDirectory(prefix="ingestd-") as folder:
+
+        def start(
+            spec: str = POINT,
+            batch_size: int = 8,
+            batches: int = 4,
+            linger: str = "0s",
+            more: dict[str, Any] | None = None,
+            **settings: Any,
+        ) -> Daemon:
+            where = Path(folder) / str(len(daemons))
+            where.mkdir()
+            table = {"name": "t", "spec": spec, "batch_size": batch_size, "batches": batches, "linger": linger}
+            table.update(more or {})
+            daemons.append(Daemon(where, [table], **settings))
+            return daemons[-1]
+
+        yield start
+        for d in daemons:
+            d.close()

@@ -256,6 +256,31 @@ def test_a_forked_child_may_not_push_and_does_not_hold_the_connection(listener: 
     os.close(stay)
 
 
+@pytest.mark.parametrize("session", [None, "s"])
+def test_a_closed_producer_closes_nothing_in_a_forked_child(listener: Listener, session: str | None) -> None:
+    listener.script(lambda peer: (peer.accept(), peer.end())[0])
+    before = set(os.listdir("/proc/self/fd"))
+    p = Producer(listener.address, "t", SPEC, session=session)
+    p.close(deadline=PATIENCE)
+    pipes = [os.pipe() for _ in range(8)]  # they take the numbers that the producer had
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            for r, w in pipes:
+                os.fstat(r), os.fstat(w)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert p.acked == 0
+    for fd in {fd for pair in pipes for fd in pair}:
+        os.close(fd)
+    listener.threads[0].join(PATIENCE)
+    assert set(os.listdir("/proc/self/fd")) <= before | {str(listener.sock.fileno())}
+
+
 def test_a_dropped_producer_warns_and_disconnects(listener: Listener) -> None:
     listener.script(lambda peer: (peer.accept(), peer.end())[0])
     p = Producer(listener.address, "t", SPEC)

@@ -38,7 +38,7 @@ type options struct {
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "peer: say produce, train, own or scribble")
+		fmt.Fprintln(os.Stderr, "peer: say produce, fill, train, own or scribble")
 		os.Exit(2)
 	}
 	o := &options{}
@@ -76,6 +76,8 @@ func (o *options) run(ctx context.Context, kind string) (err error) {
 	switch kind {
 	case "produce":
 		return o.produce(ctx)
+	case "fill":
+		return o.fill(ctx)
 	case "train":
 		return o.train(ctx)
 	case "own":

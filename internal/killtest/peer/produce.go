@@ -59,7 +59,7 @@ func (p *producer) connection(ctx context.Context) (done bool, err error) {
 	if err := p.note(base); err != nil {
 		return true, err
 	}
-	stop := p.watch(c, base)
+	stop := p.watch(c.Acked, base)
 	err = p.send(ctx, c)
 	if err == nil { // asked to end
 		err = p.end(ctx, c)
@@ -100,7 +100,7 @@ func (p *producer) end(ctx context.Context, c *client.Producer) error {
 }
 
 // watch writes the acks down as they come, until the function it returns is called, which writes the last.
-func (p *producer) watch(c *client.Producer, base uint64) (stop func() error) {
+func (p *producer) watch(acked func() uint64, base uint64) (stop func() error) {
 	quit, ended := make(chan struct{}), make(chan error)
 	go func() {
 		tick := time.NewTicker(time.Millisecond)
@@ -108,10 +108,10 @@ func (p *producer) watch(c *client.Producer, base uint64) (stop func() error) {
 		for {
 			select {
 			case <-quit:
-				ended <- p.note(base + c.Acked())
+				ended <- p.note(base + acked())
 				return
 			case <-tick.C:
-				if err := p.note(base + c.Acked()); err != nil {
+				if err := p.note(base + acked()); err != nil {
 					<-quit
 					ended <- err
 					return
