@@ -46,9 +46,9 @@ type Memory struct {
 	mem     []byte
 	fd      int // the memory itself
 	shareFd int // what peers get; the same as fd for a memfd that none of them may write
+	fillFd  int // what fillers get, -1 without them: of a named file one that does not keep it locked for as long as they have it mapped
 	path    string
 	keep    bool
-	fill    bool // Writable is allowed
 	huge    bool
 	hugeErr error
 }
@@ -114,7 +114,10 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: memfd_create: %w", cfg.Name, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fill: cfg.Fillable, huge: huge}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fillFd: -1, huge: huge}
+	if cfg.Fillable {
+		m.fillFd = fd
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -155,6 +158,18 @@ func (m *Memory) openForReaders() error {
 	}
 	if err := unix.Fchmod(m.fd, 0); err != nil {
 		return fmt.Errorf("%s: taking the right to open it from everybody: %w", m.name, err)
+	}
+	return nil
+}
+
+// openForPeers makes the descriptors of a named file that readers and, if there are to be any, fillers get.
+func (m *Memory) openForPeers(fillable bool) (err error) {
+	if err := m.openForReaders(); err != nil || !fillable {
+		return err
+	}
+	// One of its own: a lock lasts until the last mapping made through the locked descriptor is gone, and a filler outlives its daemon.
+	if m.fillFd, err = unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("%s: opening it for producers that fill it: %w", m.name, err)
 	}
 	return nil
 }
@@ -262,7 +277,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: creating %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, path: cfg.Path, fill: cfg.Fillable} // a file that could not be made is not kept
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path} // a file that could not be made is not kept
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -284,7 +299,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapWhole(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForReaders(); err != nil {
+	if err := m.openForPeers(cfg.Fillable); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -329,7 +344,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%s: opening %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, path: cfg.Path, keep: true, fill: cfg.Fillable}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, keep: true}
 	defer func() {
 		if err != nil {
 			m.keep = true
@@ -354,7 +369,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapPresent(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForReaders(); err != nil {
+	if err := m.openForPeers(cfg.Fillable); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -422,7 +437,7 @@ func (m *Memory) Path() string { return m.path }
 func (m *Memory) Descriptor() int { return m.shareFd }
 
 // Writable returns the descriptor for peers that may write, and whether there is one: only memory made Fillable has it.
-func (m *Memory) Writable() (int, bool) { return m.fd, m.fill }
+func (m *Memory) Writable() (int, bool) { return m.fillFd, m.fillFd >= 0 }
 
 // Sync writes a named file's content through to its disk, and returns when it is there. For a memfd and on tmpfs it does nothing.
 func (m *Memory) Sync() error {
@@ -443,8 +458,10 @@ func (m *Memory) Close() error {
 		errs = append(errs, unix.Munmap(m.mem))
 		m.mem = nil
 	}
-	if m.shareFd >= 0 && m.shareFd != m.fd {
-		errs = append(errs, unix.Close(m.shareFd))
+	for _, fd := range [...]int{m.shareFd, m.fillFd} {
+		if fd >= 0 && fd != m.fd {
+			errs = append(errs, unix.Close(fd))
+		}
 	}
 	if m.fd >= 0 {
 		if m.path != "" && !m.keep {
@@ -452,7 +469,7 @@ func (m *Memory) Close() error {
 		}
 		errs = append(errs, unix.Close(m.fd))
 	}
-	m.fd, m.shareFd = -1, -1
+	m.fd, m.shareFd, m.fillFd = -1, -1, -1
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("%s: closing: %w", m.name, err)
 	}

@@ -150,6 +150,39 @@ func TestKeptFile(t *testing.T) {
 }
 
 // Whatever else lies at the path is refused, said why, and left as it is.
+// A filler that outlives its daemon has the file mapped, and the next daemon takes it up all the same.
+func TestKeptFileOfLivingFiller(t *testing.T) {
+	cfg := MemoryConfig{Path: filepath.Join(t.TempDir(), "ring"), Size: 8192, Keep: true, Fillable: true}
+	first := newMemory(t, cfg)
+	for range 2 { // of one that made the file, and one that took it up
+		writable, ok := first.Writable()
+		if !ok {
+			t.Fatal("no descriptor for fillers")
+		}
+		theirs, err := mapFillable(writable, 8192)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer theirs.Close()
+		if _, err := OpenNamed(cfg); !errors.As(err, new(*InUseError)) {
+			t.Fatalf("a file in use was opened: %v", err)
+		}
+		if err := first.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if first, err = OpenNamed(cfg); err != nil {
+			t.Fatal(err)
+		}
+		theirs.Bytes()[4097]++
+		if first.Bytes()[4097] != theirs.Bytes()[4097] {
+			t.Error("it is not the same memory")
+		}
+	}
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestOpenNamedRefuses(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string, size int64, mode os.FileMode) string {
