@@ -5,28 +5,48 @@
 //
 // Ownership: the slices given to Push and PushMany are the caller's again when the call returns, whatever it returns. A
 // sample is taken when Push returns nil: then the Producer has written it or holds a copy. After an error it was not taken and
-// may be pushed again. Taken is not acked: what Sent counts and Acked does not is lost when the connection ends.
+// may be pushed again. Taken is not acked: what Sent counts and Acked does not is lost when the Producer ends.
+//
+// Sessions: a Producer whose Config names a Session keeps a copy of every sample until its ack. When its connection breaks, or the
+// daemon ends it for any reason but session_taken, it makes another, learns how many samples the daemon holds, and sends the rest again, in
+// order: each sample gets into the ring once, also across restarts of a daemon that keeps its segments, if the acks are committed ones. It
+// does so by itself, whether a call waits or not; Push goes on taking samples as long as the window has room. Before each try it pauses for a
+// random part of a sixteenth of the outage so far, which is at least Config.ReconnectFrom (10 ms) and at most ReconnectTo (1 s), so that an
+// outage of up to 1.6 s costs at most 100 ms more. When it had no connection for ReconnectFor (5 min) since the last ack it gives up,
+// unless nothing is unacked: then it waits for the next Push and starts anew. A refusal ends it at once, except too_many_connections,
+// shutting_down, handshake_timeout and internal. A fresh process of an old session asks Held and pushes the samples after those.
 //
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
-// Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and one that writes
+// Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.
 //
-// Errors, to be told apart with errors.Is and errors.As:
+// Errors, to be told apart with errors.Is and errors.As; each is only itself:
 //
-//   - *wire.Refusal: the daemon refused the connection, and says why
-//   - *wire.Notice: the daemon ended the stream, and says why
-//   - ErrDaemonGone: the connection ended and nobody said why
-//   - os.ErrClosed: Close or Abort was called
-//   - context.Canceled, context.DeadlineExceeded: the call's context ended first; for a deadline os.ErrDeadlineExceeded too
-//   - wire.ErrProtocol: the other side is not an ingestd daemon
+//	what happened            errors.Is                       errors.As              and then
+//	deadline passed          os.ErrDeadlineExceeded                                 the call may be made again
+//	... the ring being full  ErrFull, os.ErrDeadlineExceeded *FullError             it names the trainer that is waited for
+//	... while reconnecting   os.ErrDeadlineExceeded          *ReconnectingError     it says what failed last
+//	context cancelled        context.Canceled                                       the call may be made again
+//	connection ended         ErrDaemonGone                                          the Producer has ended, also all below
+//	daemon stops             ErrShuttingDown                 *wire.Notice, Refusal
+//	session taken over       ErrSessionTaken                 *wire.Notice or none   do not dial again by yourself
+//	daemon ended the stream                                  *wire.Notice
+//	daemon refused                                           *wire.Refusal
+//	acked samples lost                                       *LostError             or Config.ContinueAfterLoss
+//	Close or Abort           os.ErrClosed
+//	not an ingestd daemon    wire.ErrProtocol
 //
-// Nothing panics on what a daemon sends.
+// A deadline is context.DeadlineExceeded too. With a session, the end of a connection and a stopping daemon are errors only once
+// patience is out. Nothing panics on what a daemon sends.
 //
 // Cost: small samples are copied once into a send buffer and go many to one system call; large ones are written from the
-// caller's memory with no copy. In steady state a Push allocates nothing. Memory per Producer: two send buffers of at
-// most Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it.
+// caller's memory with no copy. With a session both are copied once into the memory they are kept in and written from there: Push does not
+// wait for acks, so the caller's memory will not do. In steady state a Push allocates nothing. Memory per Producer: two send buffers of at most
+// Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it; with a session instead the bytes of the
+// window (Stats.KeptBytes), which are at most Config.WindowBytes, or where that is 0, 64 MiB, and always room for one sample (two where it is 0).
 //
 // Proof: producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
-// producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), and the conformance suite of the
-// transports. BenchmarkPush sets the rates beside bare writes.
+// producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), producer_session_test.go (a model:
+// random cuts of connections against a daemon that keeps the session, with and without loss), producer_reconnect_test.go (pauses,
+// patience, takeover, loss), and the conformance suite of the transports. BenchmarkPush sets the rates beside bare writes.
 package client

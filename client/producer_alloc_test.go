@@ -32,10 +32,13 @@ func TestPushAllocatesNothing(t *testing.T) {
 		"small": "image:F32[8,8],label:I32", "40 leaves": manyLeaves(40, "F32[25]"), "direct": "a:U8[100000],b:U8[31072]",
 	} {
 		for _, network := range []string{"tcp", "unix"} {
-			for _, window := range []int64{0, 2} {
-				t.Run(name+"/"+network, func(t *testing.T) {
-					addr := fakeDaemon(t, options{network: network, windowSamples: window}, discardAndAck)
-					p := dial(t, addr, Config{Spec: specOf(t, text)})
+			for _, c := range []struct {
+				session string
+				window  int64
+			}{{"", 0}, {"", 2}, {"s", 0}, {"s", 2}} {
+				t.Run(name+"/"+network+"/"+c.session, func(t *testing.T) {
+					addr := fakeDaemon(t, options{network: network, windowSamples: c.window}, discardAndAck)
+					p := dial(t, addr, Config{Spec: specOf(t, text), Session: c.session})
 					sample := makeSamples(0, 1, int(p.sampleBytes))
 					leaves := leavesOf(p.spec, sample)
 					many := makeSamples(0, 4, int(p.sampleBytes))

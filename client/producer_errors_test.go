@@ -57,9 +57,7 @@ func TestNotice(t *testing.T) {
 					if !errors.As(err, &notice) || notice.Code != wire.CodeShuttingDown || notice.Reason != "come back later" {
 						t.Errorf("got %v, want the daemon's notice", err)
 					}
-					if errors.Is(err, ErrDaemonGone) || errors.Is(err, os.ErrClosed) {
-						t.Errorf("%v is another error too", err)
-					}
+					wantOnly(t, err, ErrShuttingDown)
 				}
 			})
 		}
@@ -93,10 +91,7 @@ func TestDaemonGone(t *testing.T) {
 				p := dial(t, addr, Config{Spec: specOf(t, text)})
 				err := pushUntilError(t, p)
 				for _, err := range endErrors(t, p, err) {
-					wantIs(t, err, ErrDaemonGone)
-					if errors.Is(err, os.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
-						t.Errorf("%v is another error too", err)
-					}
+					wantOnly(t, err, ErrDaemonGone)
 				}
 			})
 		}
@@ -106,22 +101,49 @@ func TestDaemonGone(t *testing.T) {
 func TestDaemonBreaksTheProtocol(t *testing.T) {
 	for says, bytes := range map[string]string{
 		"acked 2 samples more": "\x01\x01\x01", "the byte 0x03": "\x03", "closing notice has 1 bytes": "\x00\x01\x00\x00\x00{",
+		"the note has 0 bytes": "\x02\x00\x00\x00\x00", "the note has no code": "\x02\x02\x00\x00\x00{}",
 	} {
-		addr := fakeDaemon(t, options{}, func(f *fake) {
-			f.take(1)
-			f.Write([]byte(bytes))
-			io.Copy(io.Discard, f)
-		})
-		p := dial(t, addr, Config{Spec: specOf(t, "a:U8[100]")})
-		push(t, p, 0, 1)
-		<-p.ended
-		err := pushUntilError(t, p)
-		wantIs(t, err, wire.ErrProtocol)
-		if !strings.Contains(err.Error(), says) {
-			t.Errorf("%v; want %q", err, says)
+		for _, session := range []string{"", "s"} { // with a session there is no second try either
+			addr := fakeDaemon(t, options{}, func(f *fake) {
+				f.take(1)
+				f.Write([]byte(bytes))
+				io.Copy(io.Discard, f)
+			})
+			p := dial(t, addr, Config{Spec: specOf(t, "a:U8[100]"), Session: session})
+			push(t, p, 0, 1)
+			<-p.ended
+			err := pushUntilError(t, p)
+			wantOnly(t, err, wire.ErrProtocol)
+			if !strings.Contains(err.Error(), says) {
+				t.Errorf("%v; want %q", err, says)
+			}
+			p.Abort()
 		}
-		p.Abort()
 	}
+}
+
+// TestAckAheadOfSample: the daemon acks a sample of which it cannot have all. With a session its memory is not used anew.
+func TestAckAheadOfSample(t *testing.T) {
+	release := make(chan struct{})
+	addr := fakeDaemon(t, options{tight: true}, func(f *fake) {
+		io.ReadFull(f, make([]byte, 1000)) // the write has begun
+		f.ack(1)
+		<-release
+	})
+	p := dial(t, addr, Config{Spec: specOf(t, "a:U8[8000000]"), Session: "s", Dialer: dialTight})
+	ctx, cancel := context.WithCancel(t.Context())
+	pushed := make(chan error)
+	go func() { pushed <- p.Push(ctx, make([]byte, 8000000)) }()
+	for p.Acked() == 0 { // it is acked while it is being written
+		runtime.Gosched()
+	}
+	cancel()
+	if err := <-pushed; err != nil {
+		t.Errorf("the sample was not taken: %v", err)
+	}
+	<-p.ended
+	wantOnly(t, p.Push(t.Context(), make([]byte, 8000000)), wire.ErrProtocol)
+	close(release)
 }
 
 func TestClosed(t *testing.T) {
@@ -208,6 +230,9 @@ func TestRefused(t *testing.T) {
 		"before it": func(conn net.Conn) {
 			wire.WriteRefusal(conn, wire.Refuse(wire.CodeTooManyConnections, "the limit is 1"))
 		},
+		"stopping": func(conn net.Conn) {
+			wire.WriteRefusal(conn, wire.Refuse(wire.CodeShuttingDown, "later"))
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			addr := listen(t, "tcp", serve)
@@ -215,6 +240,9 @@ func TestRefused(t *testing.T) {
 			var refusal *wire.Refusal
 			if !errors.As(err, &refusal) {
 				t.Fatalf("got %v, want a refusal", err)
+			}
+			if refusal.Code == wire.CodeShuttingDown {
+				wantOnly(t, err, ErrShuttingDown)
 			}
 			if refusal.Code == wire.CodeSpecMismatch && !strings.Contains(err.Error(), `leaf "image": got F32[8,8], want F64[8,8]`) {
 				t.Errorf("the difference is not shown: %v", err)
@@ -281,4 +309,102 @@ func TestDialNeverHangs(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFull: while the daemon says that the ring is full, a deadline is a FullError that names who is waited for; after the next ack it is a
+// plain one again, and a cancellation is never one.
+func TestFull(t *testing.T) {
+	since := time.Date(2026, 11, 21, 9, 30, 0, 5, time.UTC)
+	notes := []wire.Note{
+		{Code: wire.NoteRingFull, Reason: "nobody reads", Group: "eval"},
+		{Code: wire.NoteRingFull, Reason: "it holds a batch", Trainer: 7, Group: "g", Client: "train.py", PID: 4711, Batch: 0, Since: since.UnixNano()},
+	}
+	for _, session := range []string{"", "s"} {
+		said, acked, go1, go2 := make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
+		addr := fakeDaemon(t, options{windowSamples: 4}, func(f *fake) {
+			f.take(4)
+			b := append(wire.AppendNote(nil, &notes[0]), wire.Ack) // the ack ends the first
+			b = wire.AppendNote(b, &notes[0])
+			for i, c := range wire.AppendNote(b, &notes[1]) {
+				f.Write([]byte{c}) // it comes in pieces
+				if i == 0 {
+					runtime.Gosched()
+				}
+			}
+			close(said)
+			<-go1
+			f.ack(1)
+			close(acked)
+			<-go2
+			f.ack(2)
+			f.serveAll()
+		})
+		p := dial(t, addr, Config{Spec: specOf(t, "a:U8[100]"), Session: session})
+		push(t, p, 0, 4)
+		<-said
+		inForce := func() *wire.Note {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.note
+		}
+		for note := inForce(); note == nil || note.Trainer != 7; note = inForce() {
+			runtime.Gosched()
+		}
+		push(t, p, 4, 1)
+		for name, call := range map[string]func(context.Context) error{
+			"push": func(ctx context.Context) error { return p.Push(ctx, makeSamples(5, 1, 100)) }, "flush": p.Flush,
+			"many": func(ctx context.Context) error { _, err := p.PushMany(ctx, 1, makeSamples(5, 1, 100)); return err },
+		} {
+			err := call(soon(t))
+			wantOnly(t, err, ErrFull, os.ErrDeadlineExceeded, context.DeadlineExceeded)
+			var e *FullError
+			if !errors.As(err, &e) {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if e.Trainer != 7 || e.Group != "g" || e.Client != "train.py" || e.PID != 4711 || e.Batch != 0 || !e.Since.Equal(since) || !e.Timeout() {
+				t.Errorf("%s: %+v", name, e)
+			}
+			for _, says := range []string{"trainer 7", `"train.py"`, `group "g"`, "pid 4711", "batch 0", "2026-11-21T09:30:00", "it holds a batch", "1 acked"} {
+				if !strings.Contains(err.Error(), says) {
+					t.Errorf("%s: %v; want %q", name, err, says)
+				}
+			}
+			cancelled, cancel := context.WithCancel(t.Context())
+			cancel()
+			wantOnly(t, call(cancelled), context.Canceled)
+		}
+		close(go1)
+		<-acked
+		for inForce() != nil {
+			runtime.Gosched()
+		}
+		wantOnly(t, p.Flush(soon(t)), os.ErrDeadlineExceeded, context.DeadlineExceeded)
+		close(go2)
+		push(t, p, 5, 5)
+		closeWell(t, p)
+	}
+	if err := newFullError(soon(t), &notes[0], "x"); !err.Since.IsZero() || !strings.Contains(err.Error(), "nobody reads") || strings.Contains(err.Error(), "trainer") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestFullCloses: Close has the same error, and frees the connection.
+func TestFullCloses(t *testing.T) {
+	addr := fakeDaemon(t, options{}, func(f *fake) {
+		f.Write(wire.AppendNote(nil, &wire.Note{Code: wire.NoteRingFull, Reason: "busy"}))
+		io.Copy(io.Discard, f)
+	})
+	p := dial(t, addr, Config{Spec: specOf(t, "a:U8[100]")})
+	push(t, p, 0, 1)
+	for {
+		p.mu.Lock()
+		note := p.note
+		p.mu.Unlock()
+		if note != nil {
+			break
+		}
+		runtime.Gosched()
+	}
+	wantOnly(t, p.Close(soon(t)), ErrFull, os.ErrDeadlineExceeded, context.DeadlineExceeded)
+	wantOnly(t, p.Push(t.Context(), make([]byte, 100)), os.ErrClosed)
 }

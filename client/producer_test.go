@@ -270,6 +270,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 	for says, cfg := range map[string]Config{
 		"Table is empty": {Spec: cfg.Spec}, "Spec is nil": {Table: "t"}, "may be negative": {Table: "t", Spec: cfg.Spec, BufferBytes: -1},
+		"names no Session": {Table: "t", Spec: cfg.Spec, ReconnectFor: 1}, "nor the second less": {Table: "t", Spec: cfg.Spec, Session: "s", ReconnectFrom: 2, ReconnectTo: 1},
 	} {
 		if _, err := Dial(t.Context(), "tcp://127.0.0.1:1", cfg); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v; want %q", err, says)
@@ -280,11 +281,11 @@ func TestConfigDefaults(t *testing.T) {
 // TestOptionsReachTheDaemon checks what the hello carries.
 func TestOptionsReachTheDaemon(t *testing.T) {
 	hellos := make(chan *wire.Hello, 1)
-	addr := fakeDaemon(t, options{windowSamples: 5, windowBytes: 50}, func(f *fake) { hellos <- f.hello })
+	addr := fakeDaemon(t, options{windowSamples: 5, windowBytes: 50, held: 3}, func(f *fake) { hellos <- f.hello })
 	cfg := Config{Spec: specOf(t, "a:U8"), Session: "s", Ack: wire.AckCommitted, WindowSamples: 5, WindowBytes: 50, Client: "c"}
 	p := dial(t, addr, cfg)
 	h := <-hellos
-	if h.Session != "s" || h.Ack != wire.AckCommitted || h.WindowSamples != 5 || h.WindowBytes != 50 || h.Client != "c" || h.Role != wire.RolePush {
+	if h.Session != "s" || h.Ack != wire.AckCommitted || h.WindowSamples != 5 || h.WindowBytes != 50 || h.Client != "c" || !h.Notes || h.Role != wire.RolePush {
 		t.Errorf("%+v", h)
 	}
 	if p.Held() != 3 || p.Accepted().Stream != 1 || p.Spec() != cfg.Spec {

@@ -26,6 +26,10 @@ type TrainerConfig struct {
 	// Prefetch is the most batches to hold at once; 0 takes the daemon's default. The daemon may grant fewer, see Trainer.Prefetch.
 	Prefetch int
 
+	// Group is the group of trainers to join, made if there is none of that name: those of one group share the table's batches, and every
+	// group gets every batch. Default: "default".
+	Group string
+
 	// Client is free text for the daemon's status page and log. Default: ingestd-go.
 	Client string
 }
@@ -62,7 +66,7 @@ func Attach(ctx context.Context, addr string, cfg TrainerConfig) (*Trainer, erro
 	if network != "unix" {
 		return nil, fmt.Errorf("client: address %q: a trainer maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock", addr)
 	}
-	a, err := shm.Attach(ctx, path, wire.Hello{Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Client: cfg.Client})
+	a, err := shm.Attach(ctx, path, wire.Hello{Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Group: cfg.Group, Client: cfg.Client})
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
@@ -93,9 +97,17 @@ func (t *Trainer) Batches() int { return int(t.accepted.Batches) }
 // Prefetch returns the most batches this trainer may hold at once: with that many held, the next one comes only after a Release.
 func (t *Trainer) Prefetch() int { return int(t.accepted.Prefetch) }
 
-// Next waits for a batch, which is this trainer's to read until it releases it. Nothing is copied.
+// Group returns the name of the group this trainer is in.
+func (t *Trainer) Group() string { return t.accepted.Group }
+
+// LostBatchesError says that this trainer's group lost batches that nobody of it had begun to read: First is the number of the first, N how many they are. It
+// comes only where the table lets the group lose what it is too slow for, and every trainer of the group is told.
+type LostBatchesError = shm.LostError
+
+// Next waits for a batch, which is this trainer's to read until it releases it. It may hold up to Prefetch of them at once. Nothing is
+// copied.
 //
-// Its errors: io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
+// Its errors: *LostBatchesError when its group lost batches, once for every loss, after which Next goes on with the next; io.EOF when the stream has ended and this trainer has had its part of it; the context's, which for a deadline is also
 // os.ErrDeadlineExceeded, and after which Next may be called again; *wire.Notice when the daemon cut this trainer off;
 // ErrDaemonGone (and *shm.PeerGoneError) when it died; os.ErrClosed after Close.
 func (t *Trainer) Next(ctx context.Context) (*Batch, error) {
@@ -140,7 +152,9 @@ func (b *Batch) held() ring.Batch {
 	return b.batch
 }
 
-// Number returns the batch's number: 0 for the table's first, then up by one.
+// Number returns the batch's number: 0 for the table's first, then up by one, also across restarts of a daemon that keeps its segments. A batch whose
+// trainer died comes again under the same number, to another trainer of the group, before newer ones: a number that was finished before tells a second
+// delivery from a first.
 func (b *Batch) Number() uint64 { return b.batch.Number }
 
 // Count returns how many rows hold samples; below the table's batch size only in a batch that was published early.

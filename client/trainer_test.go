@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
@@ -68,7 +69,7 @@ func serveTable(t *testing.T, text string) *table {
 	d.memory = must[*shm.Memory](t)(shm.NewMemory(shm.MemoryConfig{Size: must[int64](t)(layout.Bytes())}))
 	d.ring = must[*ring.Ring](t)(ring.Format(d.memory.Bytes(), layout))
 	d.ring.Poison = true
-	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{}))
+	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{}, nil))
 	d.server = must[*shm.Server](t)(shm.NewServer(shm.ServerConfig{Tables: d}))
 	l := must[*net.UnixListener](t)(net.ListenUnix("unix", &net.UnixAddr{Name: d.path}))
 	ctx, stop := context.WithCancel(context.Background())
@@ -283,6 +284,60 @@ func TestTrainerCopies(t *testing.T) {
 	if err := tr.Copy(t.Context(), &c); err != io.EOF {
 		t.Errorf("at the end: %v", err)
 	}
+}
+
+// Every group gets every batch; a second delivery has the first one's number.
+func TestTrainerGroups(t *testing.T) {
+	d := serveTable(t, "x:U8")
+	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{Groups: []sampler.GroupConfig{{Name: "a"}, {Name: "default"}}}, nil))
+	a, other := d.attach(TrainerConfig{Group: "a", Prefetch: 2}), d.attach(TrainerConfig{})
+	if a.Group() != "a" || other.Group() != "default" {
+		t.Errorf("groups %q and %q", a.Group(), other.Group())
+	}
+	d.push(2*trainerBatchSize, zero)
+	one, two := must[*Batch](t)(a.Next(t.Context())), must[*Batch](t)(a.Next(t.Context())) // both held at once
+	if one.Number() != 0 || two.Number() != 1 {
+		t.Errorf("batches %d and %d", one.Number(), two.Number())
+	}
+	b := must[*Batch](t)(other.Next(t.Context()))
+	if b.Number() != 0 {
+		t.Errorf("the other group got batch %d first", b.Number())
+	}
+	b.Release()
+	two.Release()
+	if err := a.Close(); err != nil { // holding batch 0
+		t.Error(err)
+	}
+	again := d.attach(TrainerConfig{Group: "a"})
+	b = must[*Batch](t)(again.Next(t.Context()))
+	if b.Number() != 0 {
+		t.Errorf("the batch that was held comes again as %d", b.Number())
+	}
+	b.Release()
+}
+
+func TestTrainerIsToldOfLoss(t *testing.T) {
+	d := serveTable(t, "x:U8")
+	d.fifo = must[*sampler.FIFO](t)(sampler.New(d.ring, sampler.Config{Default: sampler.GroupConfig{OnLag: sampler.Lose}}, nil))
+	tr := d.attach(TrainerConfig{Group: "slow", Prefetch: 1})
+	d.push(trainerBatchSize, zero)
+	b := must[*Batch](t)(tr.Next(t.Context())) // held, so that nothing more is delivered
+	w := park.NewWaiter()
+	for n := range 10 * trainerBatchSize {
+		run := must[ring.Run](t)(d.ring.Reserve(t.Context(), w, 1))
+		d.ring.Commit(run, 7, uint64(n), 1, ring.Mark{})
+	}
+	b.Release()
+	_, err := tr.Next(t.Context())
+	var lost *LostBatchesError
+	if !errors.As(err, &lost) || *lost != (LostBatchesError{Group: "slow", First: 1, N: 3}) || !strings.Contains(err.Error(), `group "slow" lost 3 unread batches`) {
+		t.Errorf("%v, want the loss of batches 1 to 3", err)
+	}
+	b = must[*Batch](t)(tr.Next(t.Context())) // and on it goes
+	if b.Number() != 4 {
+		t.Errorf("after the loss: batch %d", b.Number())
+	}
+	b.Release()
 }
 
 func TestTrainerCopyDoesNotAllocate(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/spsc"
@@ -213,6 +214,7 @@ func (d *drainer) visit(s *Stream) bool {
 			}
 			s.ring.Commit(f.run, s.cfg.ID, f.first, f.arrival, mark)
 			samples += uint64(f.run.N)
+			failpoint.Hit("drainer/visit/committed")
 		}
 		found -= n
 	}

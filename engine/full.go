@@ -28,16 +28,23 @@ func (t *Table) full(err error) error {
 	return &FullError{t.cfg.Name, h, err}
 }
 
-// RingFull says for a person why a ring is full, with what Holder returned; the zero value is nobody.
+// RingFull says for a person why a ring is full, with what Holder returned.
 func RingFull(h Holder, now time.Time) string {
+	return "the ring is full, waiting for " + Blame(h, now)
+}
+
+// Blame names for a person whom a full ring waits for, with what Holder returned; the zero value is nobody.
+func Blame(h Holder, now time.Time) string {
 	held := now.Sub(h.Since).Round(time.Millisecond)
 	switch {
-	case h == Holder{}:
-		return "the ring is full: no trainer is there, or all are busy with their newest batch"
+	case h.Idle && h.Group == "":
+		return "a trainer: none has come yet"
 	case h.Idle:
-		return fmt.Sprintf("the ring is full: group %q has had unread batches for %v and no trainer takes them", h.Group, held)
+		return fmt.Sprintf("a trainer of group %q: none has taken what is unread for %v", h.Group, held)
+	case h == Holder{}:
+		return "its trainers, of which none holds a batch just now"
 	}
-	return fmt.Sprintf("the ring is full: trainer %d%s of group %q has held batch %d for %v", h.Trainer, whoIs(h), h.Group, h.Batch, held)
+	return fmt.Sprintf("trainer %d%s of group %q, which has held batch %d for %v", h.Trainer, whoIs(h), h.Group, h.Batch, held)
 }
 
 func whoIs(h Holder) string {

@@ -41,6 +41,11 @@ type Config struct {
 
 	// Memory makes the segment's memory; nil takes it from the heap.
 	Memory func(size int64) (Memory, error)
+
+	// Recover says that the memory holds a segment that an earlier process left, however that ended: New takes it up as ring.Recover does, and what no trainer
+	// has released is offered again. The errors of ring.Recover are wrapped; the memory is as it was then. Boot identifies the run of the machine, see ring.Layout.
+	Recover bool
+	Boot    [16]byte
 }
 
 // Table is a named ring with one spec, its streams and its sampler.
@@ -49,6 +54,7 @@ type Table struct {
 	ring    *ring.Ring
 	sampler *sampler.FIFO
 	memory  Memory
+	found   *ring.Recovery // nil: the segment was made anew
 
 	mu       sync.Mutex
 	closed   bool
@@ -81,6 +87,7 @@ func layout(cfg *Config) ring.Layout {
 		Fingerprint: cfg.Spec.Fingerprint(),
 		Table:       cfg.Name,
 		Sessions:    cfg.Sessions,
+		Boot:        cfg.Boot,
 		Created:     time.Now(),
 	}
 }
@@ -113,15 +120,36 @@ func New(cfg Config) (*Table, error) {
 		memory = heap{ring.AlignedBytes(size)}
 	}
 	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}, sessions: map[string]*session{}}
-	if t.ring, err = ring.Format(memory.Bytes(), l); err == nil {
-		t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: cfg.Linger})
-	}
-	if err != nil {
+	if err = t.makeRing(l); err != nil {
 		_ = memory.Close()
 		return nil, fmt.Errorf("table %q: %w", cfg.Name, err)
 	}
 	return t, nil
 }
+
+func (t *Table) makeRing(l ring.Layout) (err error) {
+	// What cannot be is said before anything is changed in a segment that was kept.
+	if l := t.cfg.Linger; l != 0 && l < sampler.LingerMin {
+		return fmt.Errorf("linger is %v: must be 0 (off) or at least %v", l, sampler.LingerMin)
+	}
+	if t.cfg.Recover {
+		t.ring, t.found, err = ring.Recover(t.memory.Bytes(), l)
+	} else {
+		t.ring, err = ring.Format(t.memory.Bytes(), l)
+	}
+	if err != nil {
+		return err
+	}
+	var found []ring.Recovered
+	if t.found != nil {
+		found = t.found.Batches
+	}
+	t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: t.cfg.Linger}, found)
+	return err
+}
+
+// Found returns what was found in a segment that was taken up; nil of one that was made anew.
+func (t *Table) Found() *ring.Recovery { return t.found }
 
 // Name returns the table's name.
 func (t *Table) Name() string { return t.cfg.Name }

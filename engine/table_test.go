@@ -396,12 +396,9 @@ func TestTablesShareAPool(t *testing.T) {
 	}
 }
 
-// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread; without it, Run has nothing to do.
+// TestLinger: with it, neither a slow stream nor an ended one leaves samples unread.
 func TestLinger(t *testing.T) {
 	cfg := config(t, newPool(t))
-	if err := newTable(t, cfg).Run(t.Context()); err != nil {
-		t.Fatalf("without linger: %v", err)
-	}
 	cfg.Linger = time.Millisecond
 	table := newTable(t, cfg)
 	ctx, stop := context.WithCancel(t.Context())
@@ -454,7 +451,7 @@ func TestTrainersShareATable(t *testing.T) {
 	if err := check(table, a); err != nil { // released was the other one
 		t.Fatal(err)
 	}
-	two.Release(a) // anybody's
+	one.Release(a)
 	func() {
 		defer func() {
 			if recover() == nil {

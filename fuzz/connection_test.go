@@ -18,7 +18,6 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/tcpingest"
 	"github.com/ingestd/ingestd/wire"
@@ -235,9 +234,9 @@ func (c *conversation) listen() {
 
 // train takes every batch to the end and writes the samples down as they were sent.
 func (c *conversation) train() {
-	seat, next := park.NewWaiter(), uint64(0)
+	trainer, next := c.table.NewTrainer(), uint64(0)
 	for {
-		b, err := c.table.Sampler().Next(context.Background(), seat)
+		b, err := trainer.Next(context.Background())
 		if err != nil {
 			if err != io.EOF {
 				c.t.Errorf("Next: %v", err)
@@ -254,7 +253,7 @@ func (c *conversation) train() {
 				c.delivered = append(c.delivered, b.Column(leaf)[int64(row)*size:int64(row+1)*size]...)
 			}
 		}
-		c.table.Sampler().Release(b)
+		trainer.Release(b)
 	}
 }
 

@@ -70,7 +70,7 @@ func newChannelHost(t *testing.T) *channelHost {
 	need(t, h.memory, err)
 	h.ring, err = ring.Format(h.memory.Bytes(), l)
 	need(t, h.ring, err)
-	h.fifo, err = sampler.New(h.ring, sampler.Config{})
+	h.fifo, err = sampler.New(h.ring, sampler.Config{}, nil)
 	need(t, h.fifo, err)
 	h.server, err = shm.NewServer(shm.ServerConfig{Tables: h, Log: slog.New(slog.DiscardHandler)})
 	need(t, h.server, err)
@@ -311,15 +311,25 @@ func (h *channelHost) checkAllFree(t *testing.T) {
 	if n := len(h.server.Stats().Trainers); n != 0 {
 		t.Fatalf("%d trainers are left", n)
 	}
+	m, err := h.fifo.Join(wire.GroupDefault, sampler.Who{})
+	need(t, m, err)
+	defer m.Leave()
+	next := func() (ring.Batch, bool) {
+		b, ok, err := m.TryNext()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b, ok
+	}
 	left := int(h.ring.Published() - h.server.Stats().GivenBack) // what is left is offered again
 	for round := range 2 {
 		seen := map[uint64]bool{}
-		for b, ok := h.fifo.TryNext(); ok; b, ok = h.fifo.TryNext() {
+		for b, ok := next(); ok; b, ok = next() {
 			if seen[b.Number] {
 				t.Fatalf("batch %d was offered twice", b.Number)
 			}
 			seen[b.Number] = true
-			h.fifo.Release(b)
+			m.Release(b)
 		}
 		if round == 0 && len(seen) != left {
 			t.Fatalf("%d batches are offered again, %d were published and not given back", len(seen), left)
@@ -333,11 +343,11 @@ func (h *channelHost) checkAllFree(t *testing.T) {
 	}
 	h.ring.Close()
 	for {
-		b, ok := h.fifo.TryNext()
+		b, ok := next()
 		if !ok {
 			break
 		}
-		h.fifo.Release(b)
+		m.Release(b)
 	}
 	if s := h.fifo.Stats(); s.Leased != 0 {
 		t.Fatalf("%d batches are still leased: %+v", s.Leased, s)

@@ -115,7 +115,7 @@ func RingFull(t Table, since, now time.Time) *wire.Note {
 	h, _ := t.Holder()
 	n := &wire.Note{
 		Code:    wire.NoteRingFull,
-		Reason:  fmt.Sprintf("waiting for a free slot of table %q for %v: %s", t.Name(), now.Sub(since).Round(time.Millisecond), engine.RingFull(h, now)),
+		Reason:  fmt.Sprintf("no slot of table %q has come free for %v, waiting for %s", t.Name(), now.Sub(since).Round(time.Millisecond), engine.Blame(h, now)),
 		Trainer: h.Trainer, Group: h.Group, Client: h.Client, PID: h.PID, Batch: h.Batch,
 	}
 	if !h.Since.IsZero() {

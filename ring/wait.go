@@ -19,9 +19,7 @@ func (r *Ring) Reserve(ctx context.Context, w *park.Waiter, n int) (Run, error) 
 			return Run{}, err
 		}
 		if run, ok := r.TryReserve(n); ok {
-			if r.hasSpace() {
-				r.Space.WakeOne()
-			}
+			r.next(&r.Space, r.hasSpace)
 			return run, nil
 		}
 	}
@@ -45,9 +43,7 @@ func (r *Ring) Lend(ctx context.Context, w *park.Waiter, stream uint64) (Place, 
 			return Place{}, err
 		}
 		if p, ok := r.lend(stream); ok {
-			if r.hasRoom() {
-				r.Room.WakeOne()
-			}
+			r.next(&r.Room, r.hasRoom)
 			return p, nil
 		}
 	}
@@ -60,7 +56,7 @@ func (r *Ring) turn(ctx context.Context, w *park.Waiter, line *park.Event, has f
 		line.Remove(w)
 		return os.ErrClosed
 	}
-	if r.Full != nil {
+	if r.Full != nil && !has() {
 		r.Full()
 	}
 	if has() { // since, or left by others: the first in line takes it
@@ -76,6 +72,15 @@ func (r *Ring) turn(ctx context.Context, w *park.Waiter, line *park.Event, has f
 		return os.ErrClosed
 	}
 	return nil
+}
+
+// next is called by the one that took its turn: what is left is for the next in line, and if nothing is, that one is now about to wait.
+func (r *Ring) next(line *park.Event, has func() bool) {
+	if has() {
+		line.WakeOne()
+	} else if r.Full != nil && line.Waiting() > 0 {
+		r.Full()
+	}
 }
 
 // hasRoom tells whether a TryLend now would find a place.

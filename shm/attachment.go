@@ -15,6 +15,7 @@ import (
 
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spsc"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -59,6 +60,9 @@ type Attachment struct {
 	freed    bool
 }
 
+// LostError says that this trainer's group lost batches unread: producers needed their places, and the table lets the group lose what it is too slow for.
+type LostError = sampler.LostError
+
 // Accepted returns what the daemon said of the table and of this trainer.
 func (a *Attachment) Accepted() wire.AcceptedTrain { return a.accepted }
 
@@ -76,7 +80,8 @@ func (a *Attachment) Err() error {
 
 // Next waits for a batch. It may be read until it is released, and was checked against the segment.
 //
-// It returns io.EOF when the stream has ended and every batch of it was delivered; the context's error, which for a deadline is also
+// It returns io.EOF when the stream has ended and every batch of it was delivered; a *LostError, once for every loss, when this trainer's group lost
+// batches, and then Next may be called again; the context's error, which for a deadline is also
 // os.ErrDeadlineExceeded, and then Next may be called again; a *wire.Notice when the daemon cut this trainer off; a *PeerGoneError
 // when it died; a *FormatError when what it shared makes no sense; os.ErrClosed after Close.
 func (a *Attachment) Next(ctx context.Context) (ring.Batch, error) {
@@ -129,6 +134,9 @@ func (a *Attachment) try() (ring.Batch, bool, error) {
 		return ring.Batch{}, false, *gone
 	case n == 0:
 		return ring.Batch{}, false, nil
+	}
+	if lost := uint32(one[0].B); one[0].B>>32 == 0 && lost > 0 {
+		return ring.Batch{}, false, &LostError{Group: a.accepted.Group, First: one[0].A, N: int(lost)}
 	}
 	b, err := a.view.Batch(one[0].A, uint32(one[0].B), int(one[0].B>>32))
 	if err == nil {

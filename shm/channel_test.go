@@ -15,7 +15,7 @@ import (
 )
 
 func TestChannelCapacity(t *testing.T) {
-	for held, want := range map[int]int{1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 64: 64, 65: 128, prefetchLimit: spsc.SharedCapacityMax} {
+	for held, want := range map[int]int{1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 64: 64, 65: 128, 2 * prefetchLimit: spsc.SharedCapacityMax} {
 		if got := channelCapacity(held); got != want {
 			t.Errorf("%d held: capacity %d, want %d", held, got, want)
 		}

@@ -56,6 +56,12 @@ func (d *daemon) Names() []string { return []string{testTable, "private"} }
 
 func startDaemon(t testing.TB, batches int, cfg ServerConfig) *daemon {
 	t.Helper()
+	return startGroups(t, batches, cfg, sampler.Config{})
+}
+
+// startGroups is startDaemon with policies.
+func startGroups(t testing.TB, batches int, cfg ServerConfig, policies sampler.Config) *daemon {
+	t.Helper()
 	s, err := spec.ParseText(testSpec)
 	check(t, err)
 	d := &daemon{t: t, spec: s, path: filepath.Join(t.TempDir(), "socket"), served: make(chan error, 1000), seat: park.NewWaiter()}
@@ -70,7 +76,7 @@ func startDaemon(t testing.TB, batches int, cfg ServerConfig) *daemon {
 	d.ring, err = ring.Format(d.memory.Bytes(), layout)
 	check(t, err)
 	d.ring.Poison = true
-	d.fifo, err = sampler.New(d.ring, sampler.Config{})
+	d.fifo, err = sampler.New(d.ring, policies, nil)
 	check(t, err)
 	cfg.Tables = d
 	d.server, err = NewServer(cfg)
@@ -152,7 +158,12 @@ func verify(s *spec.Spec, b ring.Batch) error {
 
 func (d *daemon) attach(prefetch int64) *Attachment {
 	d.t.Helper()
-	a, err := Attach(d.t.Context(), d.path, wire.Hello{Table: testTable, Prefetch: prefetch, Client: "test"})
+	return d.attachIn("", prefetch)
+}
+
+func (d *daemon) attachIn(group string, prefetch int64) *Attachment {
+	d.t.Helper()
+	a, err := Attach(d.t.Context(), d.path, wire.Hello{Table: testTable, Group: group, Prefetch: prefetch, Client: "test"})
 	check(d.t, err)
 	d.t.Cleanup(func() { check(d.t, a.Close()) })
 	return a

@@ -48,7 +48,7 @@ func (r *descriptorReader) Read(b []byte) (int, error) {
 	if n == 0 && err == nil && len(b) > 0 {
 		err = io.EOF
 	}
-	return n, err
+	return max(n, 0), err // an error of the kernel comes with -1
 }
 
 func (r *descriptorReader) keep(oob []byte) error {

@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	roleVariable = "SHM_TEST_ROLE"
-	pathVariable = "SHM_TEST_SOCKET"
+	roleVariable  = "SHM_TEST_ROLE"
+	pathVariable  = "SHM_TEST_SOCKET"
+	groupVariable = "SHM_TEST_GROUP"
 )
 
 // TestMain also is the trainer process that the tests below start.
@@ -50,7 +51,7 @@ var processRoles = map[string]func(role, path string) error{}
 // trainProcess prints "read <batch>" for each batch it read and gave back, "holding <batch>" when it keeps one for ever, and "end".
 func trainProcess(role, path string) error {
 	ctx := context.Background()
-	a, err := Attach(ctx, path, wire.Hello{Table: testTable, Prefetch: 2, Client: role})
+	a, err := Attach(ctx, path, wire.Hello{Table: testTable, Group: os.Getenv(groupVariable), Prefetch: 2, Client: role})
 	if err != nil {
 		return err
 	}
@@ -90,8 +91,13 @@ type trainerProcess struct {
 
 func (d *daemon) start(t *testing.T, role string) *trainerProcess {
 	t.Helper()
+	return d.startIn(t, "", role)
+}
+
+func (d *daemon) startIn(t *testing.T, group, role string) *trainerProcess {
+	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), roleVariable+"="+role, pathVariable+"="+d.path)
+	cmd.Env = append(os.Environ(), roleVariable+"="+role, pathVariable+"="+d.path, groupVariable+"="+group)
 	p := startProcess(t, cmd)
 	p.expect("attached")
 	return p

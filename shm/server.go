@@ -17,29 +17,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ingestd/ingestd/drainer"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
-
-// Source is where a table's batches come from and go back to; *sampler.FIFO is one. It is called once or twice per batch.
-type Source interface {
-	// Next waits for a batch that nobody has; io.EOF when none will come any more.
-	Next(ctx context.Context, w *park.Waiter) (ring.Batch, error)
-	// Release gives back a batch that was read.
-	Release(b ring.Batch)
-	// Return gives back a batch whose trainer is gone: another one gets it.
-	Return(b ring.Batch)
-}
 
 // Table is what the server needs of a table.
 type Table struct {
 	Name   string
 	Spec   *spec.Spec
 	View   *ring.View
-	Memory *Memory // nil when the table lies in memory that cannot be shared
-	Source Source
+	Memory *Memory       // nil when the table lies in memory that cannot be shared
+	Source *sampler.FIFO // where its batches come from and go back to: called twice per batch
 
 	// Prefetch is the batches a trainer that names no number may hold; 0 takes the server's.
 	Prefetch int
@@ -110,8 +100,9 @@ const (
 	prefetchLeast = 4
 )
 
-// prefetchLimit is the most that PrefetchMax can be: every batch a trainer holds has a place in both queues of its channel.
-const prefetchLimit = 1 << 16
+// prefetchLimit is the most that PrefetchMax can be: every batch a trainer holds has a place in both queues of its channel, and a second
+// one for the batches that its group lost before it.
+const prefetchLimit = 1 << 15
 
 func (c ServerConfig) check() error {
 	switch {
@@ -255,6 +246,10 @@ func (s *Server) train(ctx context.Context, conn *net.UnixConn, hello *wire.Hell
 		return err
 	}
 	defer s.remove(t)
+	if err := t.join(hello); err != nil {
+		return err
+	}
+	defer t.member.Leave()
 	defer t.close()
 	if err := t.open(); err != nil {
 		t.log.Error("cannot attach a trainer", "err", err)
@@ -307,7 +302,6 @@ func (s *Server) add(conn *net.UnixConn, hello *wire.Hello, table Table, log *sl
 	t.pid, t.uid = pid, uid
 	s.trainers[t.id] = t
 	s.granted[table.Name] += prefetch
-	s.total.Attached++
 	return t, nil
 }
 

@@ -5,6 +5,7 @@ package shm
 import (
 	"time"
 
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -20,7 +21,8 @@ type Stats struct {
 
 	Delivered uint64 // batches given to trainers
 	GivenBack uint64 // batches that trainers gave back
-	Returned  uint64 // batches taken from trainers that ended, offered again
+	Returned  uint64 // batches taken from trainers that ended, which their groups offer again or drop
+	Lost      uint64 // batches that trainers were told their groups lost; each trainer of a group is told
 
 	Trainers []TrainerStats // those attached now, by number
 
@@ -31,25 +33,22 @@ type Stats struct {
 type TrainerStats struct {
 	ID       uint64
 	Table    string
+	Group    string
 	Client   string
 	PID, UID int // 0 where the kernel does not say
 	Since    time.Time
 	Prefetch int // most batches it may hold
 
-	Held       []LeaseStats // batches it was given and has not given back, oldest first
+	Held       []LeaseStats // batches it was given and has not given back, longest held first
 	State      TrainerState
 	StateSince time.Time
 	Sleeping   bool // it has read everything it was given and sleeps until we wake it
 
-	Delivered, GivenBack uint64
+	Delivered, GivenBack, Lost uint64
 }
 
 // LeaseStats is a batch in a trainer's hands.
-type LeaseStats struct {
-	Number uint64
-	Index  uint32
-	Since  time.Time
-}
+type LeaseStats = sampler.Lease
 
 // TrainerState says who waits for whom.
 type TrainerState string

@@ -3,11 +3,13 @@
 package shm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spsc"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -33,6 +36,8 @@ type trainer struct {
 	prefetch int
 	log      *slog.Logger
 
+	member *sampler.Member // in its group; nil before join, under server.mu
+
 	live     bool    // what follows may be used by others than our goroutines; under server.mu
 	memory   *Memory // the channel
 	toPeer   *bell
@@ -42,18 +47,20 @@ type trainer struct {
 	room     chan struct{}  // capacity 1: something was given back
 
 	mu         sync.Mutex
-	held       []lease // oldest first; written under mu
+	held       []held // oldest first; written under mu
 	state      TrainerState
 	stateSince time.Time
 	delivered  uint64
 	givenBack  uint64
 	returned   uint64
+	lost       uint64
 	outcome    outcome
 }
 
-type lease struct {
+// held is a batch that the peer was given.
+type held struct {
 	batch ring.Batch
-	since time.Time
+	at    uint64 // how many descriptors it has taken from its queue once it has taken this one
 }
 
 type outcome int
@@ -73,13 +80,39 @@ func newTrainer(s *Server, id uint64, conn *net.UnixConn, hello *wire.Hello, tab
 	now := time.Now()
 	return &trainer{
 		server: s, id: id, conn: conn, table: table, client: hello.Client, since: now, prefetch: prefetch, log: log,
-		room: make(chan struct{}, 1), held: make([]lease, 0, prefetch), state: StateWaiting, stateSince: now,
+		room: make(chan struct{}, 1), held: make([]held, 0, prefetch), state: StateWaiting, stateSince: now,
 	}
+}
+
+// join makes it a member of the group it names.
+func (t *trainer) join(hello *wire.Hello) error {
+	group := cmp.Or(hello.Group, wire.GroupDefault)
+	m, err := t.table.Source.Join(group, sampler.Who{Trainer: t.id, Client: t.client, PID: t.pid})
+	if full := (*ring.GroupsFullError)(nil); errors.As(err, &full) {
+		return wire.Refuse(wire.CodeTooManyGroups, "group %q cannot be made: %v; use one there is, or wait until one without trainers ends", group, full)
+	} else if err != nil {
+		return fmt.Errorf("table %q: trainer %d: %w", t.table.Name, t.id, err)
+	}
+	t.log = t.log.With("group", group)
+	t.server.mu.Lock()
+	defer t.server.mu.Unlock()
+	t.member = m
+	t.server.total.Attached++
+	return nil
+}
+
+// capacity returns that of the channel's queues: neither can be full of honest descriptors. In a group that can lose batches, a note of those
+// may come before each batch.
+func (t *trainer) capacity() int {
+	if t.member.Loses() {
+		return channelCapacity(2 * t.prefetch)
+	}
+	return channelCapacity(t.prefetch)
 }
 
 // open makes the channel. What it made before an error is closed by close.
 func (t *trainer) open() (err error) {
-	capacity := channelCapacity(t.prefetch)
+	capacity := t.capacity()
 	t.memory, err = NewMemory(MemoryConfig{
 		Name: fmt.Sprintf("ingestd channel %d", t.id), Size: channelBytes(capacity), PeersWrite: true,
 	})
@@ -131,9 +164,9 @@ func (t *trainer) close() {
 func (t *trainer) reply() error {
 	layout := t.table.View.Layout()
 	b, err := wire.AppendAccepted(nil, &wire.AcceptedTrain{
-		Table: t.table.Name, Spec: t.table.Spec, Fingerprint: t.table.Spec.Fingerprint(), Trainer: t.id,
+		Table: t.table.Name, Spec: t.table.Spec, Fingerprint: t.table.Spec.Fingerprint(), Trainer: t.id, Group: t.member.Group(),
 		BatchSize: int64(layout.BatchSize), Batches: int64(layout.Batches), SegmentBytes: t.table.View.SegmentBytes(),
-		ChannelBytes: channelBytes(channelCapacity(t.prefetch)), Prefetch: int64(t.prefetch),
+		ChannelBytes: channelBytes(t.capacity()), Prefetch: int64(t.prefetch),
 	})
 	if err != nil {
 		return fmt.Errorf("making the reply: %w", err)
@@ -169,7 +202,7 @@ func (t *trainer) run(ctx context.Context) error {
 	stop := context.AfterFunc(running, func() { _ = t.conn.SetReadDeadline(time.Unix(1, 0)) })
 	cancel(t.watch()) // the first cause counts
 	stop()
-	t.join(&loops)
+	t.stopLoops(&loops)
 	return t.end(ctx, context.Cause(running))
 }
 
@@ -190,9 +223,9 @@ func wireNotice(code wire.Code, format string, args ...any) *wire.Notice {
 	return &wire.Notice{Code: code, Reason: fmt.Sprintf(format, args...)}
 }
 
-// join waits for the loops to see that the context has ended. A peer that turned its eventfd into a blocking one can have stopped a
+// stopLoops waits for the loops to see that the context has ended. A peer that turned its eventfd into a blocking one can have stopped a
 // write to it, so that is let go again and again.
-func (t *trainer) join(loops *sync.WaitGroup) {
+func (t *trainer) stopLoops(loops *sync.WaitGroup) {
 	done := make(chan struct{})
 	go func() { loops.Wait(); close(done) }()
 	t.toUs.signal()
@@ -212,31 +245,65 @@ func (t *trainer) join(loops *sync.WaitGroup) {
 // deliverLoop gives the peer batches as long as it may hold one more. It returns nil after the last batch and when ctx ended.
 func (t *trainer) deliverLoop(ctx context.Context) error {
 	w := park.NewWaiter()
-	var one [1]spsc.Desc
+	var lost sampler.LostError // not told yet: told with the next batch, or with the end
 	for t.waitRoom(ctx) {
-		b, err := t.table.Source.Next(ctx, w)
+		b, err := t.member.Next(ctx, w)
 		switch {
+		case err == nil:
+			t.lend(b, lost.N > 0)
+			err = t.give(&lost, spsc.Desc{A: b.Number, B: uint64(b.Index) | uint64(b.Count)<<32})
 		case err == io.EOF:
 			t.setState(StateEnded)
-			t.deliver.Close()
-			t.ringPeer()
+			if err = t.give(&lost); err == nil {
+				t.deliver.Close()
+				t.ringPeer()
+				return nil
+			}
+		case addLost(&lost, err):
+			err = nil
+		case ctx.Err() != nil:
 			return nil
-		case ctx.Err() != nil && err != nil:
-			return nil
-		case err != nil:
-			return fmt.Errorf("the next batch: %w", err)
+		default:
+			err = fmt.Errorf("the next batch: %w", err)
 		}
-		t.lend(b)
-		one[0] = spsc.Desc{A: b.Number, B: uint64(b.Index) | uint64(b.Count)<<32}
-		n, err := t.deliver.TryPush(one[:])
 		if err != nil {
-			return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
+			return err
 		}
-		if n == 0 { // the queue has a place for every batch that it may hold
-			return wireNotice(wire.CodeBadPeer, "deliver queue: batches were given back that were never taken from it")
-		}
-		t.ringPeer()
 	}
+	return nil
+}
+
+// addLost adds what err says was lost, and tells whether it says that.
+func addLost(lost *sampler.LostError, err error) bool {
+	more := (*sampler.LostError)(nil)
+	if !errors.As(err, &more) {
+		return false
+	}
+	if lost.N == 0 || more.First < lost.First {
+		lost.First = more.First
+	}
+	lost.N += more.N
+	return true
+}
+
+// give pushes what was lost, if anything was, and the batch, if there is one.
+func (t *trainer) give(lost *sampler.LostError, batch ...spsc.Desc) error {
+	var both [2]spsc.Desc
+	descs := both[:0]
+	if lost.N > 0 {
+		t.countLost(lost.N)
+		descs = append(descs, spsc.Desc{A: lost.First, B: min(uint64(lost.N), math.MaxUint32)})
+		*lost = sampler.LostError{}
+	}
+	descs = append(descs, batch...)
+	n, err := t.deliver.TryPush(descs)
+	if err != nil {
+		return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
+	}
+	if n < len(descs) { // the queue has a place for every batch that it may hold, and for a loss before it
+		return wireNotice(wire.CodeBadPeer, "deliver queue: batches were given back that were never taken from it")
+	}
+	t.ringPeer()
 	return nil
 }
 
@@ -273,11 +340,21 @@ func (t *trainer) setState(s TrainerState) {
 	}
 }
 
-func (t *trainer) lend(b ring.Batch) {
+func (t *trainer) lend(b ring.Batch, afterLoss bool) {
+	at := t.deliver.Pushed() + 1
+	if afterLoss {
+		at++
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.held = append(t.held, lease{b, time.Now()})
+	t.held = append(t.held, held{b, at})
 	t.delivered++
+}
+
+func (t *trainer) countLost(n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.lost += uint64(n)
 }
 
 // givebackLoop takes back what the peer has read. It returns nil when ctx ended.
@@ -315,7 +392,7 @@ func (t *trainer) takeBack(buf []spsc.Desc) (int, error) {
 		if !ok {
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: descriptor %#x %#x is no batch that this trainer holds", d.A, d.B)
 		}
-		t.table.Source.Release(b)
+		t.member.Release(b)
 	}
 	if n > 0 {
 		select {
@@ -329,11 +406,11 @@ func (t *trainer) takeBack(buf []spsc.Desc) (int, error) {
 func (t *trainer) unlend(d spsc.Desc) (ring.Batch, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for i, l := range t.held {
-		if l.batch.Number == d.A && uint64(l.batch.Index) == d.B {
+	for i, h := range t.held {
+		if h.batch.Number == d.A && uint64(h.batch.Index) == d.B {
 			t.held = append(t.held[:i], t.held[i+1:]...)
 			t.givenBack++
-			return l.batch, true
+			return h.batch, true
 		}
 	}
 	return ring.Batch{}, false
@@ -366,15 +443,13 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 	}
 	result, log := t.outcome, t.log.With("delivered", t.delivered, "returned", len(held))
 	t.mu.Unlock()
-	for _, l := range held {
-		t.table.Source.Return(l.batch)
-	}
+	t.giveUp(held, result)
 	switch {
 	case result == detached:
 		log.Info("trainer detached")
 		return nil
 	case result == died:
-		log.Warn("trainer died holding batches; they are offered to another")
+		log.Warn("trainer died holding batches")
 		return nil
 	case result == badPeer:
 	case ctx.Err() != nil:
@@ -391,6 +466,19 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 	return notice
 }
 
+// giveUp gives back what the peer held. A batch that it cannot have begun to read, or that we took away, is no reason to drop it, whatever the
+// group's policy; the count by which that is told is the peer's own, which can harm its own group only.
+func (t *trainer) giveUp(all []held, why outcome) {
+	taken, _ := t.deliver.Taken() // of what makes no sense, the last that did
+	for _, h := range all {
+		if why == cutOff || h.at > taken {
+			t.member.Offer(h.batch)
+		} else {
+			t.member.Return(h.batch)
+		}
+	}
+}
+
 // addTo adds what the trainer did to s.
 func (t *trainer) addTo(s *Stats) {
 	t.mu.Lock()
@@ -398,6 +486,7 @@ func (t *trainer) addTo(s *Stats) {
 	s.Delivered += t.delivered
 	s.GivenBack += t.givenBack
 	s.Returned += t.returned
+	s.Lost += t.lost
 	switch t.outcome {
 	case detached:
 		s.Detached++
@@ -414,13 +503,14 @@ func (t *trainer) addTo(s *Stats) {
 func (t *trainer) stats() TrainerStats {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	held := make([]LeaseStats, len(t.held))
-	for i, l := range t.held {
-		held[i] = LeaseStats{Number: l.batch.Number, Index: l.batch.Index, Since: l.since}
+	var held []LeaseStats
+	group := ""
+	if t.member != nil {
+		group, held = t.member.Group(), t.member.Leases()
 	}
 	return TrainerStats{
-		ID: t.id, Table: t.table.Name, Client: t.client, PID: t.pid, UID: t.uid, Since: t.since, Prefetch: t.prefetch,
+		ID: t.id, Table: t.table.Name, Group: group, Client: t.client, PID: t.pid, UID: t.uid, Since: t.since, Prefetch: t.prefetch,
 		Held: held, State: t.state, StateSince: t.stateSince, Sleeping: t.live && t.deliver.ConsumerWaiting(),
-		Delivered: t.delivered, GivenBack: t.givenBack,
+		Delivered: t.delivered, GivenBack: t.givenBack, Lost: t.lost,
 	}
 }

@@ -14,7 +14,6 @@ import (
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -83,7 +82,7 @@ func TestReceivingDoesNotAllocate(t *testing.T) {
 			ses := newSession(c, stream, newPlan(s), accepted)
 			samples := make([]byte, int64(tc.batch)*s.SampleBytes())
 			acks := make([]byte, tc.batch)
-			seat := park.NewWaiter()
+			trainer := table.NewTrainer()
 			one := func() {
 				if _, err := theirs.Write(samples); err != nil {
 					t.Fatal(err)
@@ -99,11 +98,11 @@ func TestReceivingDoesNotAllocate(t *testing.T) {
 				if _, err := io.ReadFull(theirs, acks); err != nil {
 					t.Fatal(err)
 				}
-				b, err := table.Sampler().Next(ctx, seat)
+				b, err := trainer.Next(ctx)
 				if err != nil {
 					t.Fatal(err)
 				}
-				table.Sampler().Release(b)
+				trainer.Release(b)
 			}
 			one() // buffers that are made once
 			if n := testing.AllocsPerRun(200, one); n != 0 {

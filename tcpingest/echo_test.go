@@ -13,7 +13,6 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/spec"
 )
 
@@ -46,6 +45,7 @@ func TestEchoProtocol(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	trainer := table.NewTrainer()
 	c, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +90,7 @@ func TestEchoProtocol(t *testing.T) {
 			t.Fatal(err)
 		}
 		if n%10 == 9 {
-			b, err := table.Sampler().Next(t.Context(), park.NewWaiter())
+			b, err := trainer.Next(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -103,7 +103,7 @@ func TestEchoProtocol(t *testing.T) {
 					}
 				}
 			}
-			table.Sampler().Release(b)
+			trainer.Release(b)
 		}
 	}
 	_ = c.(*net.TCPConn).CloseWrite()

@@ -2,6 +2,7 @@ package tcpingest
 
 import (
 	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/ring"
 )
 
@@ -74,6 +75,7 @@ func (t *target) scatter(src []byte) {
 		n := int64(run.N)
 		for leaf, size := range t.plan.leaves {
 			scatterLeaf(t.stream.Column(run, leaf), src[t.plan.offsets[leaf]:], size, sample, n)
+			failpoint.Hit("tcpingest/scatter/leaf")
 		}
 		src = src[n*sample:]
 	}

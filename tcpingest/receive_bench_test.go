@@ -15,7 +15,6 @@ import (
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -51,13 +50,13 @@ func startReceiving(t testing.TB, text string, change func(*plan)) *receiving {
 	table, err := engine.New(engine.Config{Name: "t", Spec: s, BatchSize: int(max(2, (2<<20)/s.SampleBytes())), Batches: 8, Drainers: pool})
 	must(err)
 	running.Go(func() {
-		seat := park.NewWaiter()
+		trainer := table.NewTrainer()
 		for {
-			b, err := table.Sampler().Next(context.Background(), seat)
+			b, err := trainer.Next(context.Background())
 			if err != nil {
 				return
 			}
-			table.Sampler().Release(b)
+			trainer.Release(b)
 		}
 	})
 	server, err := New(Config{Tables: ingesttest.Tables{"t": table}})

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -219,6 +220,7 @@ func (s *session) reserve(n int64) error {
 		s.to.runs = append(s.to.runs, run)
 		n -= int64(run.N)
 	}
+	failpoint.Hit("tcpingest/reserve/taken")
 	return nil
 }
 
@@ -259,6 +261,7 @@ func (s *session) receiveInPlace(want int64) (int64, error) {
 		if err != nil {
 			return done, err
 		}
+		failpoint.Hit("tcpingest/receive/part")
 	}
 	return done, nil
 }
@@ -277,6 +280,7 @@ func (s *session) receiveStaged(want int64) (int64, error) {
 			return 0, err // what is lost was not acked
 		}
 	}
+	failpoint.Hit("tcpingest/receive/staged")
 	s.to.scatter(buf[:want])
 	return done, nil
 }
@@ -316,6 +320,7 @@ func (s *session) place(done int64) {
 		filled, rest := run.Split(int(min(left, int64(run.N))))
 		if filled.N > 0 {
 			s.to.stream.Push(filled, now)
+			failpoint.Hit("tcpingest/place/pushed")
 		}
 		left -= int64(filled.N)
 		s.runs[i] = rest
@@ -348,6 +353,7 @@ func (s *session) flushAcks() error {
 			return errInterrupted
 		}
 	}
+	failpoint.Hit("tcpingest/ack/due")
 	var err error
 	if s.unacked, err = s.ack(s.unacked); err != nil {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -355,6 +361,7 @@ func (s *session) flushAcks() error {
 		}
 		return err
 	}
+	failpoint.Hit("tcpingest/ack/sent")
 	return nil
 }
 

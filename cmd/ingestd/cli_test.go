@@ -290,8 +290,12 @@ func samplesOf(t testing.TB, path string, s *spec.Spec) []byte {
 
 // TestEveryServeFlagCounts: each flag changes the settings in force, so none is forgotten on its way there.
 func TestEveryServeFlagCounts(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	values := map[string]string{
-		"table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
+		"segment-dir": dir, "discard-segments": "true", "ack": "committed", "sessions": "9", "session-ttl": "9s", "table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
 		"listen": "tcp://127.0.0.1:9", "admin": "off", "insecure": "true", "drainers": "3", "drain-timeout": "9s", "ready-file": "/x", "log-level": "debug",
 		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "window-bytes-max": "99MiB", "handshake-timeout": "9s", "idle-timeout": "9s",
 		"stall-timeout": "9s", "ack-timeout": "9s", "max-trainers": "9", "prefetch": "9",

@@ -87,7 +87,7 @@ func exitCode(err error) int {
 		return exitUsage
 	case is[*wire.Refusal](err), is[*wire.Notice](err):
 		return exitRefused
-	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err):
+	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err), is[*daemon.SegmentError](err):
 		return exitData
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return exitTimeout

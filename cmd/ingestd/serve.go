@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ingestd/ingestd/internal/daemon"
+	"github.com/ingestd/ingestd/ring"
 )
 
 type serveOptions struct {
@@ -30,12 +31,16 @@ func serveCommand(std streams) *cobra.Command {
 		Use:   "serve [flags]",
 		Short: "Run the daemon",
 		Long: `Run the daemon until SIGTERM or SIGINT. Then it takes no new connections, lets producers finish the samples under way, publishes what is there, lets
-trainers read it, and ends with code 0; 6 if samples were left that no trainer has read. A second signal stops it at once, with code 7.
+trainers read it, and ends with code 0; 6 if samples were left that no trainer has read and that are not kept. A second signal stops it at once, with code 7.
+
+With --segment-dir the tables lie in files there, one each, and the next daemon takes them up, however this one ended: what no trainer released is offered again, and each
+session's producers go on where it was. A segment that cannot be taken up is told with the reason, and the daemon does not start.
 
 Settings come from the defaults, then --config, then flags. --table and the flags after it add one table, or change the one of that name in the file.
 docs/operations.md describes the file; --print-config writes the settings in force as such a file, and checks them.`,
 		Example: `  ingestd serve --table digits --spec image:F32[8,8],label:I32 --batch-size 64
   ingestd serve --config /etc/ingestd.yaml --log-format json
+  ingestd serve --table digits --spec image:F32[8,8],label:I32 --segment-dir /var/lib/ingestd --ack committed
   ingestd serve --table grads --spec @grads.json --batch-size 4 --capacity 2GiB --listen tcp://127.0.0.1:0`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -53,7 +58,13 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.Var(&o.table.Capacity, "capacity", "capacity as memory, such as 2GiB, instead of --batches")
 	f.Var(&o.table.Linger, "linger", "publish a batch short when a sample in it has waited so long, or a stream ends; 0 is never")
 	f.BoolVar(&o.table.HugePages, "huge-pages", false, "take huge pages if there are any")
+	f.StringVar(&o.table.Ack, "ack", "queued", "queued: producers choose; committed: no sample is acked before it is in the ring")
+	f.IntVar(&o.table.Sessions, "sessions", ring.SessionsDefault, "most sessions of producers that the table knows")
+	o.table.SessionTTL = daemon.DefaultSessionTTL
+	f.Var(&o.table.SessionTTL, "session-ttl", "a session that has had no connection for so long may be forgotten")
 	c := &o.flagged
+	f.StringVar(&c.SegmentDir, "segment-dir", "", "folder, of this daemon alone, in which tables are kept over restarts; default: they lie in memory only")
+	f.BoolVar(&c.DiscardSegments, "discard-segments", false, "overwrite kept segments that cannot be taken up")
 	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, unix:///path or echo://host:port/table; repeatable")
 	f.StringVar(&c.Admin, "admin", c.Admin, "host:port of the admin HTTP endpoint, or off")
 	f.BoolVar(&c.Insecure, "insecure", false, "allow listeners that other machines can reach, though nobody is asked for credentials")
@@ -76,6 +87,9 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	return cmd
 }
 
+// tableFlags are those that belong to the table that --table names.
+var tableFlags = []string{"batch-size", "batches", "capacity", "linger", "huge-pages", "ack", "sessions", "session-ttl"}
+
 // config puts defaults, file and flags together.
 func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 	cfg := daemon.DefaultConfig()
@@ -87,8 +101,8 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 	given := flags.Changed
 	if given("table") || given("spec") || o.file == "" {
 		o.addTable(&cfg, given)
-	} else if i := slices.IndexFunc([]string{"batch-size", "batches", "capacity", "linger", "huge-pages"}, given); i >= 0 {
-		return cfg, usagef("serve: --batch-size, --batches, --capacity, --linger and --huge-pages belong to a table: say --table NAME, too")
+	} else if i := slices.IndexFunc(tableFlags, given); i >= 0 {
+		return cfg, usagef("serve: --%s belongs to a table: say --table NAME, too", tableFlags[i])
 	}
 	from, to := &o.flagged, &cfg
 	for name, set := range map[string]func(){
@@ -97,6 +111,8 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 		"insecure":          func() { to.Insecure = from.Insecure },
 		"drainers":          func() { to.Drainers = from.Drainers },
 		"drain-timeout":     func() { to.DrainTimeout = from.DrainTimeout },
+		"segment-dir":       func() { to.SegmentDir = from.SegmentDir },
+		"discard-segments":  func() { to.DiscardSegments = from.DiscardSegments },
 		"ready-file":        func() { to.ReadyFile = from.ReadyFile },
 		"log-level":         func() { to.Log.Level = from.Log.Level },
 		"log-format":        func() { to.Log.Format = from.Log.Format },
@@ -140,6 +156,15 @@ func (o *serveOptions) addTable(cfg *daemon.Config, given func(string) bool) {
 	}
 	if given("huge-pages") {
 		t.HugePages = o.table.HugePages
+	}
+	if given("ack") {
+		t.Ack = o.table.Ack
+	}
+	if given("sessions") {
+		t.Sessions = o.table.Sessions
+	}
+	if given("session-ttl") {
+		t.SessionTTL = o.table.SessionTTL
 	}
 }
 

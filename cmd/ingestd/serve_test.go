@@ -3,7 +3,9 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/spec"
 )
 
@@ -68,7 +71,7 @@ func TestRefusalsAndBadInput(t *testing.T) {
 	}
 	ingestd(t, "", "push", "-a", s.TCP, "-t", "a", bad).want(t, exitData, "cut short")
 	// Nobody reads, so the ring is full after 8 samples, and the window after that.
-	ingestd(t, "", "push", "-a", s.TCP, "-t", "a", "--generate", "1000", "--window-samples", "4", "--timeout", "200ms").want(t, exitTimeout, "its ring may be full")
+	ingestd(t, "", "push", "-a", s.TCP, "-t", "a", "--generate", "1000", "--window-samples", "4", "--timeout", "200ms").want(t, exitTimeout, "the ring is full")
 	// What was pushed is there, and nobody will read it.
 	ingestd(t, "", "inspect", "-a", s.Unix, "-t", "a").want(t, exitOK, "published 2 batches", layout)
 	ingestd(t, "", "serve", "--spec", "x:U8", "--listen", s.TCP, "--admin", "off").want(t, exitFailure, "another program listens there")
@@ -131,7 +134,7 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 	eventually(t, waits(fmt.Sprintf(`"pid": %d`, pull.cmd.Process.Pid)))
 	pull.signal(t, syscall.SIGSTOP)
 	push := background(t, "push", "-a", s.TCP, "-t", "a", "--generate", "1000000")
-	eventually(t, waits("a free slot: the ring is full"))
+	eventually(t, waits("the ring is full"))
 	s.signal(t, syscall.SIGTERM)
 	eventually(t, waits(`"state": "draining"`))
 	s.signal(t, syscall.SIGTERM)
@@ -173,6 +176,33 @@ func TestKilledTrainer(t *testing.T) {
 	}
 }
 
+// TestKilledDaemon: with a folder for its segments, a daemon that is killed loses nothing that was acked as committed, and its successor offers all of it.
+func TestKilledDaemon(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--batch-size", "4", "--batches", "16", "--segment-dir", dir, "--ack", "committed"}
+	s := serveTable(t, layout, args...)
+	ingestd(t, "", "push", "-a", s.TCP, "-t", "a", "--generate", "30").want(t, exitOK, "30 acked")
+	s.signal(t, syscall.SIGKILL)
+	<-s.done
+	path := filepath.Join(dir, "a.segment")
+	ingestd(t, "", "check", path).want(t, exitOK, "right")
+	other := []string{"serve", "--table", "a", "--listen", "tcp://127.0.0.1:0", "--admin", "off", "--segment-dir", dir, "--batch-size", "4", "--batches", "16", "--spec"}
+	ingestd(t, "", append(other, "x:F32[4],y:U8")...).want(t, exitData, path, `leaf "x": got F32[3], want F32[4]`, "--discard-segments")
+	s = serveTable(t, layout, args...)
+	if text := s.status(t); !strings.Contains(text, `"path": "`+path+`"`) {
+		t.Errorf("the status does not say where the segment is kept: %s", text)
+	}
+	r := parse[pullResult](t, ingestd(t, "", "pull", "-a", s.Unix, "-t", "a", "--samples", "30", "--verify", "--gapless", "--json").want(t, exitOK).out)
+	if r.Samples != 30 {
+		t.Errorf("%+v", r)
+	}
+	s.signal(t, syscall.SIGTERM)
+	s.wait(t).want(t, exitOK, "segment taken up")
+}
+
 func TestInspectSaveAndCheck(t *testing.T) {
 	s := serveTable(t, layout, "--batch-size", "4", "--batches", "8")
 	ingestd(t, "", "push", "-a", s.TCP, "-t", "a", "--generate", "10").want(t, exitOK)
@@ -212,4 +242,48 @@ func eventually(t testing.TB, ok func() bool) {
 			t.Fatal(fmt.Errorf("the test ended first: %w", t.Context().Err()))
 		}
 	}
+}
+
+// TestStatus: the command names who waits for whom; its exit codes tell a daemon that serves from one that does not and from none.
+func TestStatus(t *testing.T) {
+	s := serveTable(t, layout, "--batch-size", "4", "--batches", "4", "--drain-timeout", "1h")
+	ingestd(t, "", "status", "-a", s.Admin).want(t, exitOK, "serving", "table a: "+layout, "4 batches of 4", "0 sessions known")
+	pull := background(t, "pull", "-a", s.Unix, "-t", "a")
+	who := fmt.Sprintf("pid %d)", pull.cmd.Process.Pid)
+	shows := func(what ...string) func() bool {
+		return func() bool {
+			out := ingestd(t, "", "status", "-a", s.Admin).out
+			for _, w := range what {
+				if !strings.Contains(out, w) {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	eventually(t, shows(who+` holds no batch: waits for a batch of table "a" for `, "on the producers"))
+	pull.signal(t, syscall.SIGSTOP)
+	push := background(t, "push", "-a", s.TCP, "-t", "a", "--generate", "1000000", "--session", "s 1")
+	eventually(t, shows("producer 2 (127.0.0.1:", `session "s 1")`, `waits for a free slot of table "a": the ring is full for `, who, "1 sessions known"))
+	got := ingestd(t, "", "status", "-a", s.Admin, "--json").want(t, exitOK).out
+	if st := parse[daemon.Status](t, got); len(st.Producers.Connections) != 1 || st.Producers.Connections[0].Waits == nil || len(st.Waits) == 0 {
+		t.Errorf("%s", got)
+	}
+	s.signal(t, syscall.SIGTERM)
+	eventually(t, func() bool { return ingestd(t, "", "status", "-a", s.Admin).code == exitRefused })
+	s.signal(t, syscall.SIGTERM)
+	s.wait(t).want(t, exitInterrupted)
+	pull.signal(t, syscall.SIGCONT)
+	_, _ = pull.wait(t), push.wait(t)
+	ingestd(t, "", "status", "-a", s.Admin).want(t, exitUnreachable, "no daemon answers")
+	ingestd(t, "", "status", "-a", "nowhere").want(t, exitUsage, "admin address")
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ingestd(t, "", "status", "-a", silent.Addr().String(), "--timeout", "50ms").want(t, exitTimeout, "--timeout 50ms")
+	other := httptest.NewServer(http.NotFoundHandler())
+	defer other.Close()
+	ingestd(t, "", "status", "-a", other.URL).want(t, exitUnreachable, "is this the admin address of an ingestd?")
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
-	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
@@ -97,10 +96,11 @@ func newRig(t *testing.T, start Start, text string, batchSize, batches int, limi
 
 // train starts the trainer.
 func (r *rig) train() {
+	trainer := r.table.NewTrainer()
 	r.trainer.Go(func() {
-		seat := park.NewWaiter()
+		defer trainer.Close()
 		for {
-			b, err := r.table.Sampler().Next(context.Background(), seat)
+			b, err := trainer.Next(context.Background())
 			if err == io.EOF {
 				return
 			}
@@ -111,7 +111,7 @@ func (r *rig) train() {
 				r.t.Error(err)
 				return
 			}
-			r.table.Sampler().Release(b)
+			trainer.Release(b)
 		}
 	})
 }

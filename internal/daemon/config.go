@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/ingestd/ingestd/engine"
 )
 
 // Config is everything that can be set about a daemon. Its YAML form is the configuration file and what serve prints; the names are those of the flags.
@@ -22,9 +24,25 @@ type Config struct {
 	Drainers     int      `yaml:"drainers"`      // goroutines that move samples from queues to rings
 	DrainTimeout Duration `yaml:"drain_timeout"` // how long a stopping daemon waits for producers and trainers
 	ReadyFile    string   `yaml:"ready_file,omitempty"`
-	Log          Log      `yaml:"log"`
-	Limits       Limits   `yaml:"limits"`
-	Tables       []Table  `yaml:"tables"`
+
+	SegmentDir      string `yaml:"segment_dir"`      // folder in which the tables' segments are kept over restarts; empty: they lie in memory and end with the daemon
+	DiscardSegments bool   `yaml:"discard_segments"` // overwrite kept segments that cannot be taken up, instead of not starting
+
+	LocalProducers LocalProducers `yaml:"local_producers"`
+	Log            Log            `yaml:"log"`
+	Limits         Limits         `yaml:"limits"`
+	Tables         []Table        `yaml:"tables"`
+}
+
+// LocalProducers says who may write samples in place, over the unix socket. Whoever may has the tables' memory mapped writable.
+type LocalProducers struct {
+	Enabled     bool     `yaml:"enabled"`
+	Users       []string `yaml:"users,flow"`   // names or numbers, beside the daemon's own user
+	Groups      []string `yaml:"groups,flow"`  // names or numbers
+	Max         int      `yaml:"max"`          // at once
+	Prefetch    int      `yaml:"prefetch"`     // places lent at once to one that asks for no number
+	SettleAfter Duration `yaml:"settle_after"` // how long complete samples wait for the rest of their place before they are copied; a table's shorter linger comes first
+	Poll        Duration `yaml:"poll"`         // how long the daemon looks at a producer's queue before it sleeps: costs processor time, saves wake-ups
 }
 
 // Log says what is logged, and how.
@@ -56,6 +74,27 @@ type Table struct {
 	Capacity  Size     `yaml:"capacity,omitempty"`
 	Linger    Duration `yaml:"linger"`     // publish a batch that waits longer, short; 0 is off
 	HugePages bool     `yaml:"huge_pages"` // try them; ordinary pages are the fallback
+
+	SegmentDir     *string  `yaml:"segment_dir,omitempty"`     // instead of the daemon's; empty: this table is not kept
+	LocalProducers *bool    `yaml:"local_producers,omitempty"` // false: nobody may write samples of this table in place
+	Ack            string   `yaml:"ack"`                       // queued: producers choose; committed: no sample is acked before it is in the ring
+	Sessions       int      `yaml:"sessions"`                  // most sessions it knows
+	SessionTTL     Duration `yaml:"session_ttl"`               // a session that has had no connection for so long may be forgotten
+	Groups         []Group  `yaml:"groups,omitempty"`          // groups of trainers that are there from the start and never end
+	OtherGroups    Policy   `yaml:"other_groups,flow"`         // of groups that are not listed
+	GroupKeep      Duration `yaml:"group_keep"`                // how long a group that is not listed lasts without a trainer
+}
+
+// Group is a group of trainers.
+type Group struct {
+	Name   string `yaml:"name"`
+	Policy `yaml:",inline"`
+}
+
+// Policy is what becomes of batches that a group does not read.
+type Policy struct {
+	OnDeath string `yaml:"on_death"` // offer: a batch whose trainer died goes to another; drop: to none
+	OnLag   string `yaml:"on_lag"`   // hold: producers wait for the group; lose: it loses its oldest batches
 }
 
 // DefaultConfig is the configuration before the file and the flags.
@@ -65,7 +104,10 @@ func DefaultConfig() Config {
 		Admin:        DefaultAdmin,
 		Drainers:     min(max(runtime.GOMAXPROCS(0)/2, 1), 8),
 		DrainTimeout: Duration(30 * time.Second),
-		Log:          Log{Level: "info", Format: "text"},
+		LocalProducers: LocalProducers{
+			Enabled: true, Max: 256, Prefetch: 2, SettleAfter: Duration(100 * time.Millisecond),
+		},
+		Log: Log{Level: "info", Format: "text"},
 		Limits: Limits{
 			MaxConnections:   1024,
 			WindowSamples:    65536,
@@ -79,6 +121,12 @@ func DefaultConfig() Config {
 		},
 	}
 }
+
+// What a table gets that does not say.
+const (
+	DefaultSessionTTL = Duration(engine.SessionTTLDefault)
+	DefaultGroupKeep  = Duration(time.Minute)
+)
 
 // DefaultBatchSize and DefaultTable serve where a table is given without them.
 const (

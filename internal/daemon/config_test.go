@@ -42,9 +42,11 @@ listen: [tcp://127.0.0.1:0, "unix:///tmp/x.sock", "echo://127.0.0.1:0/b"]
 admin: off
 drain_timeout: 5s
 limits: {window_bytes: 1MiB, stall_timeout: 3s}
+local_producers: {users: [root, 1000], groups: [0], poll: 20us}
 tables:
   - {name: a, spec: "x:F32[4]", batch_size: 8, batches: 16}
-  - {name: b, spec: "y:U8", capacity: 1MiB, linger: 20ms}
+  - {name: b, spec: "y:U8", capacity: 64MiB, linger: 20ms, ack: committed, sessions: 65536, session_ttl: 1h, segment_dir: "", local_producers: false,
+     groups: [{name: eval, on_death: drop, on_lag: lose}, {name: default}], other_groups: {on_lag: lose}, group_keep: 1ms}
   - {name: c, spec: "y:F32[1048576]"}
 `
 
@@ -67,6 +69,13 @@ func TestConfigFile(t *testing.T) {
 	if b := cfg.Tables[1]; b.BatchSize != DefaultBatchSize || b.Batches < 100 || b.Capacity != 0 || b.Linger != Duration(20*time.Millisecond) {
 		t.Errorf("capacity was not turned into batches: %+v", b)
 	}
+	if b := cfg.Tables[1]; len(b.Groups) != 2 || b.Groups[0] != (Group{"eval", Policy{"drop", "lose"}}) || b.Groups[1] != (Group{"default", Policy{"offer", "hold"}}) ||
+		b.OtherGroups != (Policy{"offer", "lose"}) || b.Ack != "committed" || *b.SegmentDir != "" || *b.LocalProducers {
+		t.Errorf("%+v", b)
+	}
+	if c := cfg.Tables[2]; c.Ack != "queued" || c.Sessions != 1024 || c.SessionTTL != DefaultSessionTTL || c.GroupKeep != DefaultGroupKeep || c.OtherGroups != (Policy{"offer", "hold"}) {
+		t.Errorf("defaults: %+v", c)
+	}
 	if c := cfg.Tables[2]; c.Batches != 4 {
 		t.Errorf("a large batch gets %d batches by default, want 4", c.Batches)
 	}
@@ -79,7 +88,7 @@ func TestConfigFile(t *testing.T) {
 
 // TestEveryFieldIsNamed: no field may be forgotten in the file format, and none may be named twice.
 func TestEveryFieldIsNamed(t *testing.T) {
-	for _, v := range []any{Config{}, Log{}, Limits{}, Table{}} {
+	for _, v := range []any{Config{}, Log{}, Limits{}, LocalProducers{}, Table{}, Group{}, Policy{}} {
 		ty := reflect.TypeOf(v)
 		seen := map[string]bool{}
 		for i, name := range fieldNames(ty.Name()) {
@@ -139,6 +148,27 @@ func TestBadConfig(t *testing.T) {
 		"echo unknown table":   {table + "listen: ['echo://127.0.0.1:0/b']", `no table "b"`},
 		"echo which table":     {"tables: [{name: a, spec: 'x:U8'}, {name: b, spec: 'x:U8'}]\nlisten: ['echo://127.0.0.1:0']", "which of the tables"},
 		"no connections":       {table + "limits: {max_connections: 0}", "must be 1 to"},
+		"ack":                  {"tables: [{name: a, spec: 'x:U8', ack: never}]", "neither queued nor committed"},
+		"sessions":             {"tables: [{name: a, spec: 'x:U8', sessions: 65537}]", "must be 1 to 65536"},
+		"negative sessions":    {"tables: [{name: a, spec: 'x:U8', sessions: -1}]", "must be 1 to 65536"},
+		"group without name":   {"tables: [{name: a, spec: 'x:U8', groups: [{on_lag: lose}]}]", "groups[0]: name: is missing"},
+		"group twice":          {"tables: [{name: a, spec: 'x:U8', groups: [{name: g}, {name: g}]}]", "two of the name \"g\""},
+		"group policy":         {"tables: [{name: a, spec: 'x:U8', groups: [{name: g, on_death: cry}]}]", "neither offer nor drop"},
+		"other groups":         {"tables: [{name: a, spec: 'x:U8', other_groups: {on_lag: wait}}]", "neither hold nor lose"},
+		"group field":          {"tables: [{name: a, spec: 'x:U8', groups: [{nam: g}]}]", "unknown field nam; there are name, on_death, on_lag"},
+		"too many groups":      {"tables: [{name: a, spec: 'x:U8', groups: [" + strings.Repeat("{name: g}, ", 65) + "]}]", "are 65, may be 64"},
+		"group keep":           {"tables: [{name: a, spec: 'x:U8', group_keep: 10us}]", "at least 1ms"},
+		"segment dir":          {table + "segment_dir: somewhere", "absolute"},
+		"no segment dir":       {table + "segment_dir: /nonexistent/dir", "mkdir -m 700"},
+		"foreign segment dir":  {table + "segment_dir: /tmp", "others may write"},
+		"segment dir is file":  {table + "segment_dir: /etc/passwd", "is no folder"},
+		"huge pages on disk":   {"tables: [{name: a, spec: 'x:U8', huge_pages: true, segment_dir: /tmp}]", "both huge_pages and"},
+		"no such user":         {table + "local_producers: {users: [nobody-of-that-name]}", "no user"},
+		"no such group":        {table + "local_producers: {groups: [nobody-of-that-name]}", "no group"},
+		"settle after":         {table + "local_producers: {settle_after: 1us}", "at least 1ms"},
+		"poll":                 {table + "local_producers: {poll: 2s}", "busy"},
+		"local producers":      {table + "local_producers: {max: 0}", "must be 1 to"},
+		"local prefetch":       {table + "local_producers: {prefetch: 65}", "must be 1 to 64"},
 		"no handshake timeout": {table + "limits: {handshake_timeout: 0s}", "above 0"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -69,7 +69,7 @@ const (
 var stateNames = [...]string{"starting", "serving", "draining"}
 
 // ErrStoppedAtOnce is what Run returns after StopNow.
-var ErrStoppedAtOnce = errors.New("stopped at once, without draining: samples that were not read are lost")
+var ErrStoppedAtOnce = errors.New("stopped at once, without draining: samples that were not read are lost, unless their table is kept")
 
 // New opens everything that the configuration names. Run serves; Close gives back what was opened if Run is not called.
 func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
@@ -102,7 +102,7 @@ func (d *Daemon) open(log *slog.Logger) error {
 		d.admin = newAdmin(d, l, log)
 	}
 	for i := range d.plan.tables {
-		t, err := newTable(&d.plan.tables[i], d.pool)
+		t, err := newTable(&d.plan.tables[i], d.pool, d.plan.DiscardSegments, d.log)
 		if err != nil {
 			return err
 		}
@@ -132,19 +132,50 @@ func (d *Daemon) open(log *slog.Logger) error {
 	return err
 }
 
-func newTable(p *tablePlan, pool *drainer.Pool) (*table, error) {
-	t := &table{plan: p}
+// newTable makes a table, or takes it up from a segment that was kept.
+func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) (*table, error) {
+	if p.path == "" {
+		m, err := shm.NewMemory(shm.MemoryConfig{Name: "ingestd " + p.Name, Size: p.bytes, HugePages: p.HugePages, Fillable: p.fill})
+		if err != nil {
+			return nil, fmt.Errorf("table %q: %w", p.Name, err)
+		}
+		return makeTable(p, pool, m, false)
+	}
+	began := time.Now()
+	m, found, err := openSegment(p, discard)
+	if err != nil {
+		return nil, err
+	}
+	t, err := makeTable(p, pool, m, found) // which closes m where it fails
+	if err == nil && found {
+		r := t.Found()
+		log.Info("segment taken up", "table", p.Name, "path", p.path, "samples", r.Samples, "batches", len(r.Batches), "published_short", r.Closed, "discarded", r.Discarded,
+			"sessions", len(t.Ring().Sessions()), "clean", r.Clean, "dur", time.Since(began))
+	}
+	if !found || err == nil || !refused(err) {
+		return t, err
+	}
+	err = &SegmentError{p.Name, p.path, errors.Unwrap(err)}
+	if !discard {
+		return nil, err
+	}
+	log.Warn("segment overwritten", "table", p.Name, "path", p.path, "err", err)
+	if m, err = shm.OpenNamed(shm.MemoryConfig{Name: "ingestd " + p.Name, Path: p.path, Keep: true}); err != nil {
+		return nil, &SegmentError{p.Name, p.path, err}
+	}
+	if m, err = replaceSegment(p, m); err != nil {
+		return nil, err
+	}
+	return makeTable(p, pool, m, false)
+}
+
+func makeTable(p *tablePlan, pool *drainer.Pool, m *shm.Memory, recover bool) (*table, error) {
+	t := &table{plan: p, memory: m}
 	var err error
 	t.Table, err = engine.New(engine.Config{
 		Name: p.Name, Spec: p.spec, BatchSize: p.BatchSize, Batches: p.Batches, Linger: time.Duration(p.Linger), Drainers: pool,
-		Memory: func(size int64) (engine.Memory, error) {
-			m, err := shm.NewMemory(shm.MemoryConfig{Name: "ingestd " + p.Name, Size: size, HugePages: p.HugePages})
-			if err != nil {
-				return nil, err
-			}
-			t.memory = m
-			return m, nil
-		},
+		Sessions: p.Sessions, SessionTTL: time.Duration(p.SessionTTL), CommittedAcks: p.Ack == string(wire.AckCommitted),
+		Memory: func(int64) (engine.Memory, error) { return m, nil }, Recover: recover, Boot: bootID(),
 	})
 	return t, err
 }
@@ -281,6 +312,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	halt()
 	err = errors.Join(err, d.closeDoors())
 	group.Wait() // before the memory goes that they work in
+	if d.now.Err() == nil {
+		err = errors.Join(err, d.leaveClean())
+	}
 	err = errors.Join(err, d.Close())
 	if d.plan.ReadyFile != "" {
 		_ = os.Remove(d.plan.ReadyFile)

@@ -446,14 +446,14 @@ func TestStatusSaysWhoWaitsForWhom(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, w := range s.Waits {
-			if strings.Contains(w.Who+" waits for "+w.For, what) && !w.Since.IsZero() {
+			if strings.Contains(w.Who+" waits for "+w.For+", on "+w.On, what) && !w.Since.IsZero() {
 				return true
 			}
 		}
 		return false
 	}
-	eventually(t, func() bool { return said(`stream 1 of table "a" waits for a free slot`) })
-	eventually(t, func() bool { return said(`table "a" waits for trainer 1`) })
+	eventually(t, func() bool { return said(`waits for a free slot of table "a": the ring is full, on `) })
+	eventually(t, func() bool { return said(`table "a" waits for batch 0 to be given back, on trainer 1 (test, pid `) })
 	cancel()
 	<-pushed
 	p.Abort()

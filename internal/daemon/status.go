@@ -2,10 +2,11 @@ package daemon
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
+	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
-	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
 )
 
@@ -24,8 +25,14 @@ type Status struct {
 
 // Wait says who waits for whom.
 type Wait struct {
-	Who   string    `json:"who"`
+	Who string `json:"who"`
+	Waits
+}
+
+// Waits says what somebody waits for, on whom that depends, and since when it lasts.
+type Waits struct {
 	For   string    `json:"for"`
+	On    string    `json:"on"`
 	Since time.Time `json:"since"`
 }
 
@@ -36,6 +43,8 @@ type TableStatus struct {
 	Fingerprint  string         `json:"fingerprint"`
 	SampleBytes  int64          `json:"sample_bytes"`
 	SegmentBytes int64          `json:"segment_bytes"`
+	Path         string         `json:"path,omitempty"` // where the segment is kept
+	Unread       uint64         `json:"samples_unread"` // published, or in the hands of trainers
 	BatchSize    int            `json:"batch_size"`
 	Batches      int            `json:"batches"`
 	Places       map[string]int `json:"places"` // by state of the batch in them
@@ -49,19 +58,28 @@ type TableStatus struct {
 	Returned     uint64         `json:"batches_returned"`
 	Streams      int            `json:"streams"`
 	Opened       uint64         `json:"streams_opened"`
+	Sessions     int            `json:"sessions"`       // known, with and without a connection
+	Taken        uint64         `json:"sessions_taken"` // from one connection by another
 }
 
 // ProducerStatus is everything about the connections of producers.
 type ProducerStatus struct {
-	Accepted     uint64              `json:"accepted"`
-	Open         int                 `json:"open"`
-	Samples      uint64              `json:"samples"`
-	Bytes        uint64              `json:"bytes"`
-	CutShort     uint64              `json:"cut_short"`
-	AcceptErrors uint64              `json:"accept_errors"`
-	Ended        map[string]uint64   `json:"ended"`
-	Refused      map[string]uint64   `json:"refused"`
-	Connections  []ingest.Connection `json:"connections"`
+	Accepted     uint64             `json:"accepted"`
+	Open         int                `json:"open"`
+	Samples      uint64             `json:"samples"`
+	Bytes        uint64             `json:"bytes"`
+	CutShort     uint64             `json:"cut_short"`
+	AcceptErrors uint64             `json:"accept_errors"`
+	Ended        map[string]uint64  `json:"ended"`
+	Refused      map[string]uint64  `json:"refused"`
+	Notes        uint64             `json:"notes"`
+	Connections  []ConnectionStatus `json:"connections"`
+}
+
+// ConnectionStatus is one producer's connection.
+type ConnectionStatus struct {
+	ingest.Connection
+	Waits *Waits `json:"waits,omitempty"`
 }
 
 // TrainerStatus is one attached trainer.
@@ -79,6 +97,7 @@ type TrainerStatus struct {
 	Held       []LeaseStatus `json:"held"`
 	Delivered  uint64        `json:"batches_delivered"`
 	GivenBack  uint64        `json:"batches_given_back"`
+	Waits      *Waits        `json:"waits,omitempty"`
 }
 
 // LeaseStatus is a batch in a trainer's hands.
@@ -93,35 +112,82 @@ func (d *Daemon) Status() Status {
 		Version: d.version, State: stateNames[d.state.Load()], Started: d.started, Now: time.Now(), Addresses: d.Addresses(),
 		Waits: []Wait{}, Trainers: []TrainerStatus{},
 	}
+	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
-		s.Tables = append(s.Tables, tableStatus(d.tables[i], st.Places, st.Sampler))
-		t := &s.Tables[i]
-		t.Pushed, t.Committed, t.Abandoned = st.Pushed, st.Committed, st.Abandoned
-		t.Published, t.Leased, t.Streams, t.Opened = st.Published, st.Leased, len(st.Streams), st.Opened
-		for _, stream := range st.Streams {
-			if !stream.WaitingSince.IsZero() {
-				s.Waits = append(s.Waits, Wait{fmt.Sprintf("stream %d of table %q", stream.Stream, t.Name), "a free slot: the ring is full, trainers must give batches back", stream.WaitingSince})
-			}
-		}
+		s.Tables = append(s.Tables, tableStatus(d.tables[i], &st))
+		h, _ := d.tables[i].Holder()
+		full[st.Table] = engine.Blame(h, s.Now)
 	}
 	in := d.ingest.Stats()
-	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Connections}
-	if s.Producers.Connections == nil {
-		s.Producers.Connections = []ingest.Connection{}
+	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Notes, []ConnectionStatus{}}
+	for _, c := range in.Connections {
+		one := ConnectionStatus{c, connectionWaits(&c, full[c.Table])}
+		s.Producers.Connections = append(s.Producers.Connections, one)
+		if c.State == "waiting-for-slot" {
+			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+		}
 	}
 	for _, t := range d.trainers.Stats().Trainers {
-		s.Trainers = append(s.Trainers, trainerStatus(&t))
-		s.Waits = append(s.Waits, trainerWaits(&t)...)
+		one := trainerStatus(&t)
+		s.Trainers = append(s.Trainers, one)
+		if one.Waits != nil {
+			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+		}
+		if t.State == shm.StateAtLimit && len(t.Held) > 0 {
+			s.Waits = append(s.Waits, Wait{fmt.Sprintf("table %q", t.Table), Waits{
+				fmt.Sprintf("batch %d to be given back", t.Held[0].Number), one.Name() + ", which holds all it may", t.Held[0].Since,
+			}})
+		}
 	}
+	slices.SortStableFunc(s.Waits, func(a, b Wait) int { return a.Since.Compare(b.Since) })
 	return s
 }
 
-func tableStatus(t *table, places map[string]int, st sampler.Stats) TableStatus {
+// connectionWaits says what a connection waits for; nil while it receives.
+func connectionWaits(c *ingest.Connection, full string) *Waits {
+	switch c.State {
+	case "handshake":
+		return &Waits{"the handshake", "the producer", c.Since}
+	case "waiting-for-data":
+		return &Waits{"samples", "the producer", c.Since}
+	case "waiting-for-slot":
+		return &Waits{fmt.Sprintf("a free slot of table %q: the ring is full", c.Table), full, c.Since}
+	case "closing":
+		return &Waits{"the producer to read why it was ended", "the producer", c.Since}
+	}
+	return nil
+}
+
+// Name is how the status calls a connection: producer 3 (127.0.0.1:40110, session "a").
+func (c *ConnectionStatus) Name() string {
+	name := fmt.Sprintf("producer %d (%s", c.ID, c.Peer)
+	if c.Client != "" {
+		name += ", " + c.Client
+	}
+	if c.Session != "" {
+		name += fmt.Sprintf(", session %q", c.Session)
+	}
+	return name + ")"
+}
+
+// Name is how the status calls a trainer: trainer 7 (python, pid 4711).
+func (t *TrainerStatus) Name() string {
+	name := fmt.Sprintf("trainer %d (", t.ID)
+	if t.Client != "" {
+		name += t.Client + ", "
+	}
+	return fmt.Sprintf("%spid %d)", name, t.PID)
+}
+
+func tableStatus(t *table, st *engine.Stats) TableStatus {
 	return TableStatus{
 		Name: t.Name(), Spec: t.Spec().Text(), Fingerprint: t.Spec().Fingerprint().String(), SampleBytes: t.Spec().SampleBytes(), SegmentBytes: t.plan.bytes,
-		BatchSize: t.Ring().BatchSize(), Batches: t.Ring().Batches(), Places: places,
-		Fill:     1 - float64(places["free"])/float64(t.Ring().Batches()),
-		Released: st.Released, Returned: st.Returned,
+		Path: t.plan.path, Unread: t.unread(),
+		BatchSize: t.Ring().BatchSize(), Batches: t.Ring().Batches(), Places: st.Places,
+		Fill:   1 - float64(st.Places["free"])/float64(t.Ring().Batches()),
+		Pushed: st.Pushed, Committed: st.Committed, Abandoned: st.Abandoned, Published: st.Published, Leased: st.Leased,
+		Released: st.Sampler.Released, Returned: st.Sampler.Returned,
+		Streams: len(st.Streams) + len(st.Lenders), Opened: st.Opened, Sessions: st.Sessions, Taken: st.Taken,
 	}
 }
 
@@ -133,17 +199,8 @@ func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	for _, l := range t.Held {
 		s.Held = append(s.Held, LeaseStatus{l.Number, l.Since})
 	}
-	return s
-}
-
-// trainerWaits says what a trainer waits for, and what is waited for of it.
-func trainerWaits(t *shm.TrainerStats) (waits []Wait) {
-	who := fmt.Sprintf("trainer %d of table %q (%s, pid %d)", t.ID, t.Table, t.Client, t.PID)
-	switch {
-	case t.State == shm.StateWaiting && t.Sleeping && len(t.Held) == 0:
-		waits = append(waits, Wait{who, "a batch: producers must push", t.StateSince})
-	case t.State == shm.StateAtLimit && len(t.Held) > 0:
-		waits = append(waits, Wait{fmt.Sprintf("table %q", t.Table), fmt.Sprintf("%s, which holds all it may, to give back batch %d", who, t.Held[0].Number), t.Held[0].Since})
+	if t.State == shm.StateWaiting && t.Sleeping && len(t.Held) == 0 {
+		s.Waits = &Waits{fmt.Sprintf("a batch of table %q", t.Table), "the producers", t.StateSince}
 	}
-	return waits
+	return s
 }

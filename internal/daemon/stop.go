@@ -51,7 +51,7 @@ func (d *Daemon) stop() error {
 		d.log.Warn("connections were cut off", "err", err)
 		err = nil
 	}
-	d.log.Info("stopped", "dur", time.Since(began), "unread", unread.samples())
+	d.log.Info("stopped", "dur", time.Since(began), "unread", unread.samples(), "kept", d.kept())
 	if unread.samples() == 0 {
 		return err
 	}
@@ -135,7 +135,36 @@ func (d *Daemon) farewell(drain context.Context) {
 	d.attachments.Wait()
 }
 
-// UnreadError says that the daemon stopped with samples that no trainer has read.
+// kept counts the unread samples that stay in segments for the next daemon.
+func (d *Daemon) kept() (n uint64) {
+	for _, t := range d.tables {
+		if t.plan.path != "" {
+			n += t.unread()
+		}
+	}
+	return n
+}
+
+// leaveClean writes the segments that are kept through to their disks, and says in each that it was left in order. Nobody uses them any more.
+func (d *Daemon) leaveClean() error {
+	var errs []error
+	for _, t := range d.tables {
+		if t.plan.path == "" {
+			continue
+		}
+		err := t.memory.Sync() // before the word that says so
+		if err == nil {
+			t.Ring().SetClean()
+			err = t.memory.Sync()
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("table %q: its segment may not outlive the machine: %w", t.Name(), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// UnreadError says that the daemon stopped with samples that no trainer has read, and whose table is not kept.
 type UnreadError struct {
 	Samples map[string]uint64 // by table
 }
@@ -143,7 +172,7 @@ type UnreadError struct {
 func (d *Daemon) unread() *UnreadError {
 	e := &UnreadError{Samples: map[string]uint64{}}
 	for _, t := range d.tables {
-		if n := t.unread(); n > 0 {
+		if n := t.unread(); n > 0 && t.plan.path == "" {
 			e.Samples[t.Name()] = n
 		}
 	}
@@ -162,5 +191,5 @@ func (e *UnreadError) Error() string {
 	for name, n := range e.Samples {
 		parts = append(parts, fmt.Sprintf("%d of table %q", n, name))
 	}
-	return "samples that no trainer has read are lost: " + strings.Join(parts, ", ") + "; stop producers first and let trainers read to the end, or raise --drain-timeout"
+	return "samples that no trainer has read are lost: " + strings.Join(parts, ", ") + "; stop producers first and let trainers read to the end, or raise --drain-timeout, or keep the table with --segment-dir"
 }

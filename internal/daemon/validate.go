@@ -4,15 +4,20 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/user"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -20,14 +25,18 @@ import (
 // fieldNames lists the YAML names of one of the configuration's structs.
 func fieldNames(structName string) []string {
 	var names []string
-	for _, v := range []any{Config{}, Log{}, Limits{}, Table{}} {
+	for _, v := range []any{Config{}, Log{}, Limits{}, LocalProducers{}, Table{}, Group{}, Policy{}} {
 		t := reflect.TypeOf(v)
 		if t.Name() != structName {
 			continue
 		}
 		for i := range t.NumField() {
-			name, _, _ := strings.Cut(t.Field(i).Tag.Get("yaml"), ",")
-			names = append(names, name)
+			if f := t.Field(i); f.Anonymous {
+				names = append(names, fieldNames(f.Name)...)
+			} else {
+				name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+				names = append(names, name)
+			}
 		}
 	}
 	return names
@@ -39,6 +48,8 @@ type plan struct {
 	level     slog.Level
 	listeners []address
 	admin     *address // nil: off
+	users     []uint32 // who may write in place
+	groups    []uint32
 	tables    []tablePlan
 }
 
@@ -47,6 +58,8 @@ type tablePlan struct {
 	spec   *spec.Spec
 	layout ring.Layout
 	bytes  int64
+	path   string // where the segment is kept; empty: nowhere
+	fill   bool   // samples may be written in place
 }
 
 // Validate checks the whole configuration and fills in what it leaves open, without opening anything but spec files. The error is a *ConfigError.
@@ -57,7 +70,7 @@ func (cfg *Config) Validate() error {
 
 func (cfg *Config) plan() (*plan, error) {
 	p := &plan{Config: *cfg}
-	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkTables, p.checkListeners} {
+	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkLocalProducers, p.checkTables, p.checkListeners} {
 		if err := step(); err != nil {
 			return nil, err
 		}
@@ -116,7 +129,7 @@ func (p *plan) checkTables() error {
 		if t.Name != "" {
 			where = fmt.Sprintf("table %q", t.Name)
 		}
-		if err := checkTableName(t.Name); err != nil {
+		if err := checkName(t.Name); err != nil {
 			return configErrorf(where+": name", "%v", err)
 		}
 		if seen[t.Name] {
@@ -127,12 +140,17 @@ func (p *plan) checkTables() error {
 		if err != nil {
 			return err
 		}
+		tp.fill = p.LocalProducers.Enabled && (t.LocalProducers == nil || *t.LocalProducers)
+		if err := tp.keep(p.SegmentDir, where); err != nil {
+			return err
+		}
 		p.tables = append(p.tables, *tp)
 	}
 	return nil
 }
 
-func checkTableName(name string) error {
+// checkName says what is wrong with the name of a table or a group.
+func checkName(name string) error {
 	switch {
 	case name == "":
 		return fmt.Errorf("is missing")
@@ -154,10 +172,13 @@ func (t *Table) plan(where string) (*tablePlan, error) {
 	if t.BatchSize == 0 {
 		t.BatchSize = DefaultBatchSize
 	}
+	if err := t.checkPolicies(where); err != nil {
+		return nil, err
+	}
 	if t.Batches != 0 && t.Capacity != 0 {
 		return nil, configErrorf(where, "has both batches and capacity: give one")
 	}
-	layout := ring.Layout{BatchSize: t.BatchSize, Batches: ring.BatchesMin, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: t.Name}
+	layout := ring.Layout{BatchSize: t.BatchSize, Batches: ring.BatchesMin, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: t.Name, Sessions: t.Sessions}
 	least, err := layout.Bytes()
 	if err != nil {
 		return nil, configErrorf(where, "%v", err)
@@ -220,4 +241,147 @@ func LoadSpec(text string) (*spec.Spec, error) {
 		return s, nil
 	}
 	return spec.Parse(data)
+}
+
+// keep works out where the segment is kept.
+func (t *tablePlan) keep(dir, where string) error {
+	if t.SegmentDir != nil {
+		dir = *t.SegmentDir
+	}
+	if dir == "" {
+		return nil
+	}
+	if !filepath.IsAbs(dir) {
+		return configErrorf(where+": segment_dir", "%q is not absolute: say it from / on", dir)
+	}
+	if t.HugePages {
+		return configErrorf(where, "has both huge_pages and a segment_dir: a file is kept on ordinary pages; take one of them out (segment_dir: \"\" for this table)")
+	}
+	if err := checkSegmentDir(dir); err != nil {
+		return configErrorf(where+": segment_dir", "%v", err)
+	}
+	t.path = segmentPath(dir, t.Name)
+	return nil
+}
+
+// checkPolicies fills in and checks all that is not about the size.
+func (t *Table) checkPolicies(where string) error {
+	if t.Ack == "" {
+		t.Ack = string(wire.AckQueued)
+	}
+	if t.Ack != string(wire.AckQueued) && t.Ack != string(wire.AckCommitted) {
+		return configErrorf(where+": ack", "%q is neither queued nor committed", t.Ack)
+	}
+	if t.Sessions == 0 {
+		t.Sessions = ring.SessionsDefault
+	}
+	if t.Sessions < 1 || t.Sessions > ring.SessionsMax {
+		return configErrorf(where+": sessions", "is %d, must be 1 to %d", t.Sessions, ring.SessionsMax)
+	}
+	if t.SessionTTL == 0 {
+		t.SessionTTL = DefaultSessionTTL
+	}
+	if t.GroupKeep == 0 {
+		t.GroupKeep = DefaultGroupKeep
+	}
+	if t.GroupKeep < Duration(sampler.LingerMin) {
+		return configErrorf(where+": group_keep", "is %v, must be at least %v", t.GroupKeep, sampler.LingerMin)
+	}
+	if len(t.Groups) > ring.GroupsMax {
+		return configErrorf(where+": groups", "are %d, may be %d", len(t.Groups), ring.GroupsMax)
+	}
+	t.Groups = slices.Clone(t.Groups)
+	for i := range t.Groups {
+		g := &t.Groups[i]
+		at := fmt.Sprintf("%s: groups[%d]", where, i)
+		if err := checkName(g.Name); err != nil {
+			return configErrorf(at+": name", "%v", err)
+		}
+		if slices.ContainsFunc(t.Groups[:i], func(other Group) bool { return other.Name == g.Name }) {
+			return configErrorf(at, "there are two of the name %q", g.Name)
+		}
+		if err := g.Policy.check(at); err != nil {
+			return err
+		}
+	}
+	return t.OtherGroups.check(where + ": other_groups")
+}
+
+func (p *Policy) check(where string) error {
+	if p.OnDeath == "" {
+		p.OnDeath = "offer"
+	}
+	if p.OnLag == "" {
+		p.OnLag = "hold"
+	}
+	if p.OnDeath != "offer" && p.OnDeath != "drop" {
+		return configErrorf(where+": on_death", "%q is neither offer nor drop", p.OnDeath)
+	}
+	if p.OnLag != "hold" && p.OnLag != "lose" {
+		return configErrorf(where+": on_lag", "%q is neither hold nor lose", p.OnLag)
+	}
+	return nil
+}
+
+// Limits of local_producers.
+const (
+	settleAfterMin = time.Millisecond
+	pollMax        = time.Second
+)
+
+func (p *plan) checkLocalProducers() error {
+	l := &p.LocalProducers
+	switch {
+	case l.Max < 1 || l.Max > 1<<16:
+		return configErrorf("local_producers.max", "is %d, must be 1 to %d", l.Max, 1<<16)
+	case l.Prefetch < 1 || l.Prefetch > 64:
+		return configErrorf("local_producers.prefetch", "is %d, must be 1 to 64", l.Prefetch)
+	case time.Duration(l.SettleAfter) < settleAfterMin:
+		return configErrorf("local_producers.settle_after", "is %v, must be at least %v", l.SettleAfter, settleAfterMin)
+	case time.Duration(l.Poll) > pollMax:
+		return configErrorf("local_producers.poll", "is %v, may be %v: it keeps a processor busy", l.Poll, pollMax)
+	}
+	var err error
+	if p.users, err = numbers(l.Users, userNumber); err != nil {
+		return configErrorf("local_producers.users", "%v", err)
+	}
+	if p.groups, err = numbers(l.Groups, groupNumber); err != nil {
+		return configErrorf("local_producers.groups", "%v", err)
+	}
+	return nil
+}
+
+// numbers turns names of users or groups, or their numbers, into numbers.
+func numbers(names []string, lookup func(string) (string, error)) ([]uint32, error) {
+	var all []uint32
+	for _, name := range names {
+		n, err := strconv.ParseUint(name, 10, 32)
+		if err != nil {
+			text, err := lookup(name)
+			if err != nil {
+				return nil, err
+			}
+			if n, err = strconv.ParseUint(text, 10, 32); err != nil {
+				return nil, fmt.Errorf("%q has the number %s, which is none here", name, text)
+			}
+		}
+		all = append(all, uint32(n))
+	}
+	return all, nil
+}
+
+func userNumber(name string) (string, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return "", fmt.Errorf("there is no user %q on this machine: give a name or a number that there is", name)
+	}
+	return u.Uid, nil
+}
+
+func groupNumber(name string) (string, error) {
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return "", fmt.Errorf("there is no group %q on this machine: give a name or a number that there is", name)
+	}
+	return g.Gid, nil
 }

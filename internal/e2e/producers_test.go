@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -196,7 +196,7 @@ func TestHalfASample(t *testing.T) {
 			d := d.in(t)
 			p := d.push(tb.name, endless, 0)
 			d.await("it is in full flow", func(s *status) bool {
-				return slices.ContainsFunc(s.Producers.Connections, func(c ingest.Connection) bool { return c.Stream == last(s, tb.name) && c.Samples > 32 })
+				return slices.ContainsFunc(s.Producers.Connections, func(c daemon.ConnectionStatus) bool { return c.Stream == last(s, tb.name) && c.Samples > 32 })
 			})
 			p.signal(syscall.SIGKILL)
 			<-p.done

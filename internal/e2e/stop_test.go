@@ -45,7 +45,7 @@ func TestTermWithoutTrainers(t *testing.T) {
 	run(t, exitOK, "push", "--addr", d.TCP, "--table", small.name, "--generate", "40")
 	push := d.push(small.name, endless, 0)
 	d.await("the ring is full, and /status says who waits", func(s *status) bool { return len(s.Waits) == 1 && s.Tables[0].Fill == 1 })
-	says(t, d.status().Waits[0].For, "the ring is full, trainers must give batches back")
+	says(t, d.status().Waits[0].For+d.status().Waits[0].On, "the ring is full", "a trainer")
 	d.signal(syscall.SIGTERM)
 	d.ends(exitData)
 	says(t, d.err.String(), `512 of table "small"`, "no trainer has read", "--drain-timeout")

@@ -14,6 +14,7 @@ const Variable = "INGESTD_FAILPOINT"
 var Names = []string{
 	"drainer/settle/committed",
 	"drainer/settle/copying",
+	"drainer/visit/committed",
 	"ring/advance/counted",
 	"ring/announce/numbered",
 	"ring/announce/published",
@@ -45,6 +46,13 @@ var Names = []string{
 	"ring/recover/settled",
 	"ring/release/freed",
 	"ring/reserve/taken",
+	"tcpingest/ack/due",
+	"tcpingest/ack/sent",
+	"tcpingest/place/pushed",
+	"tcpingest/receive/part",
+	"tcpingest/receive/staged",
+	"tcpingest/reserve/taken",
+	"tcpingest/scatter/leaf",
 }
 
 // point is what the variable says.

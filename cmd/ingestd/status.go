@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ingestd/ingestd/internal/daemon"
+)
+
+type statusOptions struct {
+	addr    string
+	json    bool
+	timeout time.Duration
+}
+
+// statusBytesMax bounds the answer of whatever listens at --addr: a status of 100,000 connections has 50 MB.
+const statusBytesMax = 256 << 20
+
+func statusCommand(std streams) *cobra.Command {
+	o := &statusOptions{}
+	cmd := &cobra.Command{
+		Use:   "status [flags]",
+		Short: "Show who waits for whom in a running daemon",
+		Long: `Show each table, producer, trainer and group of a running daemon, with what it waits for, on whom that depends, and since when. It asks the admin endpoint
+(--admin of ingestd serve) and changes nothing. Ends with code 0 if the daemon serves, 3 if it is starting or draining, 4 if none answers.`,
+		Example: `  ingestd status
+  ingestd status --json | jq '.waits'`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), std.out)
+		},
+	}
+	cmd.Flags().StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
+	cmd.Flags().BoolVar(&o.json, "json", false, "print the daemon's own JSON")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
+	return cmd
+}
+
+func (o *statusOptions) run(ctx context.Context, w io.Writer) error {
+	ctx, cancel := untilSignal(ctx)
+	defer cancel()
+	ctx, stop := deadline(ctx, o.timeout, "--timeout")
+	defer stop()
+	text, err := o.ask(ctx)
+	if err != nil {
+		return because(ctx, err)
+	}
+	var s daemon.Status
+	if err := json.Unmarshal(text, &s); err != nil || s.State == "" {
+		return &codeError{exitUnreachable, fmt.Errorf("what answers at %s is no ingestd: its status is not one", o.addr)}
+	}
+	if o.json {
+		_, err = w.Write(text)
+	} else {
+		_, err = io.WriteString(w, statusText(&s))
+	}
+	if err == nil && s.State != "serving" {
+		err = &codeError{exitRefused, fmt.Errorf("the daemon is %s", s.State)}
+	}
+	return err
+}
+
+// ask gets the status from the admin endpoint.
+func (o *statusOptions) ask(ctx context.Context) ([]byte, error) {
+	addr := strings.TrimPrefix(o.addr, "http://")
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		return nil, usagef("status: --addr is %q: it is the admin address, such as http://%s", o.addr, daemon.DefaultAdmin)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/status", nil)
+	if err != nil {
+		return nil, usagef("status: --addr: %w", err)
+	}
+	transport := &http.Transport{DisableKeepAlives: true}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, &codeError{exitUnreachable, fmt.Errorf("no daemon answers at http://%s: is it running, with this --admin? (%w)", addr, err)}
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, statusBytesMax+1))
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case err != nil:
+		return nil, &codeError{exitUnreachable, fmt.Errorf("reading the status of http://%s: %w", addr, err)}
+	case len(text) > statusBytesMax:
+		return nil, &codeError{exitUnreachable, errors.New("the answer is too long for a status: is this the admin address of an ingestd?")}
+	case resp.StatusCode == http.StatusServiceUnavailable:
+		return nil, &codeError{exitRefused, errors.New("the daemon is stopping")}
+	case resp.StatusCode != http.StatusOK:
+		return nil, &codeError{exitUnreachable, fmt.Errorf("http://%s/status answers %s: is this the admin address of an ingestd?", addr, resp.Status)}
+	}
+	return text, nil
+}
+
+// statusText is the status for a person.
+func statusText(s *daemon.Status) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "ingestd %s, %s for %v\n", s.Version, s.State, since(s, s.Started))
+	for _, t := range s.Tables {
+		tableText(&b, s, &t)
+	}
+	first := true
+	for _, c := range s.Producers.Connections {
+		if c.Table == "" { // still shaking hands, or being told why it is refused
+			if first {
+				b.WriteString("\nno table yet\n")
+			}
+			first = false
+			fmt.Fprintf(&b, "  %s%s\n", c.Name(), waitsText(s, c.Waits))
+		}
+	}
+	return b.String()
+}
+
+func since(s *daemon.Status, t time.Time) time.Duration {
+	d := s.Now.Sub(t)
+	switch {
+	case d > time.Minute:
+		return d.Round(time.Second)
+	case d > time.Second:
+		return d.Round(100 * time.Millisecond)
+	}
+	return d.Round(time.Millisecond)
+}
+
+func waitsText(s *daemon.Status, w *daemon.Waits) string {
+	if w == nil {
+		return ""
+	}
+	return fmt.Sprintf(": waits for %s for %v, on %s", w.For, since(s, w.Since), w.On)
+}
+
+func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
+	fmt.Fprintf(b, "\ntable %s: %s\n", t.Name, cut(t.Spec, 100))
+	fmt.Fprintf(b, "  %d batches of %d, %.0f %% in use; %d samples committed, %d unread; %d streams open, %d sessions known\n",
+		t.Batches, t.BatchSize, 100*t.Fill, t.Committed, t.Unread, t.Streams, t.Sessions)
+	if t.Path != "" {
+		fmt.Fprintf(b, "  kept in %s\n", t.Path)
+	}
+	for _, c := range s.Producers.Connections {
+		if c.Table != t.Name {
+			continue
+		}
+		doing := waitsText(s, c.Waits)
+		if doing == "" {
+			doing = ": " + c.State
+		}
+		fmt.Fprintf(b, "  %s, stream %d, %d samples%s\n", c.Name(), c.Stream, c.Samples, doing)
+	}
+	for _, tr := range s.Trainers {
+		if tr.Table == t.Name {
+			fmt.Fprintf(b, "  %s%s%s\n", tr.Name(), heldText(s, tr.Held), waitsText(s, tr.Waits))
+		}
+	}
+}
+
+func heldText(s *daemon.Status, held []daemon.LeaseStatus) string {
+	switch len(held) {
+	case 0:
+		return " holds no batch"
+	case 1:
+		return fmt.Sprintf(" has held batch %d for %v", held[0].Batch, since(s, held[0].Since))
+	}
+	return fmt.Sprintf(" holds %d batches, number %d for %v", len(held), held[0].Batch, since(s, held[0].Since))
+}
