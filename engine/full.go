@@ -3,17 +3,19 @@ package engine
 import (
 	"fmt"
 	"time"
+
+	"github.com/ingestd/ingestd/sampler"
 )
 
-// Holder returns whom the table's writers wait for, or would if the ring were full: the trainer that has held a batch for longest, else the group that nobody reads for; false where
-// there is neither.
-func (t *Table) Holder() (Holder, bool) { return Holder{}, false }
+// Holder returns whom the table's writers wait for, or would if the ring were full: the trainer that has held a batch for longest, else the group that nobody reads
+// for; false where nothing is unread.
+func (t *Table) Holder() (sampler.Holder, bool) { return t.sampler.Holder() }
 
 // FullError says that the ring stayed full until the deadline, and why. It matches os.ErrDeadlineExceeded.
 type FullError struct {
 	Table  string
-	Holder Holder // who is waited for; the zero value where nobody is to blame
-	Err    error  // the deadline's
+	Holder sampler.Holder // who is waited for; the zero value where nobody is to blame
+	Err    error          // the deadline's
 }
 
 func (e *FullError) Error() string {
@@ -29,25 +31,28 @@ func (t *Table) full(err error) error {
 }
 
 // RingFull says for a person why a ring is full, with what Holder returned.
-func RingFull(h Holder, now time.Time) string {
+func RingFull(h sampler.Holder, now time.Time) string {
 	return "the ring is full, waiting for " + Blame(h, now)
 }
 
 // Blame names for a person whom a full ring waits for, with what Holder returned; the zero value is nobody.
-func Blame(h Holder, now time.Time) string {
+func Blame(h sampler.Holder, now time.Time) string {
 	held := now.Sub(h.Since).Round(time.Millisecond)
 	switch {
 	case h.Idle && h.Group == "":
 		return "a trainer: none has come yet"
 	case h.Idle:
 		return fmt.Sprintf("a trainer of group %q: none has taken what is unread for %v", h.Group, held)
-	case h == Holder{}:
+	case h == sampler.Holder{}:
 		return "its trainers, of which none holds a batch just now"
+	}
+	if h.Trainer == 0 {
+		return fmt.Sprintf("a trainer of this process, of group %q, which has held batch %d for %v", h.Group, h.Batch, held)
 	}
 	return fmt.Sprintf("trainer %d%s of group %q, which has held batch %d for %v", h.Trainer, whoIs(h), h.Group, h.Batch, held)
 }
 
-func whoIs(h Holder) string {
+func whoIs(h sampler.Holder) string {
 	switch {
 	case h.Client != "" && h.PID != 0:
 		return fmt.Sprintf(" (%s, pid %d)", h.Client, h.PID)

@@ -54,6 +54,9 @@ func (t *Table) OpenStream(ctx context.Context, cfg StreamConfig) (*drainer.Stre
 	s := t.cfg.Drainers.Open(t.ring, drainer.StreamConfig{ID: id, Session: own.entry(), FlushAtEnd: t.cfg.Linger > 0, Full: t.full})
 	t.opened++
 	t.streams[id] = s
+	if own != nil {
+		t.sampler.Unpin(id) // it writes elsewhere now
+	}
 	t.watching.Go(func() {
 		<-s.Done()
 		t.mu.Lock()
@@ -76,7 +79,7 @@ func (t *Table) OpenLender(ctx context.Context, cfg StreamConfig) (*drainer.Lend
 	if err != nil {
 		return nil, fmt.Errorf("table %q: %w", t.cfg.Name, err)
 	}
-	l := drainer.NewLender(t.ring, drainer.LenderID{Stream: id, Session: own.entry(), FlushAtEnd: t.cfg.Linger > 0})
+	l := drainer.NewLender(t.ring, drainer.LenderID{Stream: id, Session: own.entry(), FlushAtEnd: t.cfg.Linger > 0, Resumed: func() { t.sampler.Unpin(id) }})
 	t.opened++
 	t.lenders[id] = l
 	t.watching.Go(func() {

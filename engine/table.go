@@ -39,6 +39,12 @@ type Config struct {
 	SessionTTL    time.Duration // how long a session without a connection is remembered at least; 0: SessionTTLDefault
 	CommittedAcks bool          // transports ack no sample of this table before it is in the ring, whatever a producer asks for
 
+	// Groups of trainers that are there from the start and never end; the policies of those that are not listed (its Name is empty), and how long such a one lasts
+	// without a trainer (0: sampler's default).
+	Groups       []sampler.GroupConfig
+	DefaultGroup sampler.GroupConfig
+	GroupKeep    time.Duration
+
 	// Memory makes the segment's memory; nil takes it from the heap.
 	Memory func(size int64) (Memory, error)
 
@@ -128,10 +134,7 @@ func New(cfg Config) (*Table, error) {
 }
 
 func (t *Table) makeRing(l ring.Layout) (err error) {
-	// What cannot be is said before anything is changed in a segment that was kept.
-	if l := t.cfg.Linger; l != 0 && l < sampler.LingerMin {
-		return fmt.Errorf("linger is %v: must be 0 (off) or at least %v", l, sampler.LingerMin)
-	}
+	config := sampler.Config{Linger: t.cfg.Linger, Groups: t.cfg.Groups, Default: t.cfg.DefaultGroup, Keep: t.cfg.GroupKeep}
 	if t.cfg.Recover {
 		t.ring, t.found, err = ring.Recover(t.memory.Bytes(), l)
 	} else {
@@ -144,7 +147,7 @@ func (t *Table) makeRing(l ring.Layout) (err error) {
 	if t.found != nil {
 		found = t.found.Batches
 	}
-	t.sampler, err = sampler.New(t.ring, sampler.Config{Linger: t.cfg.Linger}, found)
+	t.sampler, err = sampler.New(t.ring, config, found)
 	return err
 }
 

@@ -264,7 +264,7 @@ typedef struct ingestd_slots {
 
 /*
  * ingestd_reserve waits for a place and reserves rows of it: at least 1, at most n, and no more than are left in the place. One
- * reservation at a time: commit or abandon it first (else MISUSE). Rows hold old bytes: fill every leaf of each row that is committed.
+ * reservation at a time: commit or abandon it first (else MISUSE, and *slots stays as it is). Rows hold old bytes: fill every leaf of each row that is committed.
  *
  * FULL names who holds the ring; TIMEOUT where the daemon did not say (it does so after 50 ms). END: the table takes no more samples.
  * PEER_CLOSED, SHUTTING_DOWN, CUT_OFF, BAD_SEGMENT, SYSTEM are final: close, and attach again where that may help.
@@ -1717,7 +1717,7 @@ static int ingestdi_delivered(ingestd_trainer *t, const uint64_t d[2], ingestd_b
     if (index >= l->table.batches || count > l->table.batch_size) return ingestdi_spoil(l, "deliver: a batch that cannot be", d[0], d[1]);
     line = ingestdi_line_of(l, index);
     state = ingestdi_load_acquire(line); /* edge(publish): acquire - after this load, the batch's rows and count are ours to read. */
-    if (state != (d[0] << 3 | 4)) return ingestdi_spoil(l, "deliver: a batch that is not leased in its place", d[0], state);
+    if ((state & 7) != 4 || state >> 3 != d[0]) return ingestdi_spoil(l, "deliver: a batch that is not leased in its place", d[0], state);
     if (ingestdi_load_relaxed(line + 2) != count) return ingestdi_spoil(l, "deliver: a batch of another number of rows than the segment says", d[0], d[1]);
     if (l->held[index]) return ingestdi_spoil(l, "deliver: a batch in a place where one is held", d[0], d[1]);
     l->held[index] = d[0] + 1;
@@ -1929,7 +1929,7 @@ static int ingestdi_lend(ingestd_producer *p, const uint64_t d[2]) {
     if (p->places == l->table.prefetch) return ingestdi_spoil(l, "deliver: more places than were granted", d[0], d[1]);
     line = ingestdi_line_of(l, (uint32_t)d[1]);
     /* edge(lend): acquire - after this load, the place is clean and its rows are ours to write. */
-    if ((ingestdi_load_acquire(line) & 7) != 5 || ingestdi_load_relaxed(line + 5) != p->stream) return ingestdi_spoil(l, "deliver: a place that is not lent to this stream", d[0], d[1]);
+    if (ingestdi_load_acquire(line) != 5 || ingestdi_load_relaxed(line + 5) != p->stream) return ingestdi_spoil(l, "deliver: a place that is not lent to this stream", d[0], d[1]);
     p->lease = d[0];
     l->held[d[1]] = d[0];
     place = &p->lent[(p->first + p->places++) % l->table.prefetch];
@@ -1984,10 +1984,10 @@ static int ingestdi_all_taken(ingestd_producer *p) { return p->link.giveback.see
 int ingestd_reserve(ingestd_producer *p, uint32_t n, int deadline_ms, ingestd_slots *slots) {
     uint32_t left;
     int code;
+    if (p && p->reserved) return ingestdi_misuse(&p->link, "ingestd_reserve: a reservation is open: commit or abandon it first");
     if (slots) memset(slots, 0, sizeof *slots);
     if (!p) return INGESTD_MISUSE;
     if (!slots || !n) return ingestdi_misuse(&p->link, "ingestd_reserve: slots is NULL, or n is 0");
-    if (p->reserved) return ingestdi_misuse(&p->link, "ingestd_reserve: a reservation is open: commit or abandon it first");
     if ((code = ingestdi_await(p, ingestdi_can_fill, 1, "ingestd_reserve", deadline_ms))) return code;
     left = p->link.table.batch_size - p->row;
     p->reserved = n < left ? n : left;

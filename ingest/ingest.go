@@ -14,6 +14,7 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -35,7 +36,7 @@ type Table interface {
 	// CommittedAcks tells whether no sample is acked before it is in the ring, whatever a producer asks for.
 	CommittedAcks() bool
 	// Holder returns whom writers wait for when the ring is full; false where nobody is to blame.
-	Holder() (engine.Holder, bool)
+	Holder() (sampler.Holder, bool)
 }
 
 // Tables finds tables by name.
@@ -110,12 +111,16 @@ func RefuseStream(h *wire.Hello, err error) *wire.Refusal {
 	return wire.Refuse(wire.CodeInternal, "table %q: %v", h.Table, err)
 }
 
-// RingFull makes the note for a producer of t whose stream has waited for a free slot since then.
+// RingFull makes the note for a producer of t whose stream has waited for a free slot since then; a zero time leaves out for how long.
 func RingFull(t Table, since, now time.Time) *wire.Note {
 	h, _ := t.Holder()
+	waited := ""
+	if !since.IsZero() {
+		waited = fmt.Sprintf(" for %v", now.Sub(since).Round(time.Millisecond))
+	}
 	n := &wire.Note{
 		Code:    wire.NoteRingFull,
-		Reason:  fmt.Sprintf("no slot of table %q has come free for %v, waiting for %s", t.Name(), now.Sub(since).Round(time.Millisecond), engine.Blame(h, now)),
+		Reason:  fmt.Sprintf("no slot of table %q is free%s, waiting for %s", t.Name(), waited, engine.Blame(h, now)),
 		Trainer: h.Trainer, Group: h.Group, Client: h.Client, PID: h.PID, Batch: h.Batch,
 	}
 	if !h.Since.IsZero() {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 )
@@ -177,6 +178,7 @@ func (s *FIFO) done(index uint32, groups uint64) {
 		s.ring.Release(p.batch)
 	case p.need != s.ring.Pending(index):
 		s.ring.SetPending(p.batch, p.need)
+		failpoint.Hit("sampler/done/noted")
 	}
 }
 

@@ -245,8 +245,8 @@ func TestLosingGroup(t *testing.T) {
 	r := newRing(t, 4)
 	s := newGroups(t, r, Config{Groups: []GroupConfig{{Name: "keeps"}, {Name: "loses", OnLag: Lose}}})
 	keeps, loses, loses2 := join(t, s, "keeps"), join(t, s, "loses"), join(t, s, "loses")
-	if keeps.Loses() || !loses.Loses() {
-		t.Error("Loses does not say what the group does")
+	if keeps.Policies().OnLag != Hold || loses.Policies() != (GroupConfig{Name: "loses", OnLag: Lose}) {
+		t.Errorf("policies: %+v and %+v", keeps.Policies(), loses.Policies())
 	}
 	for n := range uint64(4) {
 		if !push(t, r, n) {

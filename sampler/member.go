@@ -49,8 +49,8 @@ func (s *FIFO) Join(group string, who Who) (*Member, error) {
 // Group returns the name of its group.
 func (m *Member) Group() string { return m.group.Name }
 
-// Loses tells whether the group loses batches that it is too slow for, so that Next can return a *LostError.
-func (m *Member) Loses() bool { return m.group.OnLag == Lose }
+// Policies returns those of its group. Only with OnLag Lose can Next return a *LostError.
+func (m *Member) Policies() GroupConfig { return m.group.GroupConfig }
 
 // TryNext returns the next batch if there is one now. The error is a *LostError, once for every loss, or os.ErrClosed after Leave.
 func (m *Member) TryNext() (ring.Batch, bool, error) {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/spsc"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -240,6 +241,7 @@ func (f *filler) refill() error {
 
 func (f *filler) deliver(lease uint64, index uint32) error {
 	one := [1]spsc.Desc{{A: lease, B: uint64(index)}}
+	failpoint.Hit("shm/filler/lent")
 	n, err := f.link.deliver.TryPush(one[:])
 	if err != nil {
 		return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
@@ -385,7 +387,9 @@ func (f *filler) handle(ctx context.Context, descs []spsc.Desc, arrival uint64) 
 		if err != nil {
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: %v", err)
 		}
+		failpoint.Hit("shm/filler/committed")
 		f.link.giveback.Done(k)
+		failpoint.Hit("shm/filler/acked")
 		if full {
 			return k, f.finish(ctx)
 		}

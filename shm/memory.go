@@ -46,9 +46,10 @@ type Memory struct {
 	mem     []byte
 	fd      int // the memory itself
 	shareFd int // what peers get; the same as fd for a memfd that none of them may write
-	fillFd  int // what fillers get, -1 without them: of a named file one that does not keep it locked for as long as they have it mapped
+	fillFd  int // what peers get that may write; the same as fd for a memfd
 	path    string
 	keep    bool
+	fill    bool // Writable is allowed
 	huge    bool
 	hugeErr error
 }
@@ -114,10 +115,7 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: memfd_create: %w", cfg.Name, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fillFd: -1, huge: huge}
-	if cfg.Fillable {
-		m.fillFd = fd
-	}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fillFd: fd, fill: cfg.Fillable, huge: huge}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -153,8 +151,8 @@ func (m *Memory) openForReaders() error {
 		return fmt.Errorf("%s: opening it read-only for trainers: %w", m.name, err)
 	}
 	m.shareFd = fd
-	if m.path != "" {
-		return nil // made with mode 0600, which its owner needs to open it again
+	if m.path != "" { // made with mode 0600, which its owner needs to open it again
+		return m.openForFillers()
 	}
 	if err := unix.Fchmod(m.fd, 0); err != nil {
 		return fmt.Errorf("%s: taking the right to open it from everybody: %w", m.name, err)
@@ -162,15 +160,17 @@ func (m *Memory) openForReaders() error {
 	return nil
 }
 
-// openForPeers makes the descriptors of a named file that readers and, if there are to be any, fillers get.
-func (m *Memory) openForPeers(fillable bool) (err error) {
-	if err := m.openForReaders(); err != nil || !fillable {
-		return err
+// openForFillers opens a named file once more for those that may write. Had they our own descriptor, their copies and mappings of it would keep our lock on the file when we are
+// dead, and no successor could take it up before they are gone, too.
+func (m *Memory) openForFillers() error {
+	if !m.fill {
+		return nil
 	}
-	// One of its own: a lock lasts until the last mapping made through the locked descriptor is gone, and a filler outlives its daemon.
-	if m.fillFd, err = unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
 		return fmt.Errorf("%s: opening it for producers that fill it: %w", m.name, err)
 	}
+	m.fillFd = fd
 	return nil
 }
 
@@ -277,7 +277,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: creating %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path} // a file that could not be made is not kept
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, fill: cfg.Fillable} // a file that could not be made is not kept
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -299,7 +299,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapWhole(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForPeers(cfg.Fillable); err != nil {
+	if err := m.openForReaders(); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -344,7 +344,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%s: opening %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, keep: true}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, keep: true, fill: cfg.Fillable}
 	defer func() {
 		if err != nil {
 			m.keep = true
@@ -369,7 +369,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapPresent(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForPeers(cfg.Fillable); err != nil {
+	if err := m.openForReaders(); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -437,7 +437,7 @@ func (m *Memory) Path() string { return m.path }
 func (m *Memory) Descriptor() int { return m.shareFd }
 
 // Writable returns the descriptor for peers that may write, and whether there is one: only memory made Fillable has it.
-func (m *Memory) Writable() (int, bool) { return m.fillFd, m.fillFd >= 0 }
+func (m *Memory) Writable() (int, bool) { return m.fillFd, m.fill }
 
 // Sync writes a named file's content through to its disk, and returns when it is there. For a memfd and on tmpfs it does nothing.
 func (m *Memory) Sync() error {
@@ -458,7 +458,7 @@ func (m *Memory) Close() error {
 		errs = append(errs, unix.Munmap(m.mem))
 		m.mem = nil
 	}
-	for _, fd := range [...]int{m.shareFd, m.fillFd} {
+	for _, fd := range []int{m.shareFd, m.fillFd} {
 		if fd >= 0 && fd != m.fd {
 			errs = append(errs, unix.Close(fd))
 		}

@@ -150,39 +150,6 @@ func TestKeptFile(t *testing.T) {
 }
 
 // Whatever else lies at the path is refused, said why, and left as it is.
-// A filler that outlives its daemon has the file mapped, and the next daemon takes it up all the same.
-func TestKeptFileOfLivingFiller(t *testing.T) {
-	cfg := MemoryConfig{Path: filepath.Join(t.TempDir(), "ring"), Size: 8192, Keep: true, Fillable: true}
-	first := newMemory(t, cfg)
-	for range 2 { // of one that made the file, and one that took it up
-		writable, ok := first.Writable()
-		if !ok {
-			t.Fatal("no descriptor for fillers")
-		}
-		theirs, err := mapFillable(writable, 8192)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer theirs.Close()
-		if _, err := OpenNamed(cfg); !errors.As(err, new(*InUseError)) {
-			t.Fatalf("a file in use was opened: %v", err)
-		}
-		if err := first.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if first, err = OpenNamed(cfg); err != nil {
-			t.Fatal(err)
-		}
-		theirs.Bytes()[4097]++
-		if first.Bytes()[4097] != theirs.Bytes()[4097] {
-			t.Error("it is not the same memory")
-		}
-	}
-	if err := first.Close(); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestOpenNamedRefuses(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name string, size int64, mode os.FileMode) string {
@@ -295,4 +262,35 @@ func must(t testing.TB, err error) {
 		t.Helper()
 		t.Fatal(err)
 	}
+}
+
+// TestLockEndsWithItsDaemon: descriptors and mappings that peers still have do not keep a kept file locked when its daemon is gone.
+func TestLockEndsWithItsDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ring")
+	m, err := NewMemory(MemoryConfig{Name: "first", Size: 8192, Path: path, Keep: true, Fillable: true})
+	check(t, err)
+	writable, ok := m.Writable()
+	if !ok {
+		t.Fatal("no writable descriptor")
+	}
+	for _, fd := range []int{writable, m.Descriptor()} { // as SCM_RIGHTS hands them over
+		theirs, err := unix.Dup(fd)
+		check(t, err)
+		defer unix.Close(theirs)
+	}
+	mapped, err := unix.Mmap(writable, 0, 8192, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	check(t, err)
+	defer func() { check(t, unix.Munmap(mapped)) }()
+	var used *InUseError
+	if _, err := OpenNamed(MemoryConfig{Name: "second", Path: path, Keep: true, Fillable: true}); !errors.As(err, &used) {
+		t.Errorf("while it is in use: %v", err)
+	}
+	check(t, m.Close())
+	next, err := OpenNamed(MemoryConfig{Name: "second", Path: path, Keep: true, Fillable: true})
+	check(t, err)
+	mapped[5000] = 9
+	if next.Bytes()[5000] != 9 {
+		t.Error("it is another memory")
+	}
+	check(t, next.Close())
 }

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
@@ -104,7 +105,7 @@ func (t *trainer) join(hello *wire.Hello) error {
 // capacity returns that of the channel's queues: neither can be full of honest descriptors. In a group that can lose batches, a note of those
 // may come before each batch.
 func (t *trainer) capacity() int {
-	if t.member.Loses() {
+	if t.member.Policies().OnLag == sampler.Lose {
 		return channelCapacity(2 * t.prefetch)
 	}
 	return channelCapacity(t.prefetch)
@@ -296,6 +297,7 @@ func (t *trainer) give(lost *sampler.LostError, batch ...spsc.Desc) error {
 		*lost = sampler.LostError{}
 	}
 	descs = append(descs, batch...)
+	failpoint.Hit("shm/trainer/giving")
 	n, err := t.deliver.TryPush(descs)
 	if err != nil {
 		return wireNotice(wire.CodeBadPeer, "deliver queue: %v", err)
@@ -392,6 +394,7 @@ func (t *trainer) takeBack(buf []spsc.Desc) (int, error) {
 		if !ok {
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: descriptor %#x %#x is no batch that this trainer holds", d.A, d.B)
 		}
+		failpoint.Hit("shm/trainer/unlent")
 		t.member.Release(b)
 	}
 	if n > 0 {
@@ -449,7 +452,11 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 		log.Info("trainer detached")
 		return nil
 	case result == died:
-		log.Warn("trainer died holding batches")
+		if t.member.Policies().OnDeath == sampler.Drop {
+			log.Warn("trainer died holding batches; its group drops those it had begun")
+		} else {
+			log.Warn("trainer died holding batches; they are offered to another")
+		}
 		return nil
 	case result == badPeer:
 	case ctx.Err() != nil:

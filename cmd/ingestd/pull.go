@@ -14,11 +14,13 @@ import (
 	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/internal/proof"
 	"github.com/ingestd/ingestd/internal/tensorfile"
+	"github.com/ingestd/ingestd/wire"
 )
 
 type pullOptions struct {
 	target
 	spec     string
+	group    string
 	batches  uint64
 	samples  uint64
 	prefetch int
@@ -36,7 +38,8 @@ func pullCommand(std streams) *cobra.Command {
 		Use:   "pull [flags]",
 		Short: "Read batches as a trainer does: count, verify, or write .npz",
 		Long: `Attach to a table as a trainer, read its batches in shared memory and give them back, until the stream ends or --samples or --batches were read.
-Each batch goes to one trainer: what pull reads, no other trainer gets.
+Each batch goes to one trainer of every group: what pull reads, no other trainer of its group gets. With a --group of its own it takes nothing
+from anybody, but producers wait for it as for any other group, unless the table lets groups lose what they are too slow for: then the losses are counted.
 
 --verify checks every byte of samples made by ingestd push --generate, and that each stream's samples come in order, none twice. With --gapless
 a missing number is an error, too: for a pull that is the table's only trainer from the start.`,
@@ -50,6 +53,7 @@ a missing number is an error, too: for a pull that is the table's only trainer f
 	o.flags(cmd, "unix://"+daemon.DefaultSocket())
 	f := cmd.Flags()
 	f.StringVar(&o.spec, "spec", "", "demand this spec; default: take the table's")
+	f.StringVar(&o.group, "group", wire.GroupDefault, "group of trainers to join; made if there is none of that name")
 	f.Uint64Var(&o.batches, "batches", 0, "stop after so many batches; 0: at the end of the stream")
 	f.Uint64Var(&o.samples, "samples", 0, "stop after the batch with which so many samples are complete; 0: at the end of the stream")
 	f.IntVar(&o.prefetch, "prefetch", 0, "batches held at once; 0: the daemon's default")
@@ -70,7 +74,8 @@ type pullResult struct {
 	Bytes   uint64  `json:"bytes"`
 	Streams int     `json:"streams"`
 	Seconds float64 `json:"seconds"`
-	Ended   bool    `json:"ended"` // the stream ended
+	Lost    uint64  `json:"lost_batches,omitempty"` // that the group was too slow for
+	Ended   bool    `json:"ended"`                  // the stream ended
 	*Verdict
 	Error string `json:"error,omitempty"`
 }
@@ -90,7 +95,7 @@ func (o *pullOptions) run(ctx context.Context, std streams) error {
 	defer cancel()
 	var t *client.Trainer
 	err = o.retry(ctx, func() (err error) {
-		t, err = client.Attach(ctx, o.addr, client.TrainerConfig{Table: o.table, Spec: want, Prefetch: o.prefetch, Client: "ingestd pull/" + version()})
+		t, err = client.Attach(ctx, o.addr, client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version()})
 		return err
 	})
 	if err != nil {
@@ -149,6 +154,10 @@ func (r *puller) all(ctx context.Context) error {
 			r.result.Ended = true
 			return r.enough()
 		}
+		if lost := (*client.LostBatchesError)(nil); errors.As(err, &lost) {
+			r.result.Lost += uint64(lost.N)
+			continue
+		}
 		if err == nil {
 			err = r.take(b)
 			b.Release()
@@ -205,6 +214,9 @@ func (r *puller) print(w io.Writer, took time.Duration, err error) error {
 	}
 	_, printed := fmt.Fprintf(w, "pulled %d samples in %d batches of %d streams from table %q: %s in %.2f s, %.0f samples/s, %s/s\n",
 		res.Samples, res.Batches, res.Streams, res.Table, bytesText(float64(res.Bytes)), res.Seconds, perSecond(float64(res.Samples), took), bytesText(perSecond(float64(res.Bytes), took)))
+	if res.Lost > 0 && printed == nil {
+		_, printed = fmt.Fprintf(w, "lost: %d batches that group %q was too slow for\n", res.Lost, r.group)
+	}
 	if v := res.Verdict; v != nil && printed == nil {
 		_, printed = fmt.Fprintf(w, "verified: %d wrong, %d out of order, %d missing before later ones\n", v.Wrong, v.Disorder, v.Gaps)
 	}

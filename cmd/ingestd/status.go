@@ -139,7 +139,7 @@ func waitsText(s *daemon.Status, w *daemon.Waits) string {
 	if w == nil {
 		return ""
 	}
-	return fmt.Sprintf(": waits for %s for %v, on %s", w.For, since(s, w.Since), w.On)
+	return fmt.Sprintf(": has waited %v for %s, on %s", since(s, w.Since), w.For, w.On)
 }
 
 func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
@@ -158,6 +158,19 @@ func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
 			doing = ": " + c.State
 		}
 		fmt.Fprintf(b, "  %s, stream %d, %d samples%s\n", c.Name(), c.Stream, c.Samples, doing)
+	}
+	for _, f := range s.Local.Producers {
+		if f.Table != t.Name {
+			continue
+		}
+		doing := waitsText(s, f.Waits)
+		if doing == "" {
+			doing = ": " + f.State
+		}
+		fmt.Fprintf(b, "  %s, stream %d, %d samples, has %d places%s\n", f.Name(), f.Stream, f.Samples, f.Lent, doing)
+	}
+	for _, g := range t.Groups {
+		fmt.Fprintf(b, "  group %s: %d trainers, %d batches unread, %d held%s\n", g.Name, g.Trainers, g.Unread, g.Leased, waitsText(s, g.Waits))
 	}
 	for _, tr := range s.Trainers {
 		if tr.Table == t.Name {

@@ -86,8 +86,9 @@ func TestEachFieldOfTheHeader(t *testing.T) {
 				at.Store(at8)
 				value.Store(v)
 				answer := p.do("%s", fakeOptions(path).attach())
-				same := was.Load() == v || (at8 == 200 && v == 1) // one session less leaves a gap, which may be
-				if ok := strings.HasPrefix(answer, "ok "); ok != same {
+				legal := was.Load() == v || (at8 == 200 && v == 1) || // one session less leaves a gap, which may be
+					(at8 == 72 && v < was.Load() && v >= was.Load()-uint64(len(blanks)))
+				if ok := strings.HasPrefix(answer, "ok "); ok != legal {
 					t.Errorf("the word at %d is %d instead of %d: %s", at8, v, was.Load(), answer)
 				} else if ok {
 					p.ok("detach")
@@ -111,47 +112,49 @@ func TestSpecs(t *testing.T) {
 			seal(mem)
 		}, nil)
 		p := start(t, b)
+		// leaves is the spec of x and of what is given.
+		leaves := func(y ...string) string { return `{"leaves":[` + strings.Join(append([]string{x}, y...), ",") + `]}` }
+		with := func(from, to string) string { return leaves(strings.Replace(y, from, to, 1)) }
+		const legal = "legal"
 		for spec, words := range map[string]string{
-			`{"leaves":[` + x + `,` + y + `]}`:                                                                "",
-			" { \"leaves\" : [ " + x + " , " + y + " ] } ":                                                    "",
-			`{"leaves":[{"shape":[2,2],"dtype":"\u0046\u0033\u0032","name":"\u0078"},` + y + `]}`:             "",
-			`{"leaves":[` + x + `]}`:                                                                          "fewer leaves",
-			`{"leaves":[` + x + `,` + y + `,` + y + `]}`:                                                      "more leaves",
-			`{"leaves":[` + y + `,` + x + `]}`:                                                                "not the size of its leaf",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "y", "x", 1) + `]}`:                                  "same name",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "U8", "U9", 1) + `]}`:                                "dtype is not known",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "U8", "U8888888888888888", 1) + `]}`:                 "too long",
-			`{"leaves":[` + x + `,` + strings.Replace(y, `"y"`, `""`, 1) + `]}`:                               "lacks name",
-			`{"leaves":[` + x + `,` + strings.Replace(y, `"y"`, `"\u0000"`, 1) + `]}`:                         "control character",
-			`{"leaves":[` + x + `,` + strings.Replace(y, `"y"`, "\""+strings.Repeat("y", 129)+"\"", 1) + `]}`: "too long",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[0]", 1) + `]}`:                               "dimension is 0",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[1,1,1,1,1,1,1,1]", 1) + `]}`:                 "",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[1,1,1,1,1,1,1,1,1]", 1) + `]}`:               "too many dimensions",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[4294967297]", 1) + `]}`:                      "larger than a sample",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[4294967296,4294967296]", 1) + `]}`:           "larger than a sample",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "[-1]", 1) + `]}`:                              "whole",
-			`{"leaves":[` + x + `,` + strings.Replace(y, "[]", "1", 1) + `]}`:                                 "no array",
-			`{"leaves":[` + x + `,{"name":"y","dtype":"U8"}]}`:                                                "lacks name, dtype or shape",
-			`{"leaves":[` + x + `,{"name":"y","name":"y","dtype":"U8","shape":[]}]}`:                          "there twice",
-			`{"leaves":[` + x + `,{"name":"y","dtype":"U8","shape":[],"more":1}]}`:                            "unknown",
-			`{"leaves":[` + x + `,7]}`:                                                                        "no object",
-			`{"leaves":[` + x + `,` + y + `]}}`:                                                               "",
-			`{"leaves":[` + x + `,` + y + `],"more":1}`:                                                       "",
-			`{"leaves":[` + x + `,` + y:                                                                       "",
-			`{"leaves":7}`:                                                                                    "does not start",
-			`{"Leaves":[` + x + `,` + y + `]}`:                                                                "does not start",
-			`[]`:                                                                                              "does not start",
+			leaves(y): legal,
+			" { \"leaves\" : [ " + x + " , " + y + " ] } ":                                        legal,
+			`{"leaves":[{"shape":[2,2],"dtype":"\u0046\u0033\u0032","name":"\u0078"},` + y + `]}`: legal,
+			with("[]", "[1,1,1,1,1,1,1,1]"):                                                       legal,
+			with(`"y"`, `"`+strings.Repeat("y", 128)+`"`):                                         legal,
+			with(`"y"`, `"`+strings.Repeat("y", 129)+`"`):                                         "too long",
+			leaves():                              "fewer leaves",
+			leaves(y, y):                          "more leaves",
+			`{"leaves":[` + y + `,` + x + `]}`:    "not the size of its leaf",
+			with("y", "x"):                        "same name",
+			with("U8", "U9"):                      "dtype is not known",
+			with("U8", "U8888888888888888"):       "too long",
+			with(`"y"`, `""`):                     "lacks name",
+			with(`"y"`, `"\u0000"`):               "control character",
+			with("[]", "[0]"):                     "dimension is 0",
+			with("[]", "[1,1,1,1,1,1,1,1,1]"):     "too many dimensions",
+			with("[]", "[4294967297]"):            "larger than a sample",
+			with("[]", "[4294967296,4294967296]"): "larger than a sample",
+			with("[]", "[-1]"):                    "whole",
+			with("[]", "1"):                       "no array",
+			leaves(`{"name":"y","dtype":"U8"}`):   "lacks name, dtype or shape",
+			leaves(`{"name":"y","name":"y","dtype":"U8","shape":[]}`): "there twice",
+			leaves(`{"name":"y","dtype":"U8","shape":[],"more":1}`):   "unknown",
+			leaves(`7`):     "no object",
+			leaves(y) + "}": "something follows",
+			`{"leaves":[` + x + `,` + y + `],"more":1}`: "does not end",
+			`{"leaves":[` + x + `,` + y:                 "comma or its end",
+			`{"leaves":7}`:                              "does not start",
+			`{"Leaves":[` + x + `,` + y + `]}`:          "does not start",
+			`[]`:                                        "does not start",
 		} {
 			text.Store(&spec)
-			answer := p.do("%s", fakeOptions(path).attach())
-			legal := words == "" && strings.HasSuffix(strings.TrimSpace(spec), "]}") && !strings.HasSuffix(spec, "}}}")
-			switch {
-			case legal && !strings.HasPrefix(answer, "ok "):
-				t.Errorf("%s: %s", spec, answer)
-			case legal:
+			if line := fakeOptions(path).attach(); words == legal {
+				p.ok("%s", line)
 				p.ok("detach")
-			case !strings.HasPrefix(answer, "error bad_segment\t") || !strings.Contains(answer, words):
-				t.Errorf("%s: %s, want bad_segment with %q", spec, answer, words)
+			} else {
+				p.send("%s", line)
+				p.isError("bad_segment", words, spec)
 			}
 		}
 	})
@@ -459,6 +462,6 @@ func (f *fake) pushed() uint64 { return binary.LittleEndian.Uint64(f.givebackQue
 // alive tells whether the peer's side of the socket is open.
 func (f *fake) alive() bool {
 	fds := []unix.PollFd{{Fd: int32(socketOf(f)), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 1)
+	n, err := unix.Poll(fds, 0)
 	return n == 0 && err == nil
 }

@@ -113,7 +113,11 @@ func (d *Daemon) open(log *slog.Logger) error {
 	}
 	l := &d.plan.Limits
 	var err error
-	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log}); err != nil {
+	local := &d.plan.LocalProducers
+	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: shm.FillConfig{
+		Users: d.plan.users, Groups: d.plan.groups, Prefetch: local.Prefetch, FillersMax: local.Max,
+		SettleAfter: time.Duration(local.SettleAfter), Poll: time.Duration(local.Poll),
+	}}); err != nil {
 		return err
 	}
 	d.ingest, err = tcpingest.New(tcpingest.Config{
@@ -175,6 +179,7 @@ func makeTable(p *tablePlan, pool *drainer.Pool, m *shm.Memory, recover bool) (*
 	t.Table, err = engine.New(engine.Config{
 		Name: p.Name, Spec: p.spec, BatchSize: p.BatchSize, Batches: p.Batches, Linger: time.Duration(p.Linger), Drainers: pool,
 		Sessions: p.Sessions, SessionTTL: time.Duration(p.SessionTTL), CommittedAcks: p.Ack == string(wire.AckCommitted),
+		Groups: p.samplerGroups(), DefaultGroup: p.OtherGroups.sampler(""), GroupKeep: time.Duration(p.GroupKeep),
 		Memory: func(int64) (engine.Memory, error) { return m, nil }, Recover: recover, Boot: bootID(),
 	})
 	return t, err
@@ -209,7 +214,30 @@ func (r registry) Table(name string) (shm.Table, bool) {
 	if t == nil {
 		return shm.Table{}, false
 	}
-	return shm.Table{Name: name, Spec: t.Spec(), View: &t.Ring().View, Memory: t.memory, Source: t.Sampler()}, true
+	st := shm.Table{
+		Name: name, Spec: t.Spec(), View: &t.Ring().View, Memory: t.memory, Source: t.Sampler(), Linger: time.Duration(t.plan.Linger),
+		Holder: func() (wire.Note, bool) {
+			_, ok := t.Holder()
+			return *ingest.RingFull(t, time.Time{}, time.Now()), ok
+		},
+	}
+	if t.plan.fill {
+		st.Fill = r.d.fill(t)
+	}
+	return st, true
+}
+
+// fill opens streams of producers that fill places of a table in place.
+func (d *Daemon) fill(t *table) func(context.Context, string, func()) (*drainer.Lender, error) {
+	return func(ctx context.Context, session string, taken func()) (*drainer.Lender, error) {
+		opening, cancel := context.WithTimeout(ctx, time.Duration(d.plan.Limits.HandshakeTimeout))
+		defer cancel()
+		l, err := t.OpenLender(opening, engine.StreamConfig{Session: session, Taken: taken})
+		if err != nil && ctx.Err() == nil {
+			return nil, ingest.RefuseStream(&wire.Hello{Table: t.Name(), Session: session}, err)
+		}
+		return l, err
+	}
 }
 
 type ingestTables struct{ registry }

@@ -452,7 +452,7 @@ func TestStatusSaysWhoWaitsForWhom(t *testing.T) {
 		}
 		return false
 	}
-	eventually(t, func() bool { return said(`waits for a free slot of table "a": the ring is full, on `) })
+	eventually(t, func() bool { return said(`waits for a free slot of table "a" (the ring is full), on `) })
 	eventually(t, func() bool { return said(`table "a" waits for batch 0 to be given back, on trainer 1 (test, pid `) })
 	cancel()
 	<-pushed

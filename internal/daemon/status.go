@@ -7,6 +7,7 @@ import (
 
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
 )
 
@@ -20,6 +21,7 @@ type Status struct {
 	Waits     []Wait          `json:"waits"` // who waits for whom, the longest first within each kind
 	Tables    []TableStatus   `json:"tables"`
 	Producers ProducerStatus  `json:"producers"`
+	Local     LocalStatus     `json:"local_producers"`
 	Trainers  []TrainerStatus `json:"trainers"`
 }
 
@@ -57,9 +59,65 @@ type TableStatus struct {
 	Released     uint64         `json:"batches_released"`
 	Returned     uint64         `json:"batches_returned"`
 	Streams      int            `json:"streams"`
+	Dropped      uint64         `json:"batches_dropped"`
+	Lost         uint64         `json:"batches_lost"`
+	Pinned       int            `json:"places_pinned"` // kept for producers that may come back after a restart
+	Groups       []GroupStatus  `json:"groups"`
 	Opened       uint64         `json:"streams_opened"`
 	Sessions     int            `json:"sessions"`       // known, with and without a connection
 	Taken        uint64         `json:"sessions_taken"` // from one connection by another
+}
+
+// GroupStatus is one group of trainers.
+type GroupStatus struct {
+	Name      string `json:"name"`
+	OnDeath   string `json:"on_death"`
+	OnLag     string `json:"on_lag"`
+	Listed    bool   `json:"listed"` // in the configuration, so it never ends
+	Trainers  int    `json:"trainers"`
+	Unread    int    `json:"batches_unread"`
+	Leased    int    `json:"batches_leased"`
+	Oldest    uint64 `json:"oldest_batch"` // of both
+	Delivered uint64 `json:"batches_delivered"`
+	Released  uint64 `json:"batches_released"`
+	Returned  uint64 `json:"batches_returned"`
+	Dropped   uint64 `json:"batches_dropped"`
+	Lost      uint64 `json:"batches_lost"`
+	Waits     *Waits `json:"waits,omitempty"`
+}
+
+// LocalStatus is everything about producers that write in place.
+type LocalStatus struct {
+	Attached  uint64         `json:"attached"`
+	Detached  uint64         `json:"detached"`
+	CutOff    uint64         `json:"cut_off"`
+	Taken     uint64         `json:"session_taken"`
+	BadPeers  uint64         `json:"bad_peers"`
+	Settled   uint64         `json:"samples_settled"`  // copied into a batch that many share
+	Published uint64         `json:"places_published"` // became a batch as they were
+	Stranded  uint64         `json:"samples_stranded"`
+	Notes     uint64         `json:"notes"`
+	Producers []FillerStatus `json:"producers"`
+}
+
+// FillerStatus is one producer that writes in place.
+type FillerStatus struct {
+	ID        uint64    `json:"id"`
+	Table     string    `json:"table"`
+	Session   string    `json:"session,omitempty"`
+	Client    string    `json:"client,omitempty"`
+	Stream    uint64    `json:"stream"`
+	PID       int       `json:"pid"`
+	UID       int       `json:"uid"`
+	Since     time.Time `json:"since"`
+	Prefetch  int       `json:"prefetch"`
+	Lent      int       `json:"places_lent"`
+	State     string    `json:"state"`
+	Sleeping  bool      `json:"sleeping"`
+	Samples   uint64    `json:"samples"`
+	Settled   uint64    `json:"samples_settled"`
+	Published uint64    `json:"places_published"`
+	Waits     *Waits    `json:"waits,omitempty"`
 }
 
 // ProducerStatus is everything about the connections of producers.
@@ -86,6 +144,7 @@ type ConnectionStatus struct {
 type TrainerStatus struct {
 	ID         uint64        `json:"id"`
 	Table      string        `json:"table"`
+	Group      string        `json:"group"`
 	Client     string        `json:"client"`
 	PID        int           `json:"pid"`
 	UID        int           `json:"uid"`
@@ -97,6 +156,7 @@ type TrainerStatus struct {
 	Held       []LeaseStatus `json:"held"`
 	Delivered  uint64        `json:"batches_delivered"`
 	GivenBack  uint64        `json:"batches_given_back"`
+	Lost       uint64        `json:"batches_lost"`
 	Waits      *Waits        `json:"waits,omitempty"`
 }
 
@@ -127,7 +187,23 @@ func (d *Daemon) Status() Status {
 			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
 		}
 	}
-	for _, t := range d.trainers.Stats().Trainers {
+	attached := d.trainers.Stats()
+	s.Local = localStatus(&attached.Fill)
+	for _, f := range attached.Fill.Fillers {
+		one := fillerStatus(&f, full[f.Table])
+		s.Local.Producers = append(s.Local.Producers, one)
+		if one.Waits != nil {
+			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+		}
+	}
+	for i := range s.Tables {
+		for _, g := range s.Tables[i].Groups {
+			if g.Waits != nil {
+				s.Waits = append(s.Waits, Wait{fmt.Sprintf("group %q of table %q", g.Name, s.Tables[i].Name), *g.Waits})
+			}
+		}
+	}
+	for _, t := range attached.Trainers {
 		one := trainerStatus(&t)
 		s.Trainers = append(s.Trainers, one)
 		if one.Waits != nil {
@@ -151,7 +227,7 @@ func connectionWaits(c *ingest.Connection, full string) *Waits {
 	case "waiting-for-data":
 		return &Waits{"samples", "the producer", c.Since}
 	case "waiting-for-slot":
-		return &Waits{fmt.Sprintf("a free slot of table %q: the ring is full", c.Table), full, c.Since}
+		return &Waits{fmt.Sprintf("a free slot of table %q (the ring is full)", c.Table), full, c.Since}
 	case "closing":
 		return &Waits{"the producer to read why it was ended", "the producer", c.Since}
 	}
@@ -170,31 +246,74 @@ func (c *ConnectionStatus) Name() string {
 	return name + ")"
 }
 
-// Name is how the status calls a trainer: trainer 7 (python, pid 4711).
+// Name is how the status calls a producer that writes in place: local producer 5 (python, pid 4711, session "a").
+func (f *FillerStatus) Name() string {
+	name := fmt.Sprintf("local producer %d (", f.ID)
+	if f.Client != "" {
+		name += f.Client + ", "
+	}
+	name += fmt.Sprintf("pid %d", f.PID)
+	if f.Session != "" {
+		name += fmt.Sprintf(", session %q", f.Session)
+	}
+	return name + ")"
+}
+
+// Name is how the status calls a trainer: trainer 7 (python, pid 4711, group "default").
 func (t *TrainerStatus) Name() string {
 	name := fmt.Sprintf("trainer %d (", t.ID)
 	if t.Client != "" {
 		name += t.Client + ", "
 	}
-	return fmt.Sprintf("%spid %d)", name, t.PID)
+	return fmt.Sprintf("%spid %d, group %q)", name, t.PID, t.Group)
+}
+
+func localStatus(f *shm.FillStats) LocalStatus {
+	return LocalStatus{f.Attached, f.Detached, f.CutOff, f.Taken, f.BadPeers, f.Settled, f.Published, f.Stranded, f.Notes, []FillerStatus{}}
+}
+
+func fillerStatus(f *shm.FillerStats, full string) FillerStatus {
+	s := FillerStatus{
+		ID: f.ID, Table: f.Table, Session: f.Session, Client: f.Client, Stream: f.Stream, PID: f.PID, UID: f.UID, Since: f.Since, Prefetch: f.Prefetch, Lent: f.Lent,
+		State: string(f.State), Sleeping: f.Sleeping, Samples: f.Committed, Settled: f.Settled, Published: f.Published,
+	}
+	if f.State == shm.FillWaiting && !f.WaitingSince.IsZero() {
+		s.Waits = &Waits{fmt.Sprintf("a free place of table %q (the ring is full)", f.Table), full, f.WaitingSince}
+	}
+	return s
+}
+
+func groupStatus(g *sampler.GroupStats) GroupStatus {
+	s := GroupStatus{
+		Name: g.Name, OnDeath: g.OnDeath.String(), OnLag: g.OnLag.String(), Listed: g.Listed, Trainers: g.Members, Unread: g.Unread, Leased: g.Leased, Oldest: g.Oldest,
+		Delivered: g.Delivered, Released: g.Released, Returned: g.Returned, Dropped: g.Dropped, Lost: g.Lost,
+	}
+	if g.Members == 0 && g.Unread > 0 {
+		s.Waits = &Waits{"a trainer to read its batches", "nobody, as no trainer is in it", g.Since}
+	}
+	return s
 }
 
 func tableStatus(t *table, st *engine.Stats) TableStatus {
-	return TableStatus{
+	s := TableStatus{
 		Name: t.Name(), Spec: t.Spec().Text(), Fingerprint: t.Spec().Fingerprint().String(), SampleBytes: t.Spec().SampleBytes(), SegmentBytes: t.plan.bytes,
 		Path: t.plan.path, Unread: t.unread(),
 		BatchSize: t.Ring().BatchSize(), Batches: t.Ring().Batches(), Places: st.Places,
 		Fill:   1 - float64(st.Places["free"])/float64(t.Ring().Batches()),
 		Pushed: st.Pushed, Committed: st.Committed, Abandoned: st.Abandoned, Published: st.Published, Leased: st.Leased,
-		Released: st.Sampler.Released, Returned: st.Sampler.Returned,
-		Streams: len(st.Streams) + len(st.Lenders), Opened: st.Opened, Sessions: st.Sessions, Taken: st.Taken,
+		Released: st.Sampler.Released, Returned: st.Sampler.Returned, Dropped: st.Sampler.Dropped, Lost: st.Sampler.Lost, Pinned: st.Sampler.Pinned,
+		Groups: []GroupStatus{}, Streams: len(st.Streams) + len(st.Lenders), Opened: st.Opened, Sessions: st.Sessions, Taken: st.Taken,
 	}
+	for _, g := range st.Sampler.Groups {
+		s.Groups = append(s.Groups, groupStatus(&g))
+	}
+	return s
 }
 
 func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	s := TrainerStatus{
-		ID: t.ID, Table: t.Table, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch, State: string(t.State), StateSince: t.StateSince,
-		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack,
+		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch, State: string(t.State), StateSince: t.StateSince,
+		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost,
 	}
 	for _, l := range t.Held {
 		s.Held = append(s.Held, LeaseStatus{l.Number, l.Since})

@@ -37,10 +37,16 @@ func (d *Daemon) stop() error {
 
 	gone := make(chan error, 1)
 	go func() { gone <- d.ingest.Shutdown(drain) }()
+	filled := make(chan struct{})
+	go func() {
+		d.trainers.StopFilling(drain)
+		close(filled)
+	}()
 	d.endTables(drain)
 	d.awaitReaders(drain)
 	d.farewell(drain)
 	err := <-gone
+	<-filled
 	// Every connection is gone now and has closed its stream, so this ends, and the drainers have nothing left when they stop.
 	d.endTables(context.Background())
 	unread := d.unread()

@@ -307,6 +307,21 @@ func (t *Table) checkPolicies(where string) error {
 	return t.OtherGroups.check(where + ": other_groups")
 }
 
+// sampler is the group as package sampler knows it. The policy was checked.
+func (p *Policy) sampler(name string) sampler.GroupConfig {
+	g := sampler.GroupConfig{Name: name}
+	_ = g.OnDeath.UnmarshalText([]byte(p.OnDeath))
+	_ = g.OnLag.UnmarshalText([]byte(p.OnLag))
+	return g
+}
+
+func (t *Table) samplerGroups() (all []sampler.GroupConfig) {
+	for _, g := range t.Groups {
+		all = append(all, g.Policy.sampler(g.Name))
+	}
+	return all
+}
+
 func (p *Policy) check(where string) error {
 	if p.OnDeath == "" {
 		p.OnDeath = "offer"

@@ -230,3 +230,30 @@ func TestJunkDescriptors(t *testing.T) {
 	d.ends(exitOK)
 	r.account(push)
 }
+
+// TestTrainerGroups: every group gets every sample. In one of them a trainer is killed; in the other nobody notices.
+func TestTrainerGroups(t *testing.T) {
+	t.Parallel()
+	const samples = 20000
+	d := serve(t, []table{small})
+	calm := d.pull(small.name, "--group", "calm", "--gapless")
+	d.await("it has attached", func(s *status) bool { return attached(s, calm) != nil })
+	victim := d.pull(small.name, "--prefetch", "4")
+	heir := start(t, "pull", "--addr", d.Unix, "--table", small.name, "--json") // not --verify: what the victim held comes out of order
+	d.await("they have attached", func(s *status) bool { return attached(s, victim) != nil && attached(s, heir) != nil })
+	victim.stop()
+	push := d.push(small.name, samples, 0)
+	d.await("it holds all it may", func(s *status) bool { tr := attached(s, victim); return len(tr.Held) == tr.Prefetch })
+	victim.signal(syscall.SIGKILL)
+	<-victim.done
+	d.awaitMetric(`ingestd_trainers_ended_total{reason="died"}`, 1)
+	push.ends(exitOK)
+	d.signal(syscall.SIGTERM)
+	d.ends(exitOK)
+	for _, p := range []*process{calm, heir} {
+		p.ends(exitOK)
+		if out := result[pulled](p); out.Samples != samples || out.Wrong > 0 || !out.Ended {
+			t.Errorf("%v: %+v", p.args, out)
+		}
+	}
+}

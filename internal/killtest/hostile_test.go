@@ -16,14 +16,18 @@ func TestHostilePeers(t *testing.T) {
 
 // hostilePeers goes on until enough says so of the number of channels that were spoiled.
 func hostilePeers(t *testing.T, seed uint64, enough func(spoiled uint64) bool) {
-	w := newWorld(t, seed, tables("default"), nil)
+	w := newWorld(t, seed, tables("a", "b"), nil)
 	w.populate(true)
 	// Not from the start: a queue of zeros would give back batch 0, and a scribbler who has it may do so.
 	within(patience, func() bool { return w.delivered() > 2000 || w.running.Err() != nil })
 	var roles []string
 	for _, tb := range w.tables {
 		for _, role := range hostileRoles {
-			w.add(&peer{kind: scribbler, table: tb, role: role, addr: "unix://" + w.unix})
+			group := ""
+			if role == "train" {
+				group = tb.groups[0] // one that others read, too: an own group, that holds everybody back, is its right
+			}
+			w.add(&peer{kind: scribbler, table: tb, role: role, group: group, addr: "unix://" + w.unix})
 			roles = append(roles, role)
 		}
 	}

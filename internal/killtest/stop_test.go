@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ingestd/ingestd/internal/daemon"
 )
 
@@ -23,7 +25,7 @@ func (p *process) stopped() bool {
 // TestStoppedPeerStopsNobody: each peer in turn is stopped for as long as the ring takes to go round twice: the others go on. Then it goes on, too.
 func TestStoppedPeerStopsNobody(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, newSeed(t), tables("default"), func(cfg *daemon.Config) {
+	w := newWorld(t, newSeed(t), tables("a", "b"), func(cfg *daemon.Config) {
 		cfg.Limits.StallTimeout = daemon.Duration(200 * time.Millisecond) // then a large sample that is half there loses its slot
 	})
 	w.populate(true)
@@ -49,6 +51,37 @@ func TestStoppedPeerStopsNobody(t *testing.T) {
 			t.Errorf("the %s does not go on", p.kind)
 		}
 	}
+	w.finish()
+	w.report()
+}
+
+// TestOutOfDescriptors: the daemon may open no more files for a while, in which its peers are killed and want to come back. Those that it has go on; when it may again,
+// all do.
+func TestOutOfDescriptors(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, newSeed(t), tables("a", "b"), nil)
+	w.populate(true)
+	var old unix.Rlimit
+	check(t, unix.Prlimit(w.theDaemon().pid(), unix.RLIMIT_NOFILE, nil, &old))
+	for _, k := range []kind{tcpProducer, trainer} {
+		w.killers.Go(func() { w.killer(k, 1<<30) })
+	}
+	waits := w.rand("descriptors")
+	for round := 0; round < 5 && w.running.Err() == nil; round++ {
+		open, err := w.theDaemon().descriptors()
+		check(t, err)
+		few := uint64(open - 2 + round) // fewer than are open are enough for those that are
+		check(t, unix.Prlimit(w.theDaemon().pid(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: few, Max: old.Max}, nil))
+		w.moment(waits, 400*time.Millisecond, w.theDaemon())
+		check(t, unix.Prlimit(w.theDaemon().pid(), unix.RLIMIT_NOFILE, &old, nil))
+		from := w.delivered()
+		if !within(patience, func() bool { return w.delivered() > from+2000 || w.running.Err() != nil }) {
+			w.fail("nothing goes on with descriptors to spare")
+		}
+	}
+	s, err := w.status()
+	check(t, err)
+	t.Logf("not accepted: %d; refused: %v", s.Producers.AcceptErrors, s.Producers.Refused)
 	w.finish()
 	w.report()
 }

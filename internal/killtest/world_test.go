@@ -44,15 +44,16 @@ type table struct {
 
 // world is a daemon and its peers, who come back when they are killed.
 type world struct {
-	t      *testing.T
-	seed   uint64
-	dir    string
-	config string
-	tables []*table
-	tcp    string
-	unix   string
-	admin  string
-	client http.Client
+	t        *testing.T
+	seed     uint64
+	dir      string
+	config   string
+	segments string // folder; empty: none are kept
+	tables   []*table
+	tcp      string
+	unix     string
+	admin    string
+	client   http.Client
 
 	running context.Context // ends when peers and the daemon no longer come back
 	rest    context.CancelFunc
@@ -139,10 +140,17 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 	for _, tb := range tables {
 		cfg.Tables = append(cfg.Tables, tb.Table)
 		tb.history = NewHistory(tb.groups...)
-		tb.history.KeepsStreams = sessionsLast
+		tb.history.KeepsStreams = true
 	}
 	if change != nil {
 		change(&cfg)
+	}
+	if cfg.SegmentDir != "" {
+		if !filepath.IsAbs(cfg.SegmentDir) {
+			cfg.SegmentDir = filepath.Join(w.dir, cfg.SegmentDir)
+			check(t, os.Mkdir(cfg.SegmentDir, 0o700))
+		}
+		w.segments = cfg.SegmentDir
 	}
 	w.config = filepath.Join(w.dir, "ingestd.yaml")
 	check(t, os.WriteFile(w.config, []byte(cfg.YAML()), 0o600))
@@ -281,7 +289,7 @@ func (p *peer) start(point string) error {
 		args = append([]string{"train", "--group", p.group}, args...)
 		line = p.delivered
 	case scribbler:
-		args = append([]string{"scribble", "--role", p.role}, args...)
+		args = append([]string{"scribble", "--role", p.role, "--group", p.group}, args...)
 		line = func(string) {} // counted
 	default:
 		role, name := "produce", ""
@@ -466,6 +474,7 @@ func (w *world) finish() {
 	if err := d.ends(0); err != nil {
 		w.t.Errorf("the daemon: %v", err)
 	}
+	w.checked()
 	for _, tb := range w.tables {
 		for _, fault := range tb.history.Finish() {
 			w.t.Errorf("table %q: %s", tb.Name, fault)
@@ -497,6 +506,23 @@ func (w *world) returned() {
 	}
 }
 
+// checked has `ingestd check` look at the segments that were kept.
+func (w *world) checked() {
+	w.t.Helper()
+	files, err := filepath.Glob(filepath.Join(w.segments, "*.segment"))
+	if w.segments == "" || err != nil || len(files) != len(w.tables) {
+		if w.segments != "" {
+			w.t.Errorf("segments of %d tables: %q, %v", len(w.tables), files, err)
+		}
+		return
+	}
+	p, err := spawn(ingestdPath, "", nil, append([]string{"check"}, files...)...)
+	check(w.t, err)
+	if err := p.ends(0); err != nil {
+		w.t.Errorf("ingestd check: %v", err)
+	}
+}
+
 // report logs what the run amounted to.
 func (w *world) report() {
 	w.t.Helper()
@@ -510,9 +536,6 @@ func (w *world) report() {
 		w.t.Logf("  at %s: %d", name, w.points[name])
 	}
 }
-
-// sessionsLast says that sessions survive their producers and the daemon.
-const sessionsLast = false
 
 // hostileRoles are those that share a channel with the daemon.
 var hostileRoles = []string{"train"}

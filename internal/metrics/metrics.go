@@ -8,6 +8,7 @@ import (
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -51,7 +52,16 @@ var (
 	streams      = desc("table_streams", "Open streams.", "table")
 	opened       = desc("table_streams_opened_total", "Streams there ever were.", "table")
 	waiting      = desc("table_streams_waiting", "Streams that wait for a free slot: the ring is full.", "table")
+	sessions     = desc("table_sessions", "Sessions of producers that the table knows, with and without a connection.", "table")
+	taken        = desc("table_sessions_taken_total", "Sessions that one connection took from another.", "table")
 	longest      = desc("table_stream_wait_seconds", "How long the stream that waits longest for a free slot has waited; 0 if none does.", "table")
+
+	groupTrainers = desc("group_trainers", "Trainers of a group that the configuration lists; all others together are the group _others.", "table", "group")
+	groupUnread   = desc("group_batches_unread", "Batches that the group has not given out.", "table", "group")
+	groupReleased = desc("group_batches_released_total", "Batches that the group's trainers gave back read.", "table", "group")
+	groupReturned = desc("group_batches_returned_total", "Batches that came back by the death of their trainer.", "table", "group")
+	groupDropped  = desc("group_batches_dropped_total", "Batches given up unread because their trainer died or the group ended.", "table", "group")
+	groupLost     = desc("group_batches_lost_total", "Batches given up unread because the group was too slow.", "table", "group")
 
 	connections  = desc("connections", "Open connections.", "transport")
 	accepted     = desc("connections_accepted_total", "Connections accepted.", "transport")
@@ -61,6 +71,17 @@ var (
 	cutShort     = desc("samples_cut_short_total", "Samples discarded because only a part of them came.", "transport")
 	ended        = desc("streams_ended_total", "Streams that ended, by reason.", "transport", "reason")
 	refused      = desc("refused_total", "Connections refused, by reason.", "transport", "reason")
+
+	notes = desc("notes_total", "Notes to producers that waited for the ring.", "transport")
+
+	fillers        = desc("local_producers", "Attached producers that write in place.", "table")
+	lent           = desc("local_producer_places", "Places that they have.", "table")
+	filling        = desc("local_producers_attached_total", "Producers that attached to write in place.")
+	fillersEnded   = desc("local_producers_ended_total", "Producers that wrote in place and ended, by reason.", "reason")
+	fillersReasons = []string{"detached", "cut_off", "session_taken", "bad_peer"}
+	inPlace        = desc("local_places_published_total", "Places that became a batch as a producer had filled them.")
+	settled        = desc("local_samples_settled_total", "Samples written in place that were copied into a batch that many share.")
+	stranded       = desc("local_samples_stranded_total", "Samples that stayed in lent places when the daemon stopped.")
 
 	trainers        = desc("trainers", "Attached trainers of other processes.", "table")
 	held            = desc("trainer_batches_held", "Batches in the hands of trainers of other processes.", "table")
@@ -75,7 +96,8 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		build, ready, segmentBytes, batchSize, capacity, places, pushed, committed, abandoned, published, delivered, released, returned, lingered,
 		streams, opened, waiting, longest, connections, accepted, acceptErrors, samples, bytes, cutShort, ended, refused,
-		trainers, held, attached, observed, trainersEnded,
+		trainers, held, attached, observed, trainersEnded, sessions, taken, notes,
+		groupTrainers, groupUnread, groupReleased, groupReturned, groupDropped, groupLost, fillers, lent, filling, fillersEnded, inPlace, settled, stranded,
 	} {
 		ch <- d
 	}
@@ -119,7 +141,7 @@ func (c *Collector) table(ch out, st *engine.Stats) {
 	ch.gauge(segmentBytes, float64(c.from.Segments[t]), t)
 	ch.gauge(batchSize, float64(st.BatchSize), t)
 	ch.gauge(capacity, float64(st.Batches), t)
-	for _, state := range []ring.State{ring.Free, ring.Open, ring.Sealing, ring.Published, ring.Leased} {
+	for _, state := range []ring.State{ring.Free, ring.Open, ring.Sealing, ring.Published, ring.Leased, ring.Lent} {
 		ch.gauge(places, float64(st.Places[state.String()]), t, state.String())
 	}
 	ch.counter(pushed, st.Pushed, t)
@@ -130,17 +152,56 @@ func (c *Collector) table(ch out, st *engine.Stats) {
 	ch.counter(released, st.Sampler.Released, t)
 	ch.counter(returned, st.Sampler.Returned, t)
 	ch.counter(lingered, st.Sampler.Lingered, t)
-	ch.gauge(streams, float64(len(st.Streams)), t)
+	ch.gauge(streams, float64(len(st.Streams)+len(st.Lenders)), t)
+	ch.gauge(sessions, float64(st.Sessions), t)
+	ch.counter(taken, st.Taken, t)
+	groups(ch, st)
 	ch.counter(opened, st.Opened, t)
 	now, n, most := time.Now(), 0, time.Duration(0)
-	for _, s := range st.Streams {
-		if !s.WaitingSince.IsZero() {
+	waits := func(since time.Time) {
+		if !since.IsZero() {
 			n++
-			most = max(most, now.Sub(s.WaitingSince))
+			most = max(most, now.Sub(since))
 		}
+	}
+	for _, s := range st.Streams {
+		waits(s.WaitingSince)
+	}
+	for _, l := range st.Lenders {
+		waits(l.WaitingSince)
 	}
 	ch.gauge(waiting, float64(n), t)
 	ch.gauge(longest, most.Seconds(), t)
+}
+
+// othersGroup stands for all groups that the configuration does not list: trainers choose their names.
+const othersGroup = "_others"
+
+func groups(ch out, st *engine.Stats) {
+	byName := map[string]*sampler.GroupStats{}
+	others := &sampler.GroupStats{Released: st.Sampler.Released, Returned: st.Sampler.Returned, Dropped: st.Sampler.Dropped, Lost: st.Sampler.Lost}
+	byName[othersGroup] = others
+	for _, g := range st.Sampler.Groups {
+		if !g.Listed || g.Name == othersGroup {
+			others.Members += g.Members
+			others.Unread += g.Unread
+			continue
+		}
+		// What is left of the sums belongs to the others, also to those that have ended.
+		others.Released -= g.Released
+		others.Returned -= g.Returned
+		others.Dropped -= g.Dropped
+		others.Lost -= g.Lost
+		byName[g.Name] = &g
+	}
+	for name, g := range byName {
+		ch.gauge(groupTrainers, float64(g.Members), st.Table, name)
+		ch.gauge(groupUnread, float64(g.Unread), st.Table, name)
+		ch.counter(groupReleased, g.Released, st.Table, name)
+		ch.counter(groupReturned, g.Returned, st.Table, name)
+		ch.counter(groupDropped, g.Dropped, st.Table, name)
+		ch.counter(groupLost, g.Lost, st.Table, name)
+	}
 }
 
 // endReasons are all reasons for which a stream ends; each is there from the first scrape on.
@@ -160,6 +221,7 @@ func transport(ch out, st *ingest.Stats) {
 	ch.counter(samples, st.Samples, t)
 	ch.counter(bytes, st.Bytes, t)
 	ch.counter(cutShort, st.CutShort, t)
+	ch.counter(notes, st.Notes, t)
 	for _, reason := range endReasons() {
 		ch.counter(ended, st.Ended[reason], t, reason)
 	}
@@ -180,6 +242,7 @@ func (c *Collector) trainers(ch out, tables []engine.Stats) {
 		ch.gauge(trainers, float64(n[t]), t)
 		ch.gauge(held, float64(batches[t]), t)
 	}
+	c.fillers(ch, &st.Fill, tables)
 	ch.counter(attached, st.Attached)
 	ch.counter(observed, st.Observed)
 	for i, v := range []uint64{st.Detached, st.Died, st.CutOff, st.BadPeers} {
@@ -188,4 +251,25 @@ func (c *Collector) trainers(ch out, tables []engine.Stats) {
 	for _, code := range wire.Codes() {
 		ch.counter(refused, st.Refused[code], "shm", string(code))
 	}
+}
+
+func (c *Collector) fillers(ch out, st *shm.FillStats, tables []engine.Stats) {
+	n, places := map[string]int{}, map[string]int{}
+	for _, f := range st.Fillers {
+		n[f.Table]++
+		places[f.Table] += f.Lent
+	}
+	for i := range tables {
+		t := tables[i].Table
+		ch.gauge(fillers, float64(n[t]), t)
+		ch.gauge(lent, float64(places[t]), t)
+	}
+	ch.counter(filling, st.Attached)
+	for i, v := range []uint64{st.Detached, st.CutOff, st.Taken, st.BadPeers} {
+		ch.counter(fillersEnded, v, fillersReasons[i])
+	}
+	ch.counter(inPlace, st.Published)
+	ch.counter(settled, st.Settled)
+	ch.counter(stranded, st.Stranded)
+	ch.counter(notes, st.Notes, "shm")
 }

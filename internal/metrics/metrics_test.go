@@ -27,19 +27,26 @@ func collector() *Collector {
 		Tables: func() []engine.Stats {
 			return []engine.Stats{{
 				Table: "a", BatchSize: 4, Batches: 8, Published: 5, Places: map[string]int{"free": 6, "leased": 2}, Pushed: 22, Committed: 21, Opened: 3,
-				Streams: []drainer.StreamStats{{Stream: 1}, {Stream: 2, WaitingSince: time.Now().Add(-time.Hour)}},
-				Sampler: sampler.Stats{Delivered: 5, Released: 3, Returned: 1},
+				Streams:  []drainer.StreamStats{{Stream: 1}, {Stream: 2, WaitingSince: time.Now().Add(-time.Hour)}},
+				Lenders:  []drainer.LenderStats{{Stream: 4, WaitingSince: time.Now().Add(-2 * time.Hour)}},
+				Sessions: 9, Taken: 2,
+				Sampler: sampler.Stats{Delivered: 5, Released: 13, Returned: 1, Lost: 4, Groups: []sampler.GroupStats{
+					{GroupConfig: sampler.GroupConfig{Name: "listed"}, Listed: true, Members: 2, Unread: 3, Released: 10, Lost: 1},
+					{GroupConfig: sampler.GroupConfig{Name: "made up"}, Members: 1, Unread: 5, Released: 2},
+					{GroupConfig: sampler.GroupConfig{Name: "_others"}, Listed: true, Members: 1},
+				}},
 			}}
 		},
 		Transports: func() []ingest.Stats {
 			return []ingest.Stats{{
-				Transport: "tcp", Accepted: 7, Open: 2, Samples: 22, Bytes: 374, CutShort: 1,
+				Transport: "tcp", Accepted: 7, Open: 2, Samples: 22, Bytes: 374, CutShort: 1, Notes: 11,
 				Ended:   map[string]uint64{ingest.EndClean: 3, string(wire.CodeStalled): 1, "a reason that a peer made up": 9},
 				Refused: map[string]uint64{string(wire.CodeSpecMismatch): 2},
 			}}
 		},
 		Trainers: func() shm.Stats {
-			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6}, Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}}}
+			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6}, Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}},
+				Fill: shm.FillStats{Attached: 8, Taken: 3, Published: 6, Settled: 5, Notes: 7, Fillers: []shm.FillerStats{{Table: "a", Lent: 2}}}}
 		},
 		Segments: map[string]int64{"a": 4096},
 	})
@@ -67,32 +74,51 @@ func TestValues(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]float64{
-		"ingestd_build_info v1":                        1,
-		"ingestd_ready":                                1,
-		"ingestd_table_segment_bytes a":                4096,
-		"ingestd_table_places free a":                  6, // the labels come sorted by name: state, table
-		"ingestd_table_samples_pushed_total a":         22,
-		"ingestd_table_samples_committed_total a":      21,
-		"ingestd_table_batches_published_total a":      5,
-		"ingestd_table_batches_released_total a":       3,
-		"ingestd_table_streams a":                      2,
-		"ingestd_table_streams_waiting a":              1,
-		"ingestd_streams_ended_total clean tcp":        3,
-		"ingestd_streams_ended_total stalled tcp":      1,
-		"ingestd_streams_ended_total idle_timeout tcp": 0,
-		"ingestd_refused_total spec_mismatch tcp":      2,
-		"ingestd_refused_total unknown_table shm":      6,
-		"ingestd_trainers a":                           1,
-		"ingestd_trainer_batches_held a":               2,
-		"ingestd_trainers_ended_total died":            1,
-		"ingestd_connections_accepted_total tcp":       7,
-		"ingestd_sample_bytes_received_total tcp":      374,
-		"ingestd_table_batches_returned_total a":       1,
-		"ingestd_table_capacity_batches a":             8,
-		"ingestd_trainers_attached_total":              4,
-		"ingestd_samples_cut_short_total tcp":          1,
-		"ingestd_table_streams_opened_total a":         3,
-		"ingestd_table_batches_delivered_total a":      5,
+		"ingestd_build_info v1":                             1,
+		"ingestd_ready":                                     1,
+		"ingestd_table_segment_bytes a":                     4096,
+		"ingestd_table_places free a":                       6, // the labels come sorted by name: state, table
+		"ingestd_table_samples_pushed_total a":              22,
+		"ingestd_table_samples_committed_total a":           21,
+		"ingestd_table_batches_published_total a":           5,
+		"ingestd_table_batches_released_total a":            13,
+		"ingestd_table_sessions a":                          9,
+		"ingestd_table_sessions_taken_total a":              2,
+		"ingestd_group_trainers listed a":                   2,
+		"ingestd_group_trainers _others a":                  2,
+		"ingestd_group_batches_unread listed a":             3,
+		"ingestd_group_batches_unread _others a":            5,
+		"ingestd_group_batches_released_total listed a":     10,
+		"ingestd_group_batches_released_total _others a":    3, // the one that ended had one
+		"ingestd_group_batches_returned_total _others a":    1,
+		"ingestd_group_batches_lost_total listed a":         1,
+		"ingestd_group_batches_lost_total _others a":        3,
+		"ingestd_notes_total tcp":                           11,
+		"ingestd_notes_total shm":                           7,
+		"ingestd_local_producers a":                         1,
+		"ingestd_local_producer_places a":                   2,
+		"ingestd_local_producers_attached_total":            8,
+		"ingestd_local_producers_ended_total session_taken": 3,
+		"ingestd_local_places_published_total":              6,
+		"ingestd_local_samples_settled_total":               5,
+		"ingestd_table_streams a":                           3,
+		"ingestd_table_streams_waiting a":                   2,
+		"ingestd_streams_ended_total clean tcp":             3,
+		"ingestd_streams_ended_total stalled tcp":           1,
+		"ingestd_streams_ended_total idle_timeout tcp":      0,
+		"ingestd_refused_total spec_mismatch tcp":           2,
+		"ingestd_refused_total unknown_table shm":           6,
+		"ingestd_trainers a":                                1,
+		"ingestd_trainer_batches_held a":                    2,
+		"ingestd_trainers_ended_total died":                 1,
+		"ingestd_connections_accepted_total tcp":            7,
+		"ingestd_sample_bytes_received_total tcp":           374,
+		"ingestd_table_batches_returned_total a":            1,
+		"ingestd_table_capacity_batches a":                  8,
+		"ingestd_trainers_attached_total":                   4,
+		"ingestd_samples_cut_short_total tcp":               1,
+		"ingestd_table_streams_opened_total a":              3,
+		"ingestd_table_batches_delivered_total a":           5,
 	} {
 		if got[name] != want {
 			t.Errorf("%s is %v, want %v", name, got[name], want)
@@ -103,8 +129,8 @@ func TestValues(t *testing.T) {
 			t.Errorf("a peer made a time series: %s", name)
 		}
 	}
-	if v := got["ingestd_table_stream_wait_seconds a"]; v < 3600 {
-		t.Errorf("the longest wait is %v s, want an hour", v)
+	if v := got["ingestd_table_stream_wait_seconds a"]; v < 7200 {
+		t.Errorf("the longest wait is %v s, want two hours", v)
 	}
 	if problems, err := promlint.NewWithMetricFamilies(families).Lint(); err != nil || len(problems) > 0 {
 		t.Errorf("%v %+v", err, problems)

@@ -1,16 +1,18 @@
 """Push samples to ingestd and read its batches as numpy arrays, without a copy.
 
-====================  ==================================================================================
-:class:`Spec`         what one sample is: names, dtypes and shapes of its leaves
-:class:`Producer`     pushes samples over ``tcp://`` or ``unix://``
-:class:`Reader`       leases batches over ``unix://`` as a trainer in a process of its own
-:class:`Batch`        one leased batch: read-only arrays over the shared memory, until its release
-:mod:`ingestd.errors` what is raised, and when
-====================  ==================================================================================
+=====================  =================================================================================
+:class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
+:class:`Producer`      pushes samples over ``tcp://`` or ``unix://``
+:class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
+:class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
+:class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
+:mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
+:mod:`ingestd.errors`  what is raised, and when
+=====================  =================================================================================
 
-Arrays of a batch are valid until its release. ``torch.from_numpy`` and ``jax.numpy.asarray`` share the memory of the
-array that they are given (torch even lets it look writable), so what they make of a batch must either be used before
-the release or be made of ``batch.copy()``.
+The numpy arrays of a batch are valid until its release. What ``Batch.torch``, ``Batch.jax`` and ``Batch.dlpack`` make
+keeps the batch leased as long as it lives. ``torch.from_numpy`` and ``jax.numpy.asarray`` share the memory of the numpy
+array that they are given, so what they make must be used before the release, or be made of ``batch.copy()``.
 """
 
 from .batch import Batch
@@ -34,6 +36,7 @@ from .errors import (
     SpecError,
     Timeout,
 )
+from .fill import FillProducer, Slots
 from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
@@ -47,6 +50,7 @@ __all__ = [
     "EndOfStream",
     "Ended",
     "Error",
+    "FillProducer",
     "FormatError",
     "Full",
     "Leaf",
@@ -60,6 +64,7 @@ __all__ = [
     "Released",
     "SessionTaken",
     "ShuttingDown",
+    "Slots",
     "Spec",
     "SpecError",
     "Timeout",

@@ -37,6 +37,27 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+class Bell:
+    """A pipe that wakes whoever polls ``fd``. It lasts as long as somebody refers to it: none polls a dead one."""
+
+    def __init__(self) -> None:
+        self.fd, self._w = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._w, False)
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it rings already
+            os.write(self._w, b"\0")
+
+    def clear(self) -> None:
+        drain(self.fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_w"):
+            os.close(self.fd)
+            os.close(self._w)
+
+
 class Deadline:
     """A point in time, ``seconds`` from now; None is never."""
 
@@ -169,6 +190,12 @@ def receive(sock: socket.socket, n: int, deadline: Deadline, doing: str, fds: li
             break
         got += part
     return bytes(got)
+
+
+def drain(fd: int) -> None:
+    """Reads a non-blocking pipe or eventfd empty."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(fd, 4096)
 
 
 def close_fds(fds: list[int]) -> None:

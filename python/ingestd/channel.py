@@ -1,4 +1,4 @@
-"""The channel between a trainer and the daemon: two queues of descriptors in shared memory, and two eventfds.
+"""The channel between a trainer or filler and the daemon: two queues of descriptors in shared memory, two eventfds.
 
 The layout and the rules are those of ``docs/segment-format.md``, "Channel". Each side writes only its own words; the
 other side's are loaded once, checked, and then used.
@@ -45,7 +45,11 @@ class _Fence:
 
 
 class Descriptor(NamedTuple):
-    """One lease: ``number`` of the batch, ``place`` where it lies, ``rows`` that hold samples (0 on the way back)."""
+    """Two words: ``number``, and ``place`` and ``rows`` as the low and high half of the second.
+
+    Of a trainer: number of the batch, place where it lies, rows that hold samples (0 on the way back). Of a filler: the
+    lease, its place (0 rows); on the way back the lease, how many rows, and what is said of them (a VERB).
+    """
 
     number: int
     place: int
@@ -84,21 +88,29 @@ class _Queue:
         words[_CONSUMED // 8] = self.mine
         return Descriptor(number, place & 0xFFFFFFFF, place >> 32)
 
+    def room(self) -> int:
+        """How many descriptors may be pushed now, as the producer."""
+        return self.capacity - (self.mine - self.taken())
+
+    def taken(self) -> int:
+        """How many descriptors the consumer has taken, as the producer."""
+        consumed = self.words[_CONSUMED // 8]
+        if not self.theirs <= consumed <= self.mine:
+            raise FormatError(f"channel: {consumed} descriptors consumed of {self.mine}; detach and attach again")
+        self.theirs = consumed
+        self.fence()  # edge(consume): acquire - slots below consumed are ours to write again, what they asked is done
+        return consumed
+
     def put(self, item: Descriptor) -> bool:
         """Pushes one descriptor, as the producer, and says whether the consumer must be woken."""
         words = self.words
-        if self.mine - self.theirs >= self.capacity:
-            consumed = words[_CONSUMED // 8]
-            if not self.theirs <= consumed <= self.mine:
-                raise FormatError(f"channel: {consumed} descriptors consumed of {self.mine}; detach and attach again")
-            self.theirs = consumed
-            if self.mine - consumed >= self.capacity:
-                raise FormatError(f"channel: the daemon does not take descriptors back; {self.capacity} are waiting")
-            self.fence()  # edge(consume): acquire - slots below consumed are ours to write again
+        if self.mine - self.theirs >= self.capacity and self.room() <= 0:
+            raise FormatError(f"channel: the daemon does not take descriptors back; {self.capacity} are waiting")
         at = (_ITEMS + 16 * (self.mine & (self.capacity - 1))) // 8
         words[at] = item.number
         words[at + 1] = item.rows << 32 | item.place
-        self.fence()  # edge(giveback): release - the descriptor, and all reads of the batch, come before the new count
+        # edge(giveback): release - the descriptor, reads of the batch and rows of the place come before the new count
+        self.fence()
         self.mine += 1
         words[_PRODUCED // 8] = self.mine
         self.fence()  # the count is seen before consumer_waiting is read: one of both sides sees the other
@@ -116,9 +128,9 @@ class _Queue:
 
 
 class Channel:
-    """A trainer's side of its channel.
+    """The side of a trainer, or of a producer that fills in place.
 
-    ``memory`` is the channel's memory, writable; ``wake`` the eventfd that wakes the trainer, ``signal`` the one that
+    ``memory`` is the channel's memory, writable; ``wake`` the eventfd that wakes this side, ``signal`` the one that
     wakes the daemon. Raises FormatError where the header is not sound. The descriptors remain the caller's.
     """
 
@@ -150,19 +162,42 @@ class Channel:
         self._signal = signal
 
     def take(self) -> Descriptor | None:
-        """The next batch that the daemon delivered, or None when there is none now."""
+        """The next descriptor that the daemon delivered, or None when there is none now."""
         return self._deliver.take()
 
     def give_back(self, number: int, place: int) -> None:
         """Gives a batch back, and wakes the daemon where it sleeps."""
-        if self._giveback.put(Descriptor(number, place, 0)):
+        self.say(number, place, 0)
+
+    def say(self, number: int, low: int, verb: int) -> int:
+        """Pushes a descriptor to the daemon and wakes it where it sleeps; how many were pushed in all."""
+        if self._giveback.put(Descriptor(number, low, verb)):
             with contextlib.suppress(BlockingIOError):  # full: it is awake already
                 os.write(self._signal, b"\1\0\0\0\0\0\0\0")
+
+        return self._giveback.mine
+
+    def room(self) -> int:
+        """How many descriptors may be pushed to the daemon now. Raises FormatError."""
+        return self._giveback.room()
+
+    def taken(self) -> int:
+        """How many descriptors the daemon has taken, and done what they say. Raises FormatError."""
+        return self._giveback.taken()
 
     @property
     def closed(self) -> bool:
         """True when nothing follows what was delivered so far."""
         return self._deliver.closed
+
+    def announce(self, waiting: bool) -> None:
+        """Says whether this side sleeps, or is about to. After True, look again before sleeping."""
+        self._deliver.set_waiting(waiting)
+        self._deliver.fence()  # consumer_waiting is seen before the queues are read again
+
+    def delivered(self) -> bool:
+        """Whether there is something to take, or nothing more will be."""
+        return not self._deliver.empty() or self._deliver.closed
 
     def drained(self) -> bool:
         """True at the end of the stream: closed, and everything that was delivered was taken."""

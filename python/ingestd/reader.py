@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 import warnings
@@ -15,11 +14,12 @@ from typing import Literal
 
 from . import _io
 from ._io import Deadline
+from .attach import attach
 from .batch import Batch, CheckedWindow, Window
-from .channel import Channel, Descriptor
+from .channel import Descriptor
 from .errors import AllHeld, Closed, EndOfStream, Error, FormatError, LostBatches, PeerClosed
 from .incoming import ended
-from .segment import LEASED, Segment
+from .segment import LEASED
 from .spec import Spec
 from .version import CLIENT
 from .wire import NOTICE_BYTES_MAX, Reply, handshake, hello, parse_notice
@@ -99,8 +99,6 @@ class Reader:
         fds: list[int] = []
         try:
             reply = handshake(sock, body, until, fds)
-            if len(fds) != 4:
-                raise FormatError(f"the daemon passed {len(fds)} descriptors, want 4")
             self._attach(reply, fds)
             #: name of the table
             self.table = table
@@ -119,28 +117,11 @@ class Reader:
         _io.close_in_child(self)
 
     def _attach(self, reply: Reply, fds: list[int]) -> None:
-        segment_fd, channel_fd, wake, signal = fds
-        size = os.fstat(segment_fd).st_size
-        if size < reply.integer("segment_bytes", 1):
-            raise FormatError(f"the segment has {size} bytes, the daemon said {reply.body['segment_bytes']}")
-        # Mapping the pages now keeps the first touch of each out of the training loop.
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        memory = mmap.mmap(segment_fd, size, flags=flags, prot=mmap.PROT_READ)
-        self._segment = segment = Segment(memory)
-        self._memory = memory
+        self._segment, self._memory, self._channel = attach(reply, fds, writable=False)
         #: the table's spec
-        self.spec = segment.spec
-        if segment.fingerprint.hex() != segment.spec.fingerprint:
-            raise FormatError("the segment's fingerprint is not that of its spec")
-        if reply.body.get("fingerprint") not in (None, segment.spec.fingerprint):
-            raise FormatError("the segment's spec is not the one that the daemon agreed to")
-        for field, have in (("batch_size", segment.batch_size), ("batches", segment.batches)):
-            if reply.body.get(field, have) != have:
-                raise FormatError(f"the segment has {field} {have}, the daemon said {reply.body[field]}")
+        self.spec = self._segment.spec
         #: rows of a full batch
-        self.batch_size = segment.batch_size
-        channel = mmap.mmap(channel_fd, os.fstat(channel_fd).st_size, flags=mmap.MAP_SHARED)
-        self._channel = Channel(channel, wake, signal)
+        self.batch_size = self._segment.batch_size
 
     def next(self, deadline: float | None = None) -> Batch:
         """Leases the next batch; release it, best by using it as a context manager.

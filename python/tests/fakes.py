@@ -391,3 +391,78 @@ def big(k: int) -> dict[str, Any]:
 
 def big_encoded(k: int) -> bytes:
     return bytes([k]) * MEBI + struct.pack("<I", k) * (MEBI // 4)
+
+
+class Filling:
+    """The daemon's side of one attachment of a producer that fills in place: lends, and takes what is complete."""
+
+    def __init__(self, segment: SegmentMaker, stream: int, places: list[int], capacity: int = 8) -> None:
+        self.segment, self.stream, self.channel = segment, stream, ChannelMaker(capacity)
+        self.leases = 0
+        self.lent: list[list[int]] = []  # lease, place, rows complete
+        self.resumed = False
+        self.settled: list[int] = []
+        for place in places:
+            self.lend(place)
+
+    @property
+    def fds(self) -> list[int]:
+        return [self.segment.fd, self.channel.fd, self.channel.to_trainer, self.channel.to_daemon]
+
+    def lend(self, place: int) -> None:
+        self.leases += 1
+        self.segment.lend(place, self.stream)
+        self.lent.append([self.leases, place, 0])
+        self.channel.push(self.leases, place, 0)
+
+    def accept(self, peer: Peer, held: int = 0, prefetch: int = 2, **more: Any) -> dict[str, Any]:
+        body = peer.hello()
+        assert body["role"] == "fill"
+        spec = self.segment.spec
+        reply = {
+            "table": "t", "spec": spec.to_dict(), "fingerprint": spec.fingerprint, "stream": self.stream, "held": held,
+            "batch_size": self.segment.batch_size, "batches": self.segment.batches, "prefetch": prefetch,
+            "segment_bytes": self.segment.bytes, "channel_bytes": self.channel.bytes,
+        }  # fmt: skip
+        peer.reply({**reply, **more}, fds=self.fds)
+        return body
+
+    def row(self, place: int, row: int) -> bytes:
+        """One sample as it lies in a place."""
+        at = self.segment.place(place)
+        sizes = [leaf.nbytes for leaf in self.segment.spec.leaves]
+        columns = zip(self.segment.columns[3:], sizes)
+        return b"".join(self.segment.memory[at + c + row * n : at + c + (row + 1) * n] for c, n in columns)
+
+    def take(self, done: bool = True) -> list[bytes] | None:
+        """The samples of the next descriptor, as the protocol has it; None when there is none."""
+        c = self.channel
+        consumed = c.words[(c.giveback + 64) // 8]
+        if consumed == c.words[c.giveback // 8]:
+            return None
+        at = (c.giveback + 256 + 16 * (consumed % c.capacity)) // 8
+        lease, word = c.words[at], c.words[at + 1]
+        found: list[bytes] = []
+        verb, n = word >> 32, word & 0xFFFFFFFF
+        if verb == 1:
+            due = self.lent[0]
+            assert lease == due[0] and 1 <= n <= self.segment.batch_size - due[2], "rows out of order"
+            found = [self.row(due[1], due[2] + k) for k in range(n)]
+            due[2] += n
+            if due[2] == self.segment.batch_size:
+                self.lent.pop(0)
+        elif verb == 2:
+            assert n == 0 and lease <= self.leases
+            self.settled.append(lease)
+        else:
+            assert (lease, word) == (0, 3 << 32) and not self.resumed, (lease, word)
+            self.resumed = True
+        if done:
+            c.words[(c.giveback + 64) // 8] = consumed + 1
+            if c.waiting():
+                c.wake()
+        return found
+
+    def close(self) -> None:
+        for fd in (self.channel.fd, self.channel.to_trainer, self.channel.to_daemon):
+            os.close(fd)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/ingestd/ingestd/client"
@@ -132,14 +133,14 @@ func (p *producer) note(acked uint64) error {
 	return p.book.SetAcked(acked)
 }
 
-// comeback returns nil for what a daemon that was killed, is stopping or has no room just now leaves behind, and any other error as it is.
+// comeback returns nil for what a daemon that was killed, is stopping, or has no room or no descriptors just now leaves behind, and any other error as it is.
 func comeback(err error) error {
 	var refusal *wire.Refusal
 	var notice *wire.Notice
 	switch {
 	case err == nil, errors.Is(err, client.ErrDaemonGone), unreachable(err):
 		return nil
-	case errors.As(err, &refusal) && (refusal.Code == wire.CodeShuttingDown || refusal.Code == wire.CodeTooManyConnections):
+	case errors.As(err, &refusal) && slices.Contains([]wire.Code{wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeInternal}, refusal.Code):
 		return nil
 	case errors.As(err, &notice) && notice.Code == wire.CodeShuttingDown:
 		return nil

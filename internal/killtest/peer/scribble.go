@@ -54,7 +54,7 @@ func (s *scribbler) attach(role wire.Role) (err error) {
 	if err := s.conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		return err
 	}
-	if err := wire.WriteHello(s.conn, &wire.Hello{Role: role, Table: s.table, Prefetch: 2, Client: "scribbler"}); err != nil {
+	if err := wire.WriteHello(s.conn, &wire.Hello{Role: role, Table: s.table, Group: s.group, Prefetch: 2, Client: "scribbler"}); err != nil {
 		return err
 	}
 	var first [1]byte

@@ -36,7 +36,7 @@ func (o *options) train(ctx context.Context) error {
 
 // attachment attaches and reads until the daemon is gone or ctx ends.
 func (o *options) attachment(ctx context.Context) error {
-	t, err := client.Attach(context.WithoutCancel(ctx), o.addr, client.TrainerConfig{Table: o.table, Spec: o.spec, Prefetch: o.most, Client: "peer"})
+	t, err := client.Attach(context.WithoutCancel(ctx), o.addr, client.TrainerConfig{Table: o.table, Spec: o.spec, Group: o.group, Prefetch: o.most, Client: "peer"})
 	if err != nil {
 		return comeback(err)
 	}
