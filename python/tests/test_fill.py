@@ -424,10 +424,7 @@ def test_rows_reserved_when_the_daemon_dies_are_copied_when_they_are_committed(f
         if commit_when == "after":
             steps.wait("resumed all but the reservation")
             while p.reconnects == 0:
-                with pytest.raises(Timeout):
-                    p.flush(deadline=0.01)
-                if p.acked == 1:
-                    break
+                select.select([], [], [], 0.001)
         else:
             while filler._attached is not None:
                 select.select([], [], [], 0.001)
