@@ -138,47 +138,19 @@ func daemonPoints() []string {
 	return slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return strings.HasPrefix(name, "client/") })
 }
 
-// daemonKiller kills the daemon, at a failpoint or at a random moment, and starts it again, until that was enough and every point was struck or tried so often. The
-// last daemon has no failpoint.
+// daemonKiller ends the daemon over and over, and starts the next one, until that was enough and every point was struck or tried so often. The last daemon has no
+// failpoint.
 func (w *world) daemonKiller(enough func() bool, tries int) {
-	rnd := w.rand("killer of the daemon")
-	points := daemonPoints()
-	rnd.Shuffle(len(points), func(i, j int) { points[i], points[j] = points[j], points[i] })
-	tried := map[string]int{}
+	k := &daemonEnds{world: w, rnd: w.rand("killer of the daemon"), points: daemonPoints(), tried: map[string]int{}, tries: tries}
+	k.rnd.Shuffle(len(k.points), func(i, j int) { k.points[i], k.points[j] = k.points[j], k.points[i] })
 	for w.killing.Err() == nil {
-		d := w.theDaemon()
-		from := w.delivered()
-		within(time.Second, func() bool { return w.delivered() > from || !d.running() || w.killing.Err() != nil })
-		w.moment(rnd, 40*time.Millisecond, d)
-		if d.point != "" {
-			within(150*time.Millisecond, func() bool { return !d.running() })
-		}
-		point := map[bool]string{true: d.point}[!d.running()]
-		if own, err := d.memory("RssAnon"); err == nil && own > ownMemoryMax {
-			w.fail("the daemon holds %d bytes beside its segments", own)
-		}
-		d.kill()
-		if !d.struck() {
-			w.fail("the daemon ended by itself: %s", d.ending())
+		if !k.end(w.theDaemon()) {
 			return
 		}
-		w.count(theDaemon, point)
+		done := enough() && w.visited(k.tried, tries)
 		next := ""
-		if i := slices.IndexFunc(points, func(name string) bool { return w.struckAt(name) == 0 && tried[name] < triesAt(name, tries) }); i >= 0 && rnd.IntN(4) > 0 {
-			name := points[i]
-			points = append(slices.Delete(points, i, i+1), name) // the others come before it is tried again
-			tried[name]++
-			count := 1 // some are passed only once in a daemon's life
-			if tried[name]%2 == 0 {
-				count += rnd.IntN(20)
-			}
-			next = name + ":" + strconv.Itoa(count)
-		} else if rnd.IntN(2) == 0 {
-			next = points[rnd.IntN(len(points))] + ":" + strconv.Itoa(1+rnd.IntN(40))
-		}
-		done := enough() && w.visited(tried, tries)
-		if done {
-			next = ""
+		if !done {
+			next = k.next()
 		}
 		w.mu.Lock()
 		w.restarts++
@@ -187,6 +159,65 @@ func (w *world) daemonKiller(enough func() bool, tries int) {
 			return
 		}
 	}
+}
+
+// daemonEnds is how daemons end.
+type daemonEnds struct {
+	*world
+	rnd    *rand.Rand
+	points []string
+	tried  map[string]int
+	tries  int
+}
+
+// end ends a daemon, when something was delivered: at its failpoint, at a random moment, or now and then in order, or while it does that. It returns false if it failed.
+func (k *daemonEnds) end(d *process) bool {
+	from := k.delivered()
+	within(time.Second, func() bool { return k.delivered() > from || !d.running() || k.killing.Err() != nil })
+	k.moment(k.rnd, 40*time.Millisecond, d)
+	if d.point != "" {
+		within(150*time.Millisecond, func() bool { return !d.running() })
+	}
+	if own, err := d.memory("RssAnon"); err == nil && own > ownMemoryMax {
+		k.fail("the daemon holds %d bytes beside its segments", own)
+	}
+	if how := k.rnd.IntN(16); how < 2 && d.running() {
+		d.signal(termination)
+		if how == 0 {
+			<-d.done
+		} else {
+			k.moment(k.rnd, 100*time.Millisecond, d)
+		}
+	}
+	point := map[bool]string{true: d.point}[!d.running()]
+	d.kill()
+	switch code := d.cmd.ProcessState.ExitCode(); {
+	case d.struck():
+		k.count(theDaemon, point)
+	case code != 0 && code != exitData: // those two are an end in order
+		k.fail("the daemon ended by itself: %s", d.ending())
+		return false
+	}
+	return true
+}
+
+// next chooses the failpoint of the next daemon: one that nobody was killed at so far, any, or none.
+func (k *daemonEnds) next() string {
+	i := slices.IndexFunc(k.points, func(name string) bool { return k.struckAt(name) == 0 && k.tried[name] < triesAt(name, k.tries) })
+	if i >= 0 && k.rnd.IntN(4) > 0 {
+		name := k.points[i]
+		k.points = append(slices.Delete(k.points, i, i+1), name) // the others come before it is tried again
+		k.tried[name]++
+		count := 1 // some are passed only once in a daemon's life
+		if k.tried[name]%2 == 0 {
+			count += k.rnd.IntN(20)
+		}
+		return name + ":" + strconv.Itoa(count)
+	}
+	if k.rnd.IntN(2) == 0 {
+		return k.points[k.rnd.IntN(len(k.points))] + ":" + strconv.Itoa(1+k.rnd.IntN(40))
+	}
+	return ""
 }
 
 func (w *world) struckAt(name string) int {

@@ -139,6 +139,7 @@ func newWorld(t *testing.T, seed uint64, tables []*table, change func(*daemon.Co
 	cfg.Listen = []string{"tcp://" + w.tcp, "unix://" + w.unix}
 	cfg.Admin = "127.0.0.1:0"
 	cfg.ReadyFile = filepath.Join(w.dir, "ready.json")
+	cfg.DrainTimeout = daemon.Duration(2 * time.Second)
 	for _, tb := range tables {
 		cfg.Tables = append(cfg.Tables, tb.Table)
 		tb.history = NewHistory(tb.groups...)
