@@ -36,7 +36,8 @@ type Lender struct {
 	next     uint64
 	before   uint64 // openings below it may hold samples of the stream that came by another way; 0: none
 	shared   sharedSpot
-	behind   int // complete places that were copied in a row, since an earlier sample was not published yet
+	stay     bool // StayLent was called
+	behind   int  // complete places that were copied in a row, since an earlier sample was not published yet
 	seat     *park.Waiter
 	lendSeat *park.Waiter
 
@@ -356,6 +357,10 @@ func (e *StrandedError) Error() string {
 
 func (e *StrandedError) Unwrap() error { return e.Err }
 
+// StayLent says that the places outlive this process in a segment that is kept, and that the producer may still write to them: what it calls complete too late for us it copies
+// from there to the next process. So End publishes none of them; those with samples that it cannot copy are Stranded, and found by the next process as well.
+func (l *Lender) StayLent() { l.stay = true }
+
 // End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the
 // producer's until Free.
 //
@@ -369,7 +374,7 @@ func (l *Lender) End(ctx context.Context, inPlace bool) error {
 		return nil
 	}
 	short := func() bool {
-		if t.settled > 0 || !l.inOrder() && !(l.ring.Flush() && l.inOrder()) {
+		if l.stay || t.settled > 0 || !l.inOrder() && !(l.ring.Flush() && l.inOrder()) {
 			return false
 		}
 		l.publish(t)

@@ -44,7 +44,7 @@ type FillAttachment struct {
 	next    LentPlace // taken from the queue and not given out; Lease 0: none
 	lease   uint64    // the last one that came
 	handed  uint64    // rows called complete
-	counts  []uint64  // at n modulo its length: rows called complete with the descriptors up to number n
+	counts  []uint64  // at n modulo its length: rows called complete with the descriptors up to number n; twice as many as the queue has room for
 	seen    uint64    // descriptors the daemon had taken when last asked
 	taken   uint64    // rows it had taken then
 	rung    bool      // the daemon was rung, and
@@ -134,7 +134,7 @@ func (a *FillAttachment) open(r *descriptorReader) (err error) {
 	if err != nil {
 		return err
 	}
-	a.counts = make([]uint64, capacity)
+	a.counts = make([]uint64, 2*capacity) // a descriptor that was taken keeps its count while the queue is full of later ones
 	if a.deliver, err = spsc.NewConsumer(deliver, capacity); err != nil {
 		return err
 	}
@@ -268,14 +268,14 @@ func (a *FillAttachment) SameMemory(other *FillAttachment) bool { return a.segme
 
 // HasRoom tells whether one more descriptor can be handed over now. The error is a *FormatError.
 func (a *FillAttachment) HasRoom() (bool, error) {
-	if a.giveback.Pushed()-a.seen < uint64(len(a.counts)) {
+	if a.giveback.Pushed()-a.seen < uint64(len(a.counts)/2) {
 		return true, nil
 	}
 	var err error
 	if a.seen, err = a.giveback.Taken(); err != nil {
 		return false, &FormatError{a.path, err}
 	}
-	return a.giveback.Pushed()-a.seen < uint64(len(a.counts)), nil
+	return a.giveback.Pushed()-a.seen < uint64(len(a.counts)/2), nil
 }
 
 // Complete tells the daemon that so many further rows of a place are complete. There must be room for it. The error is a *FormatError.

@@ -495,6 +495,9 @@ func (f *filler) end(cause error) error {
 		f.lender.Free()
 	}
 	stopping := f.alive.Err() != nil || errors.Is(cause, errStopping)
+	if stopping && f.sess != "" && f.table.Memory.Kept() {
+		f.lender.StayLent()
+	}
 	if err := f.lender.End(f.ending, stopping); err != nil {
 		var stranded *drainer.StrandedError
 		if errors.As(err, &stranded) {
