@@ -491,6 +491,9 @@ func (f *filler) end(cause error) error {
 			break
 		}
 	}
+	if bad || errors.Is(cause, errSocketEnded) { // what it did not fill may be what its last rows need
+		f.lender.Free()
+	}
 	stopping := f.alive.Err() != nil || errors.Is(cause, errStopping)
 	if stopping && f.sess != "" && f.table.Memory.Kept() {
 		f.lender.StayLent()
