@@ -5,6 +5,10 @@
 // coalesced acks and does nothing else. One sender program drives daemon and bare loop alike, over the native handshake of package wire. `ingestd bench
 // micro` runs the queue and the ring beside their twins.
 //
+// `ingestd bench shm` does the same for producers that fill places of the ring themselves: rates in place and written, beside a bare queue of descriptors
+// between two processes, shmipc-go (bench/shmipc, a module of its own) and plain memory writes; latency beside one bare eventfd; and what faults cost: a daemon
+// killed under load, a large ring taken up again, a trainer killed with leases.
+//
 // It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
 //
 // Processes: the parent only starts, asks and stops; while a window is measured it sleeps. Children answer one JSON line on standard output for every
@@ -14,6 +18,9 @@
 // Latencies come from an open loop: samples have intended send times at a fixed rate, which is a stated fraction of the rate just measured, and the
 // time stands in the sample's first eight bytes. A sender that is held up sends late, but its samples keep their intended times, so that waiting
 // is not left out (no coordinated omission). Arrival to lease is the arrival column against CLOCK_REALTIME when the batch is leased.
+//
+// bench shm paces its latencies instead: a sample is stamped when its producer commits it, since what is measured is the wake-ups on its way and not a queue.
+// A fault's times are of CLOCK_MONOTONIC, which all processes share: a child notes when it saw something, and the parent when it did something.
 //
 // Errors: everything that fails names the process and the last lines that it logged. A missed target is no error unless --check asks for that.
 //

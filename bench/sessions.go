@@ -74,7 +74,7 @@ func runSessions(ctx context.Context, opt sessionsOptions) error {
 	var running sync.WaitGroup
 	for _, p := range s.producers {
 		running.Go(func() {
-			if err := s.push(ctx, p); err != nil && ctx.Err() == nil {
+			if err := s.push(ctx, p); ctx.Err() == nil {
 				s.failed <- err
 			}
 		})
@@ -89,7 +89,7 @@ func runSessions(ctx context.Context, opt sessionsOptions) error {
 	return err
 }
 
-// push pushes the same samples, as many at a time as make a write.
+// push pushes the same samples, as many at a time as make a write, until it fails.
 func (s *sessions) push(ctx context.Context, p *client.Producer) error {
 	sample := s.spec.SampleBytes()
 	one := make([]byte, sample)

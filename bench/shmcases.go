@@ -23,9 +23,9 @@ type ShmCase struct {
 	Kind string `json:"kind"`
 }
 
-// The rings of the cases that are compared with each other have the same number of samples in the same number of batches; at 16 MiB they are 4 GiB.
+// The rings of the cases in place, which are compared with each other, have the same number of samples in the same number of batches; at 16 MiB they are 8 GiB.
 const (
-	placeBatch   = 32
+	placeBatch   = 64
 	placeBatches = 8
 )
 
@@ -44,12 +44,13 @@ func shmCase(kind string, sampleBytes int64, batchSize, batches int) ShmCase {
 // shmCases are the cases of the issue's targets.
 func shmCases() []ShmCase {
 	var out []ShmCase
-	for _, kind := range []string{kindPlace, kindWrite} {
-		for _, size := range []int64{64 * kib, mib, 16 * mib} {
-			out = append(out, shmCase(kind, size, placeBatch, placeBatches))
-		}
+	for _, size := range []int64{64 * kib, mib, 16 * mib} {
+		out = append(out, shmCase(kindPlace, size, placeBatch, placeBatches))
 	}
 	return append(out,
+		shmCase(kindWrite, 64*kib, 64, 8),
+		shmCase(kindWrite, mib, 16, 16),
+		shmCase(kindWrite, 16*mib, 4, 16),
 		shmCase(kindWrite, 64, 256, 64),
 		shmCase(kindLatency, 64, 1, 64),
 		shmCase(kindRestart, 4*kib, 64, 256),

@@ -41,7 +41,8 @@
 //
 // Cost: small samples are copied once into a send buffer and go many to one system call; large ones are written from the
 // caller's memory with no copy. With a session both are copied once into the memory they are kept in and written from there: Push does not
-// wait for acks, so the caller's memory will not do. In steady state a Push allocates nothing. Memory per Producer: two send buffers of at most
+// wait for acks, so the caller's memory will not do. In BenchmarkPush, in the window a daemon gives, that costs both ends together nothing
+// that can be measured at 16 KiB and about a third more processor time from 256 KiB on, where there is no copy otherwise. In steady state a Push allocates nothing. Memory per Producer: two send buffers of at most
 // Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it; with a session instead the bytes of the
 // window (Stats.KeptBytes), which are at most Config.WindowBytes, or where that is 0, 64 MiB, and always room for one sample (two where it is 0).
 //

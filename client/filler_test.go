@@ -39,6 +39,7 @@ type fillTable struct {
 	memory *shm.Memory
 	server *shm.Server
 	listen *net.UnixListener
+	life   context.Context
 	end    context.CancelFunc
 	all    sync.WaitGroup
 	pinned []ring.Recovered
@@ -141,8 +142,7 @@ func newFillTable(socket, file string, batches int) (*fillTable, error) {
 		return nil, err
 	}
 	d.listen.SetUnlinkOnClose(false)
-	var ctx context.Context
-	ctx, d.end = context.WithCancel(context.Background())
+	d.life, d.end = context.WithCancel(context.Background())
 	d.all.Go(func() {
 		for {
 			conn, err := d.listen.AcceptUnix()
@@ -155,7 +155,7 @@ func newFillTable(socket, file string, batches int) (*fillTable, error) {
 					conn.Close()
 					return
 				}
-				_ = d.server.Serve(ctx, conn, hello)
+				_ = d.server.Serve(d.life, conn, hello)
 			})
 		}
 	})
@@ -498,8 +498,12 @@ func TestFillerAfterLoss(t *testing.T) {
 			d, err = newFillTable(socket, "", 8)
 			ok(t, err)
 			defer func() { ok(t, d.stop()) }()
-			err = p.Flush(t.Context())
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
 			if !goOn {
+				for err = nil; err == nil; err = p.Flush(t.Context()) { // until it has noticed
+					<-tick.C
+				}
 				var lost *LostError
 				if !errors.As(err, &lost) || *lost != (LostError{From: 0, To: 11}) {
 					t.Fatalf("after the loss: %v", err)
@@ -509,7 +513,9 @@ func TestFillerAfterLoss(t *testing.T) {
 				}
 				return
 			}
-			ok(t, err)
+			for p.Stats().Reconnects == 0 {
+				<-tick.C
+			}
 			ok(t, s.Commit())
 			number = 3
 			ok(t, fill(t.Context(), p, 1, &number, 20, 6))

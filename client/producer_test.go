@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"reflect"
@@ -219,19 +220,33 @@ func TestInterrupted(t *testing.T) {
 // TestInterruptedIsFinished: a sample that was taken half written arrives without another call.
 func TestInterruptedIsFinished(t *testing.T) {
 	for _, session := range []string{"", "s"} {
-		read, arrived := make(chan struct{}), make(chan struct{})
+		begun, read, arrived := make(chan struct{}), make(chan struct{}), make(chan struct{})
 		addr := fakeDaemon(t, options{tight: true}, func(f *fake) {
+			sample := make([]byte, f.sampleBytes)
+			if _, err := io.ReadFull(f, sample[:1000]); err != nil {
+				t.Error(err)
+			}
+			close(begun)
 			<-read
-			f.take(1)
+			if _, err := io.ReadFull(f, sample[1000:]); err != nil {
+				t.Error(err)
+			}
+			f.checkSample(sample)
 			close(arrived)
 			f.ack(1)
 			f.serveAll()
 		})
 		p := dial(t, addr, Config{Spec: specOf(t, "a:U8[8000000]"), Session: session, Dialer: dialTight})
-		if err := p.Push(soon(t), makeSamples(0, 1, 8000000)); err != nil {
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			<-begun
+			cancel()
+		}()
+		err := p.Push(ctx, makeSamples(0, 1, 8000000))
+		close(read)
+		if err != nil {
 			t.Fatal(err)
 		}
-		close(read)
 		<-arrived
 		closeWell(t, p)
 	}

@@ -16,15 +16,15 @@
 // ends a table in order: no new streams, the open ones drained, the batch being filled published short, then end of stream for the trainers. It
 // needs the pool to run, as the streams do.
 //
-// A stream with a session goes on where the session's last one ended, also in a later process over kept memory: Stream.Held says with which sample. One stream has a
-// session at a time; who opens it again waits for the one before, which StreamConfig.Taken tells.
+// A stream with a session goes on where the session's last one ended, also in a later process over kept memory: Stream.Held says with which sample. One stream
+// has a session at a time; who opens it again waits for the one before, which StreamConfig.Taken tells.
 //
-// Trainers in one group share the batches, and every group gets them all; Config.Groups are there from the start. With Config.Recover a table goes on in a segment
-// that an earlier process left, however that ended: what was committed and not released is offered again.
+// Trainers in one group share the batches, and every group gets them all; Config.Groups are there from the start. With Config.Recover a table goes on in a
+// segment that an earlier process left, however that ended: what was committed and not released is offered again.
 //
-// Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; *FullError, which names who holds the ring up,
-// from a Reserve that ran out of time; io.EOF from Next after the last
-// batch; the context's error, wrapped, from Close when streams are still open. Releasing a batch twice, or pushing to a closed stream, panics.
+// Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; *FullError, which names who holds the ring
+// up, from a Reserve that ran out of time; io.EOF from Next after the last batch; the context's error, wrapped, from Close when streams are still open.
+// Releasing a batch twice, or pushing to a closed stream, panics.
 //
 // Cost: one goroutine per open stream, which only waits for its end; nothing per sample or batch beyond what drainer, ring and sampler say.
 // Proof: table_test.go, stream_test.go (sessions), recover_test.go, trainer_test.go, example_test.go, and every test of a transport.

@@ -7,8 +7,8 @@ import (
 	"github.com/ingestd/ingestd/sampler"
 )
 
-// Holder returns whom the table's writers wait for, or would if the ring were full: the trainer that has held a batch for longest, else the group that nobody reads
-// for; false where nothing is unread.
+// Holder returns whom the table's writers wait for, or would if the ring were full: the trainer that has held a batch for longest, else the group that nobody
+// reads for; false where nothing is unread.
 func (t *Table) Holder() (sampler.Holder, bool) { return t.sampler.Holder() }
 
 // FullError says that the ring stayed full until the deadline, and why. It matches os.ErrDeadlineExceeded.

@@ -11,7 +11,8 @@ import (
 	"github.com/ingestd/ingestd/sampler"
 )
 
-// TestRecover: a table that is made over the memory of one that never ended goes on where that was: with its samples, its sessions, its groups, and no number twice.
+// TestRecover: a table that is made over the memory of one that never ended goes on where that was: with its samples, its sessions, its groups, and no number
+// twice.
 func TestRecover(t *testing.T) {
 	given := &memory{}
 	cfg := config(t, newPool(t))

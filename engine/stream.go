@@ -95,8 +95,8 @@ func (t *Table) OpenLender(ctx context.Context, cfg StreamConfig) (*drainer.Lend
 	return l, nil
 }
 
-// claim makes the session the caller's, who gives it back with release; nil where cfg names none. It returns the stream's number, too. Called under mu, which it
-// lets go while it waits.
+// claim makes the session the caller's, who gives it back with release; nil where cfg names none. It returns the stream's number, too. Called under mu, which
+// it lets go while it waits.
 func (t *Table) claim(ctx context.Context, cfg StreamConfig) (*session, uint64, error) {
 	if t.closed {
 		return nil, 0, os.ErrClosed

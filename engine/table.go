@@ -49,7 +49,8 @@ type Config struct {
 	Memory func(size int64) (Memory, error)
 
 	// Recover says that the memory holds a segment that an earlier process left, however that ended: New takes it up as ring.Recover does, and what no trainer
-	// has released is offered again. The errors of ring.Recover are wrapped; the memory is as it was then. Boot identifies the run of the machine, see ring.Layout.
+	// has released is offered again. The errors of ring.Recover are wrapped; the memory is as it was then. Boot identifies the run of the machine, see
+	// ring.Layout.
 	Recover bool
 	Boot    [16]byte
 }
@@ -125,7 +126,8 @@ func New(cfg Config) (*Table, error) {
 	} else {
 		memory = heap{ring.AlignedBytes(size)}
 	}
-	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}, sessions: map[string]*session{}}
+	t := &Table{cfg: cfg, memory: memory, closing: make(chan struct{}), sessions: map[string]*session{},
+		streams: map[uint64]*drainer.Stream{}, lenders: map[uint64]*drainer.Lender{}}
 	if err = t.makeRing(l); err != nil {
 		_ = memory.Close()
 		return nil, fmt.Errorf("table %q: %w", cfg.Name, err)

@@ -5,8 +5,8 @@
 // fills them in place, pushes them, acks. When the stream ends, for whatever reason, it counts the reason and closes the stream. A new
 // transport is a new package that does this; ingesttest is the suite that it must pass.
 //
-// A session's streams are numbered through: OpenPush waits for the connection that had it, and answers how many samples are held. Errors of a table become refusals in
-// RefuseStream, and a full ring a note in RingFull.
+// A session's streams are numbered through: OpenPush waits for the connection that had it, and answers how many samples are held. Errors of a table become
+// refusals in RefuseStream, and a full ring a note in RingFull.
 //
 // Counters are atomic; Snapshot may be called from anywhere. Nothing here runs per sample.
 package ingest

@@ -31,7 +31,8 @@ type Transport interface {
 type Table interface {
 	Name() string
 	Spec() *spec.Spec
-	// OpenStream makes the queue of one producer, waiting, until ctx ends, for the one before of its session. The transport closes it. Errors are those of engine.Table.
+	// OpenStream makes the queue of one producer, waiting, until ctx ends, for the one before of its session. The transport closes it. Errors are those of
+	// engine.Table.
 	OpenStream(ctx context.Context, cfg engine.StreamConfig) (*drainer.Stream, error)
 	// CommittedAcks tells whether no sample is acked before it is in the ring, whatever a producer asks for.
 	CommittedAcks() bool
@@ -60,9 +61,9 @@ func (w Window) bytes(asked, sample int64) int64 {
 	return min(asked, w.BytesMax)
 }
 
-// OpenPush judges the hello of a producer: table, spec, options, session. It returns the open stream with the answer for the peer, or what to refuse with. Where another
-// connection has the session, it is ended by its taken, and OpenPush waits for that until ctx ends. taken is called once, from any goroutine, when this one's turn has come to be ended;
-// it must not wait.
+// OpenPush judges the hello of a producer: table, spec, options, session. It returns the open stream with the answer for the peer, or what to refuse with.
+// Where another connection has the session, it is ended by its taken, and OpenPush waits for that until ctx ends. taken is called once, from any goroutine,
+// when this one's turn has come to be ended; it must not wait.
 func OpenPush(ctx context.Context, tables Tables, h *wire.Hello, limit Window, taken func()) (Table, *drainer.Stream, *wire.AcceptedPush, *wire.Refusal) {
 	t, ok := tables.Lookup(h.Table)
 	if !ok {
@@ -99,14 +100,16 @@ func RefuseStream(h *wire.Hello, err error) *wire.Refusal {
 	case errors.Is(err, os.ErrClosed):
 		return wire.Refuse(wire.CodeShuttingDown, "table %q takes no new streams: %v", h.Table, err)
 	case errors.Is(err, engine.ErrSessionTaken):
-		return wire.Refuse(wire.CodeSessionTaken, "another connection has asked for session %q of table %q since; two producers must not have one session", h.Session, h.Table)
+		return wire.Refuse(wire.CodeSessionTaken, "another connection has asked for session %q of table %q since; two producers must not have one session",
+			h.Session, h.Table)
 	case errors.As(err, &full):
-		return wire.Refuse(wire.CodeTooManySessions, "table %q knows %d sessions, and none of them is old enough to be forgotten: reconnect under the same names, do without a session, or raise sessions or lower session_ttl in the daemon's configuration",
-			h.Table, full.Sessions)
+		return wire.Refuse(wire.CodeTooManySessions, "table %q knows %d sessions, and none of them is old enough to be forgotten: reconnect under the same names, "+
+			"do without a session, or raise sessions or lower session_ttl in the daemon's configuration", h.Table, full.Sessions)
 	case errors.Is(err, context.Canceled):
 		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
 	case errors.Is(err, context.DeadlineExceeded):
-		return wire.Refuse(wire.CodeTooManyConnections, "a session has one connection at a time, and the one that has session %q of table %q has not ended yet; try again", h.Session, h.Table)
+		return wire.Refuse(wire.CodeTooManyConnections,
+			"a session has one connection at a time, and the one that has session %q of table %q has not ended yet; try again", h.Session, h.Table)
 	}
 	return wire.Refuse(wire.CodeInternal, "table %q: %v", h.Table, err)
 }

@@ -394,7 +394,7 @@ func TestFillerIsToldOfTheEnd(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		p.place = LentPlace{} // those it had were its own
+		check(t, p.writeAll(t.Context(), 8)) // what it had was its own
 	}
 	h.eventually("it is known to be told", func(s FillStats) bool { return s.Fillers[0].State == FillEnded })
 	h.stop()
@@ -427,5 +427,40 @@ func TestFillPolling(t *testing.T) {
 	check(t, <-done)
 	if r.next[1] != p.next {
 		t.Errorf("%d of %d samples came", r.next[1], p.next)
+	}
+}
+
+// Rows that are called complete one by one, as fast as can be: the daemon is rung only when it must be, and never too seldom, or this would stop for ever.
+func TestFillWakesAreNotLost(t *testing.T) {
+	h := startHost(t, hostConfig{batchSize: 8, batches: 16})
+	p, r := newAuthor(h.attach(wire.Hello{Prefetch: 4})), newReader(h)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			b, err := h.ring.Lease(context.Background(), r.seat)
+			if err != nil {
+				return
+			}
+			h.ring.Release(b)
+		}
+	}()
+	rows := 100000
+	if testing.Short() {
+		rows = 10000
+	}
+	for range rows {
+		check(t, p.need(t.Context()))
+		check(t, p.Complete(p.place, 1))
+		if p.row++; p.row == 8 {
+			p.place = LentPlace{}
+		}
+	}
+	check(t, p.Close())
+	check(t, <-h.served)
+	h.ring.Close()
+	<-done
+	if s := h.server.Stats().Fill; s.Committed != uint64(rows) {
+		t.Errorf("%d of %d committed", s.Committed, rows)
 	}
 }

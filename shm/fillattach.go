@@ -47,6 +47,8 @@ type FillAttachment struct {
 	counts  []uint64  // at n modulo its length: rows called complete with the descriptors up to number n
 	seen    uint64    // descriptors the daemon had taken when last asked
 	taken   uint64    // rows it had taken then
+	rung    bool      // the daemon was rung, and
+	rungAt  uint64    // had taken so many descriptors then
 	bad     error     // what the daemon shared that makes no sense
 	follows follower
 }
@@ -303,7 +305,14 @@ func (a *FillAttachment) hand(d spsc.Desc) error {
 	if n == 0 {
 		panic("shm: a descriptor was handed over without room for it")
 	}
-	if a.giveback.ConsumerWaiting() {
+	// What it has taken already needs no bell. While it has not taken what it was last rung for, it is yet to wake, and finds this too, since it looks again
+	// after it has taken something.
+	taken, err := a.giveback.Taken()
+	if err != nil {
+		return &FormatError{a.path, err}
+	}
+	if taken < a.giveback.Pushed() && (!a.rung || taken != a.rungAt) && a.giveback.ConsumerWaiting() {
+		a.rung, a.rungAt = true, taken
 		a.toDaemon.signal()
 	}
 	return nil

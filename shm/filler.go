@@ -463,8 +463,8 @@ func (f *filler) settleOld(ctx context.Context) error {
 	return f.copyOut(ctx)
 }
 
-// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row it is; its
-// age counts from when it was first seen, by a clock that does not jump.
+// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row
+// it is; its age counts from when it was first seen, by a clock that does not jump.
 type rowAge struct {
 	arrival, seen time.Time
 }

@@ -46,10 +46,9 @@ type Memory struct {
 	mem     []byte
 	fd      int // the memory itself
 	shareFd int // what peers get; the same as fd for a memfd that none of them may write
-	fillFd  int // what peers get that may write; the same as fd for a memfd
 	path    string
 	keep    bool
-	fill    bool // Writable is allowed
+	fillFd  int // what peers that may write get; the same as fd for a memfd; -1 where none may
 	huge    bool
 	hugeErr error
 }
@@ -115,7 +114,7 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: memfd_create: %w", cfg.Name, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fillFd: fd, fill: cfg.Fillable, huge: huge}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: fd, fillFd: -1, huge: huge}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -139,38 +138,30 @@ func newMemfd(cfg MemoryConfig, huge bool) (_ *Memory, err error) {
 		return nil, fmt.Errorf("%s: sealing the memfd (F_SEAL_FUTURE_WRITE needs Linux 5.1): %w", cfg.Name, err)
 	}
 	if cfg.Fillable {
-		return m, m.openForReaders()
+		return m, m.openForPeers(true)
 	}
 	return m, nil
 }
 
-// openForReaders makes the descriptor that readers get, and takes from everybody the right to open the memory by that descriptor's path in /proc.
-func (m *Memory) openForReaders() error {
-	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
+// openForPeers makes the descriptors that peers get. Of a memfd that some of them may write, it takes from everybody the right to open it by a
+// descriptor's path in /proc.
+func (m *Memory) openForPeers(fillable bool) (err error) {
+	again := fmt.Sprintf("/proc/self/fd/%d", m.fd)
+	if m.shareFd, err = unix.Open(again, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return fmt.Errorf("%s: opening it read-only for trainers: %w", m.name, err)
 	}
-	m.shareFd = fd
-	if m.path != "" { // made with mode 0600, which its owner needs to open it again
-		return m.openForFillers()
+	switch {
+	case !fillable:
+	case m.path != "": // one of its own, since whoever maps our own keeps the lock on it
+		if m.fillFd, err = unix.Open(again, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+			return fmt.Errorf("%s: opening it for producers: %w", m.name, err)
+		}
+	default:
+		m.fillFd = m.fd
+		if err := unix.Fchmod(m.fd, 0); err != nil {
+			return fmt.Errorf("%s: taking the right to open it from everybody: %w", m.name, err)
+		}
 	}
-	if err := unix.Fchmod(m.fd, 0); err != nil {
-		return fmt.Errorf("%s: taking the right to open it from everybody: %w", m.name, err)
-	}
-	return nil
-}
-
-// openForFillers opens a named file once more for those that may write. Had they our own descriptor, their copies and mappings of it would keep our lock on the file when we are
-// dead, and no successor could take it up before they are gone, too.
-func (m *Memory) openForFillers() error {
-	if !m.fill {
-		return nil
-	}
-	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", m.fd), unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("%s: opening it for producers that fill it: %w", m.name, err)
-	}
-	m.fillFd = fd
 	return nil
 }
 
@@ -277,7 +268,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: creating %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, fill: cfg.Fillable} // a file that could not be made is not kept
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path} // a file that could not be made is not kept
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -299,7 +290,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapWhole(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForReaders(); err != nil {
+	if err := m.openForPeers(cfg.Fillable); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -344,7 +335,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%s: opening %s: %w", cfg.Name, cfg.Path, err)
 	}
-	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, keep: true, fill: cfg.Fillable}
+	m := &Memory{name: cfg.Name, fd: fd, shareFd: -1, fillFd: -1, path: cfg.Path, keep: true}
 	defer func() {
 		if err != nil {
 			m.keep = true
@@ -369,7 +360,7 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := m.mapPresent(size); err != nil {
 		return nil, err
 	}
-	if err := m.openForReaders(); err != nil {
+	if err := m.openForPeers(cfg.Fillable); err != nil {
 		return nil, err
 	}
 	m.keep = cfg.Keep
@@ -440,7 +431,7 @@ func (m *Memory) Path() string { return m.path }
 func (m *Memory) Descriptor() int { return m.shareFd }
 
 // Writable returns the descriptor for peers that may write, and whether there is one: only memory made Fillable has it.
-func (m *Memory) Writable() (int, bool) { return m.fillFd, m.fill }
+func (m *Memory) Writable() (int, bool) { return m.fillFd, m.fillFd >= 0 }
 
 // Sync writes a named file's content through to its disk, and returns when it is there. For a memfd and on tmpfs it does nothing.
 func (m *Memory) Sync() error {
@@ -461,7 +452,7 @@ func (m *Memory) Close() error {
 		errs = append(errs, unix.Munmap(m.mem))
 		m.mem = nil
 	}
-	for _, fd := range []int{m.shareFd, m.fillFd} {
+	for _, fd := range [...]int{m.shareFd, m.fillFd} {
 		if fd >= 0 && fd != m.fd {
 			errs = append(errs, unix.Close(fd))
 		}

@@ -113,6 +113,10 @@ func TestKeptFile(t *testing.T) {
 	if _, err := NewMemory(MemoryConfig{Path: path, Size: 1}); !errors.As(err, &inUse) {
 		t.Fatalf("making anew what is in use: %v", err)
 	}
+	writable, _ := first.Writable() // what a producer has mapped, that may outlive us
+	theirs, err := unix.Mmap(writable, 0, 8192, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	must(t, err)
+	defer func() { must(t, unix.Munmap(theirs)) }()
 	if err := errors.Join(first.Sync(), first.Close()); err != nil {
 		t.Fatal(err)
 	}

@@ -6,14 +6,14 @@
 // it is hot. Slots are reserved only for samples whose bytes are in the socket buffer already, so a slow sender holds nothing up; a sample larger
 // than heldMin cannot wait there, so it is received in place, and its slot is given back if it stalls.
 //
-// A session has one connection. When another asks for it, the one that has it takes nothing more, whatever it waits for just then, closes its stream at once and acks
-// afterwards, so that a peer that is half dead holds nobody up. While a stream waits for a slot, a timer looks after its peer (watch.go): a peer that wants them gets notes, and one that
-// is gone is let go.
+// A session has one connection. When another asks for it, the one that has it takes nothing more, whatever it waits for just then, closes its stream at once
+// and acks afterwards, so that a peer that is half dead holds nobody up. While a stream waits for a slot, a timer looks after its peer (watch.go): a peer that
+// wants them gets notes, and one that is gone is let go.
 //
 // Memory: a connection owns at most one partial sample of at most heldMin bytes and its goroutine; staging buffers come from a pool of a fixed number
 // that are held only while they are being scattered, never across a wait. So memory does not depend on the size of samples.
 //
-// Errors of a peer end that peer only, are counted by reason, and are told to it (a closing notice, then a close that lingers until the peer has read it). Serve returns
-// when its listener closes. Cost: three system calls per read of up to 256 KiB (how much is there, read, ack), nothing per sample but the bytes and
-// the ack. Proof: the conformance suite (ingest/ingesttest), tcpingest_test.go, and bench/.
+// Errors of a peer end that peer only, are counted by reason, and are told to it (a closing notice, then a close that lingers until the peer has read it).
+// Serve returns when its listener closes. Cost: three system calls per read of up to 256 KiB (how much is there, read, ack), nothing per sample but the bytes
+// and the ack. Proof: the conformance suite (ingest/ingesttest), tcpingest_test.go, and bench/.
 package tcpingest

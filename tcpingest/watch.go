@@ -16,8 +16,8 @@ const (
 	watchEvery = time.Second           // again; and a producer gets no two notes within it
 )
 
-// watch looks after a connection while its goroutine waits for a free slot and reads nothing: it writes notes to a peer that wants them, and ends the wait of one
-// that is gone. It runs on a timer's goroutine.
+// watch looks after a connection while its goroutine waits for a free slot and reads nothing: it writes notes to a peer that wants them, and ends the wait of
+// one that is gone. It runs on a timer's goroutine.
 type watch struct {
 	table ingest.Table // nil: the peer wants no notes
 	timer *time.Timer  // the session's own
@@ -102,7 +102,8 @@ func (c *conn) note(now time.Time) {
 	w.rest = w.rest[sent:]
 }
 
-// finishNote writes what the socket did not take of the last note. The connection's goroutine calls it before it writes anything, while it does not wait for a slot.
+// finishNote writes what the socket did not take of the last note. The connection's goroutine calls it before it writes anything, while it does not wait for a
+// slot.
 func (c *conn) finishNote() error {
 	for len(c.watch.rest) > 0 {
 		n, err := c.Write(c.watch.rest)

@@ -27,6 +27,7 @@ type pushOptions struct {
 	rate          float64
 	ack           string
 	session       string
+	reconnectFor  time.Duration
 	windowSamples int64
 	windowBytes   daemon.Size
 	timeout       time.Duration
@@ -61,7 +62,8 @@ put in that order. Any other file, and - for standard input, holds raw samples o
 	f.Int64Var(&o.repeat, "repeat", 1, "send the input so many times; 0: until stopped")
 	f.Float64Var(&o.rate, "rate", 0, "samples per second at most; 0: as fast as the daemon takes them")
 	f.StringVar(&o.ack, "ack", string(wire.AckQueued), "when the daemon acks: queued, or committed to the ring")
-	f.StringVar(&o.session, "session", "", "name of the session, shown in the daemon's status")
+	f.StringVar(&o.session, "session", "", "name of the session: what the daemon holds of it is not sent again, and a broken connection is made anew")
+	f.DurationVar(&o.reconnectFor, "reconnect-for", client.DefaultReconnectFor, "with --session: give up when the daemon was away for so long; 0: at once")
 	f.Int64Var(&o.windowSamples, "window-samples", 0, "most samples without an ack; 0: the daemon's limit")
 	f.Var(&o.windowBytes, "window-bytes", "most bytes without an ack; 0: the daemon chooses")
 	f.DurationVar(&o.timeout, "timeout", 0, "give up after so long (exit code 5); 0: never")
@@ -83,8 +85,8 @@ type pushResult struct {
 
 func (o *pushOptions) check(args []string) error {
 	switch {
-	case o.generate < 0 || o.count < 0 || o.repeat < 0 || o.rate < 0 || o.timeout < 0 || o.wait < 0:
-		return usagef("push: --generate, --count, --repeat, --rate, --timeout and --wait must not be negative")
+	case o.generate < 0 || o.count < 0 || o.repeat < 0 || o.rate < 0 || o.timeout < 0 || o.wait < 0 || o.reconnectFor < 0:
+		return usagef("push: --generate, --count, --repeat, --rate, --timeout, --wait and --reconnect-for must not be negative")
 	case o.generate > 0 && len(args) > 0:
 		return usagef("push: give files or --generate, not both")
 	case o.generate == 0 && len(args) == 0:
@@ -112,9 +114,15 @@ func (o *pushOptions) run(ctx context.Context, std streams, args []string) (err 
 		return err
 	}
 	defer func() { err = errors.Join(err, in.close()) }()
-	p, err := o.dial(ctx, client.Config{
+	cfg := client.Config{
 		Spec: in.spec(), Session: o.session, Ack: wire.AckMode(o.ack), WindowSamples: o.windowSamples, WindowBytes: int64(o.windowBytes),
-	}, in.settle)
+	}
+	if o.session != "" && o.reconnectFor > 0 {
+		cfg.ReconnectFor = o.reconnectFor
+	} else {
+		cfg.ReconnectFor = -1
+	}
+	p, err := o.dial(ctx, cfg, in.settle)
 	if err != nil {
 		return because(ctx, err)
 	}

@@ -33,8 +33,8 @@ func serveCommand(std streams) *cobra.Command {
 		Long: `Run the daemon until SIGTERM or SIGINT. Then it takes no new connections, lets producers finish the samples under way, publishes what is there, lets
 trainers read it, and ends with code 0; 6 if samples were left that no trainer has read and that are not kept. A second signal stops it at once, with code 7.
 
-With --segment-dir the tables lie in files there, one each, and the next daemon takes them up, however this one ended: what no trainer released is offered again, and each
-session's producers go on where it was. A segment that cannot be taken up is told with the reason, and the daemon does not start.
+With --segment-dir the tables lie in files there, one each, and the next daemon takes them up, however this one ended: what no trainer released is offered again,
+and each session's producers go on where it was. A segment that cannot be taken up is told with the reason, and the daemon does not start.
 
 Settings come from the defaults, then --config, then flags. --table and the flags after it add one table, or change the one of that name in the file.
 docs/operations.md describes the file; --print-config writes the settings in force as such a file, and checks them.`,

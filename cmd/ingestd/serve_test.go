@@ -189,7 +189,8 @@ func TestKilledDaemon(t *testing.T) {
 	<-s.done
 	path := filepath.Join(dir, "a.segment")
 	ingestd(t, "", "check", path).want(t, exitOK, "right")
-	other := []string{"serve", "--table", "a", "--listen", "tcp://127.0.0.1:0", "--admin", "off", "--segment-dir", dir, "--batch-size", "4", "--batches", "16", "--spec"}
+	other := []string{"serve", "--table", "a", "--listen", "tcp://127.0.0.1:0", "--admin", "off",
+		"--segment-dir", dir, "--batch-size", "4", "--batches", "16", "--spec"}
 	ingestd(t, "", append(other, "x:F32[4],y:U8")...).want(t, exitData, path, `leaf "x": got F32[3], want F32[4]`, "--discard-segments")
 	s = serveTable(t, layout, args...)
 	if text := s.status(t); !strings.Contains(text, `"path": "`+path+`"`) {

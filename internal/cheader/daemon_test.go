@@ -32,7 +32,7 @@ type running struct {
 	done   chan error
 }
 
-func startDaemon(t *testing.T) *running {
+func startDaemon(t *testing.T, change ...func(*daemon.Config)) *running {
 	t.Helper()
 	s, err := spec.ParseText(testSpec)
 	if err != nil {
@@ -43,6 +43,9 @@ func startDaemon(t *testing.T) *running {
 	cfg.Listen, cfg.Admin = []string{"unix://" + r.socket}, "off"
 	cfg.DrainTimeout = daemon.Duration(time.Minute)
 	cfg.Tables = []daemon.Table{{Name: testTable, Spec: testSpec, BatchSize: 16, Batches: 128}}
+	for _, f := range change {
+		f(&cfg)
+	}
 	if r.Daemon, err = daemon.New(cfg, slog.New(slog.DiscardHandler), "test"); err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +100,10 @@ func TestTrainerReadsToTheEnd(t *testing.T) {
 		p := start(t, b)
 		before := p.fds()
 		p.want(`numbers batch_size=16 batches=128 prefetch=3 sample_bytes=79 x:F32[3,5]=60@0 a "leaf":I64[]=8@1 flag:BOOL[7]=7@2 half:BF16[2]=4@3`,
-			"%s", options{path: "unix://" + d.socket, table: testTable, prefetch: 3, client: `a "C" client`, spec: string(d.spec.JSON()), fingerprint: d.spec.Fingerprint().String()}.attach())
+			"%s", options{
+				path: "unix://" + d.socket, table: testTable, prefetch: 3, client: `a "C" client`,
+				spec: string(d.spec.JSON()), fingerprint: d.spec.Fingerprint().String(),
+			}.attach())
 		d.push(t, 1000) // 62 batches and a half
 		d.push(t, 1000)
 		p.send("pull %d", patience)
@@ -193,11 +199,15 @@ func TestRefusals(t *testing.T) {
 		}{
 			"no such table": {func(o *options) { o.table = "nobody's" }, "daemon=unknown_table|this daemon has numbers"},
 			"another spec": {func(o *options) {
-				o.spec = `{"leaves":[{"name":"x","dtype":"F32","shape":[3,6]},{"name":"a \"leaf\"","dtype":"I64","shape":[]},{"name":"half","dtype":"BF16","shape":[2]}]}`
+				o.spec = `{"leaves":[{"name":"x","dtype":"F32","shape":[3,6]},` +
+					`{"name":"a \"leaf\"","dtype":"I64","shape":[]},{"name":"half","dtype":"BF16","shape":[2]}]}`
 			}, "daemon=spec_mismatch|leaf x is F32[3,6] here and F32[3,5] in the table|leaf flag is missing here and BOOL[7]"},
-			"a spec that is none":     {func(o *options) { o.spec = `{"leafs":[]}` }, "daemon=bad_option|unknown field \"leafs\""},
-			"another fingerprint":     {func(o *options) { o.fingerprint = strings.Repeat("ab", 32) }, "daemon=spec_mismatch|stands for x:F32[3,5]"},
-			"a fingerprint like none": {func(o *options) { o.spec, o.fingerprint = string(d.spec.JSON()), strings.Repeat("ab", 32) }, "daemon=bad_handshake|is not that of the spec"},
+			"a spec that is none": {func(o *options) { o.spec = `{"leafs":[]}` }, "daemon=bad_option|unknown field \"leafs\""},
+			"another fingerprint": {func(o *options) { o.fingerprint = strings.Repeat("ab", 32) }, "daemon=spec_mismatch|stands for x:F32[3,5]"},
+			"a fingerprint like none": {
+				func(o *options) { o.spec, o.fingerprint = string(d.spec.JSON()), strings.Repeat("ab", 32) },
+				"daemon=bad_handshake|is not that of the spec",
+			},
 		} {
 			o := d.options()
 			test.change(&o)
@@ -239,7 +249,8 @@ func TestMisuse(t *testing.T) {
 		p.fails("misuse", "group is empty", "attach /x t '' 0 - - - 0")
 		p.want("12 12 12 12 12 12 12", "nobody")
 		// One character less is no misuse: there is only nobody at these paths.
-		p.fails("system", "system=2", "%s", options{path: "/" + strings.Repeat("x", 106), table: strings.Repeat("x", 128), client: strings.Repeat("\x7e", 128)}.attach())
+		p.fails("system", "system=2", "%s",
+			options{path: "/" + strings.Repeat("x", 106), table: strings.Repeat("x", 128), client: strings.Repeat("\x7e", 128)}.attach())
 	})
 }
 

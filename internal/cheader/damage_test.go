@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -70,7 +71,10 @@ func TestEachByteOfTheHeader(t *testing.T) {
 
 // TestEachFieldOfTheHeader: with a checksum that is right, each field is still compared with what it can be.
 func TestEachFieldOfTheHeader(t *testing.T) {
-	values := []uint64{0, 1, 2, 3, 63, 64, 65, 127, 511, 513, 576, 640, 4095, 4097, 65536, 65537, 1 << 20, 1<<31 - 1, 1 << 32, 1<<46 + 64, 1 << 62, 1 << 63, ^uint64(63), ^uint64(4095), ^uint64(0)}
+	values := []uint64{
+		0, 1, 2, 3, 63, 64, 65, 127, 511, 513, 576, 640, 4095, 4097, 65536, 65537, 1 << 20, 1<<31 - 1, 1 << 32, 1<<46 + 64, 1 << 62, 1 << 63,
+		^uint64(63), ^uint64(4095), ^uint64(0),
+	}
 	each(t, func(t *testing.T, b built) {
 		var at, value, was atomic.Uint64
 		path := serveFake(t, func(f *fake) {
@@ -267,9 +271,13 @@ func TestMalformedReplies(t *testing.T) {
 		"a refusal that lies":    {refusal(`{"code":"internal","reason":5}`), "bad_reply", "a string is missing"},
 		"a refusal's bad diff":   {refusal(`{"code":"spec_mismatch","reason":"x","diff":7}`), "bad_reply", "diff is no array"},
 		"a refusal's odd diff":   {refusal(`{"code":"spec_mismatch","reason":"x","diff":[7]}`), "bad_reply", "difference is no object"},
-		"a refusal":              {refusal(`{"diff":[{"leaf":"l\n","got":"","want":"U8","new":{}}],"code":"spec_mismatch","new":7,"reason":"r"}`), "refused", "text=the daemon refused: r: leaf l? is missing here and U8 in the table"},
-		"a refusal's version":    {func(f *fake) { refusal(`{"code":"bad_version","reason":"too old"}`)(f); f.version = 9 }, "refused", "daemon=bad_version|too old"},
-		"a long diff": {refusal(`{"code":"spec_mismatch","reason":"r","diff":[` + strings.Repeat(`{"leaf":"`+strings.Repeat("l", 128)+`","got":"a","want":"b"},`, 500) + `{}]}`),
+		"a refusal": {
+			refusal(`{"diff":[{"leaf":"l\n","got":"","want":"U8","new":{}}],"code":"spec_mismatch","new":7,"reason":"r"}`),
+			"refused", "text=the daemon refused: r: leaf l? is missing here and U8 in the table",
+		},
+		"a refusal's version": {func(f *fake) { refusal(`{"code":"bad_version","reason":"too old"}`)(f); f.version = 9 }, "refused", "daemon=bad_version|too old"},
+		"a long diff": {refusal(`{"code":"spec_mismatch","reason":"r","diff":[` +
+			strings.Repeat(`{"leaf":"`+strings.Repeat("l", 128)+`","got":"a","want":"b"},`, 500) + `{}]}`),
 			"refused", "text=the daemon refused: r: leaf lll"},
 		"a long reason": {refusal(`{"code":"internal","reason":"` + strings.Repeat("é", 8000) + `"}`), "refused", "éééé"},
 	} {
@@ -464,4 +472,36 @@ func (f *fake) alive() bool {
 	fds := []unix.PollFd{{Fd: int32(socketOf(f)), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
 	return n == 0 && err == nil
+}
+
+// TestJunk: queues and state lines full of random bytes end an attachment or leave it waiting; the sanitizers see that nothing else happens.
+func TestJunk(t *testing.T) {
+	each(t, func(t *testing.T, b built) {
+		var seed atomic.Uint64
+		path := serveFake(t, func(f *fake) {
+			r := rand.New(rand.NewPCG(seed.Load(), 0))
+			states := binary.LittleEndian.Uint64(f.segment.Bytes()[80:])
+			for _, mem := range [][]byte{f.channel.Bytes()[64:f.channelBytes()], f.segment.Bytes()[states : states+64*fakeBatches]} {
+				for at := 0; at < len(mem); at += 8 {
+					if r.IntN(2) == 0 { // zeros and small numbers get further than junk does
+						binary.LittleEndian.PutUint64(mem[at:], r.Uint64()>>r.IntN(64))
+					}
+				}
+			}
+		}, nil)
+		p := start(t, b)
+		for s := range uint64(150) {
+			seed.Store(s)
+			p.ok("%s", fakeOptions(path).attach())
+			for range 6 {
+				p.do("next-any 1")
+			}
+			p.ok("detach")
+			p.ok("%s", fakeOptions(path).open())
+			for _, verb := range []string{"reserve 3 1", "fill", "commit 1", "settle 1", "reserve 1 1", "held", "flush 1", "abandon"} {
+				p.do("%s", verb)
+			}
+			p.ok("close")
+		}
+	})
 }

@@ -124,8 +124,8 @@ func newFake(t *testing.T, conn *net.UnixConn, hello *wire.Hello) *fake {
 	f.spec, err = spec.ParseText(fakeSpec)
 	check(t, err)
 	layout := ring.Layout{
-		BatchSize: fakeBatchSize, Batches: fakeBatches, Columns: f.spec.LeafBytes(), Spec: append(f.spec.JSON(), blanks...), Fingerprint: f.spec.Fingerprint(), Table: testTable,
-		Created: time.Now(), Sessions: 2,
+		BatchSize: fakeBatchSize, Batches: fakeBatches, Columns: f.spec.LeafBytes(), Spec: append(f.spec.JSON(), blanks...),
+		Fingerprint: f.spec.Fingerprint(), Table: testTable, Created: time.Now(), Sessions: 2,
 	}
 	size, err := layout.Bytes()
 	check(t, err)

@@ -150,7 +150,7 @@ func (p *probe) fds() int {
 	return n
 }
 
-// encoded makes a word of a text: blanks, control characters, quotes and non-ASCII bytes as %xx, no text as ”.
+// encoded makes a word of a text: blanks, control characters, quotes and non-ASCII bytes as %xx, no text as two quotes.
 func encoded(text string) string {
 	if text == "" {
 		return "''"
@@ -187,7 +187,8 @@ func (o options) line(verb, third string) string {
 	if o.deadline == 0 {
 		o.deadline = patience
 	}
-	return fmt.Sprintf("%s %s %s %s %d %s %s %s %d", verb, word(o.path), word(o.table), word(third), o.prefetch, word(o.client), word(o.spec), word(o.fingerprint), o.deadline)
+	return fmt.Sprintf("%s %s %s %s %d %s %s %s %d", verb, word(o.path), word(o.table), word(third), o.prefetch,
+		word(o.client), word(o.spec), word(o.fingerprint), o.deadline)
 }
 
 // patience is what is waited for what must come, in milliseconds; what must not come is waited for shorter.

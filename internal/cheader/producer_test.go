@@ -273,7 +273,8 @@ func TestFull(t *testing.T) {
 		step <- struct{}{}
 		<-step
 		for range 2 {
-			p.fails("full", `the ring is full: trainer 3 ("slow") holds batch 9|trainer=4|batch=10|since=1234567890|pid=77|group=g|client=slow|daemon=ring_full`, "reserve 1 30")
+			p.fails("full", `the ring is full: trainer 3 ("slow") holds batch 9|daemon=ring_full|`+
+				`trainer=4|batch=10|since=1234567890|pid=77|group=g|client=slow`, "reserve 1 30")
 		}
 		p.fails("full", "", "push 100 0")
 		p.ok("flush 0") // nothing is committed
@@ -288,7 +289,7 @@ func TestFull(t *testing.T) {
 	})
 }
 
-// TestSlowDaemon: nothing is taken. What is committed is not held, and a queue that is full makes the next reservation wait; a place that is at hand does not help.
+// TestSlowDaemon: nothing is taken. What is committed is not held, and a queue that is full makes the next reservation wait, though there is a place.
 func TestSlowDaemon(t *testing.T) {
 	each(t, func(t *testing.T, b built) {
 		step := make(chan struct{})
@@ -353,7 +354,8 @@ func TestProducerEnds(t *testing.T) {
 			f.say(wire.AppendNotice(nil, &wire.Notice{Code: wire.CodeSessionTaken, Reason: "by another"}))
 		}, "cut_off", "daemon=session_taken|by another"},
 		"note, notice": {func(f *fake) {
-			f.say(append(wire.AppendNote(nil, &wire.Note{Code: wire.NoteRingFull, Reason: "full"}), wire.AppendNotice(nil, &wire.Notice{Code: wire.CodeBadPeer, Reason: "x"})...))
+			note := wire.AppendNote(nil, &wire.Note{Code: wire.NoteRingFull, Reason: "full"})
+			f.say(wire.AppendNotice(note, &wire.Notice{Code: wire.CodeBadPeer, Reason: "x"}))
 		}, "cut_off", "daemon=bad_peer"},
 		"death":           {func(f *fake) { check(f.t, f.conn.CloseWrite()) }, "peer_closed", "attach anew"},
 		"an ack":          {func(f *fake) { f.say([]byte{wire.Ack}) }, "bad_reply", "where only a notice may come"},

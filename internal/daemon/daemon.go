@@ -153,8 +153,8 @@ func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) 
 	t, err := makeTable(p, pool, m, found) // which closes m where it fails
 	if err == nil && found {
 		r := t.Found()
-		log.Info("segment taken up", "table", p.Name, "path", p.path, "samples", r.Samples, "batches", len(r.Batches), "published_short", r.Closed, "discarded", r.Discarded,
-			"sessions", len(t.Ring().Sessions()), "clean", r.Clean, "dur", time.Since(began))
+		log.Info("segment taken up", "table", p.Name, "path", p.path, "samples", r.Samples, "batches", len(r.Batches), "published_short", r.Closed,
+			"discarded", r.Discarded, "sessions", len(t.Ring().Sessions()), "clean", r.Clean, "dur", time.Since(began))
 	}
 	if !found || err == nil || !refused(err) {
 		return t, err

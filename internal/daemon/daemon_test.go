@@ -532,7 +532,8 @@ func TestGroups(t *testing.T) {
 	s := r.sender(t, "")
 	s.send(0, 8)
 	st := r.Status()
-	if g := st.Tables[0].Groups; len(g) != 1 || g[0].Name != "eval" || !g[0].Listed || g[0].OnDeath != "drop" || g[0].OnLag != "lose" || g[0].Unread != 2 || g[0].Waits == nil {
+	if g := st.Tables[0].Groups; len(g) != 1 || g[0].Name != "eval" || !g[0].Listed || g[0].OnDeath != "drop" || g[0].OnLag != "lose" ||
+		g[0].Unread != 2 || g[0].Waits == nil {
 		t.Fatalf("%+v", g)
 	}
 	if len(st.Waits) != 1 || st.Waits[0].Who != `group "eval" of table "a"` {
@@ -589,7 +590,8 @@ func TestNotesNameTheTrainer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n.Code != wire.NoteRingFull || n.Trainer != a.Accepted().Trainer || n.Batch != b.Number || n.Group != "default" || n.Client != "test" || n.PID != os.Getpid() || n.Since == 0 ||
+	if n.Code != wire.NoteRingFull || n.Trainer != a.Accepted().Trainer || n.Batch != b.Number || n.Group != "default" || n.Client != "test" ||
+		n.PID != os.Getpid() || n.Since == 0 ||
 		!strings.Contains(n.Reason, fmt.Sprintf("pid %d", os.Getpid())) {
 		t.Errorf("%+v", n)
 	}

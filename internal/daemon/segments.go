@@ -46,7 +46,8 @@ func checkSegmentDir(dir string) error {
 		return fmt.Errorf("the folder %s belongs to user %d, this daemon is user %d: whoever owns it could replace the segments", dir, st.Uid, os.Geteuid())
 	}
 	if mode := info.Mode().Perm(); mode&0o022 != 0 {
-		return fmt.Errorf("others may write to the folder %s (mode %#o), and so replace the segments: chmod go-w it, or make one inside it with mkdir -m 700", dir, mode)
+		return fmt.Errorf(
+			"others may write to the folder %s (mode %#o), and so replace the segments: chmod go-w it, or make one inside it with mkdir -m 700", dir, mode)
 	}
 	return nil
 }

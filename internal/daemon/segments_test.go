@@ -187,7 +187,8 @@ func TestSegmentsThatAreRefused(t *testing.T) {
 			}
 			_, err = New(cfg, slog.New(slog.DiscardHandler), "test")
 			var refused *SegmentError
-			if !errors.As(err, &refused) || !strings.Contains(err.Error(), c.say) || !strings.Contains(err.Error(), "--discard-segments") || !strings.Contains(err.Error(), path) {
+			if !errors.As(err, &refused) || !strings.Contains(err.Error(), c.say) || !strings.Contains(err.Error(), "--discard-segments") ||
+				!strings.Contains(err.Error(), path) {
 				t.Fatalf("got %v, want it to say %q", err, c.say)
 			}
 			if after, err := os.ReadFile(path); err != nil || string(after) != string(before) {

@@ -285,7 +285,8 @@ func fillerStatus(f *shm.FillerStats, full string) FillerStatus {
 
 func groupStatus(g *sampler.GroupStats) GroupStatus {
 	s := GroupStatus{
-		Name: g.Name, OnDeath: g.OnDeath.String(), OnLag: g.OnLag.String(), Listed: g.Listed, Trainers: g.Members, Unread: g.Unread, Leased: g.Leased, Oldest: g.Oldest,
+		Name: g.Name, OnDeath: g.OnDeath.String(), OnLag: g.OnLag.String(), Listed: g.Listed, Trainers: g.Members,
+		Unread: g.Unread, Leased: g.Leased, Oldest: g.Oldest,
 		Delivered: g.Delivered, Released: g.Released, Returned: g.Returned, Dropped: g.Dropped, Lost: g.Lost,
 	}
 	if g.Members == 0 && g.Unread > 0 {
@@ -312,7 +313,8 @@ func tableStatus(t *table, st *engine.Stats) TableStatus {
 
 func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	s := TrainerStatus{
-		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch, State: string(t.State), StateSince: t.StateSince,
+		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
+		State: string(t.State), StateSince: t.StateSince,
 		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost,
 	}
 	for _, l := range t.Held {

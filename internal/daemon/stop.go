@@ -197,5 +197,6 @@ func (e *UnreadError) Error() string {
 	for name, n := range e.Samples {
 		parts = append(parts, fmt.Sprintf("%d of table %q", n, name))
 	}
-	return "samples that no trainer has read are lost: " + strings.Join(parts, ", ") + "; stop producers first and let trainers read to the end, or raise --drain-timeout, or keep the table with --segment-dir"
+	return "samples that no trainer has read are lost: " + strings.Join(parts, ", ") +
+		"; stop producers first and let trainers read to the end, or raise --drain-timeout, or keep the table with --segment-dir"
 }

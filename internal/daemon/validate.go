@@ -178,7 +178,8 @@ func (t *Table) plan(where string) (*tablePlan, error) {
 	if t.Batches != 0 && t.Capacity != 0 {
 		return nil, configErrorf(where, "has both batches and capacity: give one")
 	}
-	layout := ring.Layout{BatchSize: t.BatchSize, Batches: ring.BatchesMin, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: t.Name, Sessions: t.Sessions}
+	layout := ring.Layout{BatchSize: t.BatchSize, Batches: ring.BatchesMin, Columns: s.LeafBytes(), Spec: s.JSON(),
+		Fingerprint: s.Fingerprint(), Table: t.Name, Sessions: t.Sessions}
 	least, err := layout.Bytes()
 	if err != nil {
 		return nil, configErrorf(where, "%v", err)
@@ -255,7 +256,8 @@ func (t *tablePlan) keep(dir, where string) error {
 		return configErrorf(where+": segment_dir", "%q is not absolute: say it from / on", dir)
 	}
 	if t.HugePages {
-		return configErrorf(where, "has both huge_pages and a segment_dir: a file is kept on ordinary pages; take one of them out (segment_dir: \"\" for this table)")
+		return configErrorf(where,
+			"has both huge_pages and a segment_dir: a file is kept on ordinary pages; take one of them out (segment_dir: %q for this table)", "")
 	}
 	if err := checkSegmentDir(dir); err != nil {
 		return configErrorf(where+": segment_dir", "%v", err)

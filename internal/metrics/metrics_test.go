@@ -45,8 +45,9 @@ func collector() *Collector {
 			}}
 		},
 		Trainers: func() shm.Stats {
-			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6}, Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}},
-				Fill: shm.FillStats{Attached: 8, Taken: 3, Published: 6, Settled: 5, Notes: 7, Fillers: []shm.FillerStats{{Table: "a", Lent: 2}}}}
+			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6},
+				Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}},
+				Fill:     shm.FillStats{Attached: 8, Taken: 3, Published: 6, Settled: 5, Notes: 7, Fillers: []shm.FillerStats{{Table: "a", Lent: 2}}}}
 		},
 		Segments: map[string]int64{"a": 4096},
 	})

@@ -359,7 +359,6 @@ class Filler:
 
     def _await(self, attempt: Callable[[], _T | None], deadline: Deadline, doing: str) -> _T:
         """Waits until ``attempt``, called under the lock, returns something."""
-        poll = select.poll()
         while True:
             with self._state:
                 self._check()
@@ -374,19 +373,18 @@ class Filler:
                 found = attempt()
                 if found is not None:
                     return found
+                if a is not None and self._announce(a):
+                    continue
+                poll = select.poll()
                 poll.register(self._news.fd, select.POLLIN)
                 if a is not None:
-                    if self._announce(a):
-                        continue
                     poll.register(a.wake, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(deadline.milliseconds())}
             with self._state:
-                if a is not None:
-                    poll.unregister(a.wake)
-                    if a is self._attached:
-                        a.channel.announce(False)
-                        if a.wake in ready:
-                            _io.drain(a.wake)
+                if a is not None and a is self._attached:
+                    a.channel.announce(False)
+                    if a.wake in ready:
+                        _io.drain(a.wake)
                 if self._news.fd in ready:
                     self._news.clear()
                 if not ready:

@@ -59,8 +59,10 @@ class Daemon:
         self.process.kill()
         self.process.wait(PATIENCE)
 
-    def restart(self) -> None:
-        """Kills the daemon and starts it again at the same addresses."""
+    def restart(self, in_order: bool = False) -> None:
+        """Kills the daemon, or stops it in order, and starts it again at the same addresses."""
+        if in_order:
+            self.stop()
         self.kill()
         self.start(self.tcp)
 

@@ -32,7 +32,7 @@ static void content(unsigned char *to, size_t n, ingestd_dtype dtype, uint64_t s
 }
 
 static int say_error(int code, const ingestd_error *e) {
-    if (!e) return printf("error %s\n", ingestd_code_name(code));
+    if (!e) return printf("error %s\ttext=\n", ingestd_code_name(code)); /* no handle, no text */
     if (e->code != code) return printf("broken: the call returned %s, its error says %s\n", ingestd_code_name(code), ingestd_code_name(e->code));
     return printf("error %s\tsystem=%d\tdaemon=%s\tlost=%llu+%llu\ttrainer=%llu\tbatch=%llu\tsince=%llu\tpid=%llu\tgroup=%s\tclient=%s\ttext=%s\n",
                   ingestd_code_name(code), e->system, e->daemon_code, (unsigned long long)e->lost_first, (unsigned long long)e->lost_count,
@@ -83,7 +83,8 @@ static int pull(int deadline) {
         if (!verify(&b)) return printf("broken: batch %llu is torn\n", (unsigned long long)b.number);
         for (row = 0; row < b.count; row++) {
             uint64_t stream = ingestd_streams(&b)[row] % 64;
-            if (ingestd_numbers(&b)[row] != due[stream]++) return printf("broken: batch %llu, row %lu is out of order\n", (unsigned long long)b.number, (unsigned long)row);
+            if (ingestd_numbers(&b)[row] != due[stream]++)
+                return printf("broken: batch %llu, row %lu is out of order\n", (unsigned long long)b.number, (unsigned long)row);
             if (!ingestd_arrivals(&b)[row]) return printf("broken: a row without an arrival\n");
         }
         samples += b.count;
@@ -105,7 +106,8 @@ static void fill(void) { /* the reserved rows */
     for (leaf = 0; leaf < t->leaf_count; leaf++) {
         unsigned char *column = (unsigned char *)ingestd_slot_column(&slots, (int)leaf);
         for (row = 0; row < slots.n; row++)
-            content(column + row * t->leaves[leaf].bytes, (size_t)t->leaves[leaf].bytes, t->leaves[leaf].dtype, ingestd_stream(producer), slots.number + row, leaf);
+            content(column + row * t->leaves[leaf].bytes, (size_t)t->leaves[leaf].bytes, t->leaves[leaf].dtype, ingestd_stream(producer),
+                    slots.number + row, leaf);
     }
 }
 
@@ -238,6 +240,7 @@ static int reserve(uint32_t n, int deadline) {
 static int act(const char *verb, char *const *w, int n) {
     unsigned long long a = n > 0 ? strtoull(w[0], NULL, 10) : 0;
     int b = n > 1 ? atoi(w[1]) : 0;
+    const ingestd_producer *whose = slots.producer; /* empty slots have no handle that could say what was wrong */
     if (!strcmp(verb, "attach")) return attach(w, n);
     if (!strcmp(verb, "next")) return next((int)strtol(w[0], NULL, 10), 1);
     if (!strcmp(verb, "next-any")) return next((int)strtol(w[0], NULL, 10), 0);
@@ -247,7 +250,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "release-stale")) return say(ingestd_release(&stale), ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column-stale")) return ingestd_column(&stale, 0, NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column")) return ingestd_column(&stale, atoi(w[0]), NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
-    if (!strcmp(verb, "column-named")) return ingestd_column_named(&stale, w[0], NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
+    if (!strcmp(verb, "column-named"))
+        return ingestd_column_named(&stale, w[0], NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
     if (!strcmp(verb, "write")) { /* which the kernel must not allow */
         *(volatile unsigned char *)(uintptr_t)ingestd_column(&stale, 0, NULL) = 1;
         return printf("broken: written\n");
@@ -262,8 +266,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "held")) return printf("ok %llu\n", (unsigned long long)ingestd_held(producer));
     if (!strcmp(verb, "reserve")) return reserve((uint32_t)a, b);
     if (!strcmp(verb, "fill")) return fill(), printf("ok\n");
-    if (!strcmp(verb, "commit")) return say(ingestd_commit(&slots, (uint32_t)a), ingestd_producer_error(producer));
-    if (!strcmp(verb, "abandon")) return say(ingestd_abandon(&slots), ingestd_producer_error(producer));
+    if (!strcmp(verb, "commit")) return say(ingestd_commit(&slots, (uint32_t)a), ingestd_producer_error(whose));
+    if (!strcmp(verb, "abandon")) return say(ingestd_abandon(&slots), ingestd_producer_error(whose));
     if (!strcmp(verb, "slot")) return ingestd_slot_column(&slots, atoi(w[0])) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_producer_error(producer));
     if (!strcmp(verb, "push")) return push(a, b);
     if (!strcmp(verb, "push-nothing")) {
@@ -283,8 +287,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "nobody")) { /* every function takes a handle that is not there */
         ingestd_detach(NULL);
         ingestd_close(NULL);
-        return printf("ok %d %d %d %d %d %d %d\n", ingestd_next(NULL, 0, NULL), ingestd_release(NULL), ingestd_reserve(NULL, 1, 0, NULL), ingestd_commit(NULL, 1),
-                      ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
+        return printf("ok %d %d %d %d %d %d %d\n", ingestd_next(NULL, 0, NULL), ingestd_release(NULL), ingestd_reserve(NULL, 1, 0, NULL),
+                      ingestd_commit(NULL, 1), ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
     }
     return printf("broken: no verb %s\n", verb);
 }
