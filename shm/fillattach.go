@@ -44,7 +44,7 @@ type FillAttachment struct {
 	next    LentPlace // taken from the queue and not given out; Lease 0: none
 	lease   uint64    // the last one that came
 	handed  uint64    // rows called complete
-	counts  []uint64  // at n modulo its length: rows called complete with the descriptors up to number n; twice as many as the queue has room for
+	counts  []uint64  // at n modulo its length: rows called complete with the descriptors up to number n
 	seen    uint64    // descriptors the daemon had taken when last asked
 	taken   uint64    // rows it had taken then
 	rung    bool      // the daemon was rung, and
@@ -134,7 +134,7 @@ func (a *FillAttachment) open(r *descriptorReader) (err error) {
 	if err != nil {
 		return err
 	}
-	a.counts = make([]uint64, 2*capacity) // a descriptor that was taken keeps its count while the queue is full of later ones
+	a.counts = make([]uint64, countsFor(capacity))
 	if a.deliver, err = spsc.NewConsumer(deliver, capacity); err != nil {
 		return err
 	}
@@ -291,6 +291,9 @@ func (a *FillAttachment) Settle(p LentPlace) error {
 
 // Resumed tells the daemon that nothing of earlier connections of the session is needed. There must be room for it.
 func (a *FillAttachment) Resumed() error { return a.hand(spsc.Desc{B: verbResumed << verbBits}) }
+
+// countsFor is how many counts are kept for a queue of that capacity: twice as many, so that a descriptor that was taken keeps its count while the queue is full of later ones.
+func countsFor(capacity int) int { return 2 * capacity }
 
 func (a *FillAttachment) hand(d spsc.Desc) error {
 	one := [1]spsc.Desc{d}
