@@ -138,8 +138,8 @@ type FillerStats struct {
 	Waited     time.Duration // how long they slept
 }
 
-// AttachFiller joins a table as a producer that fills in place. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this machine, which must
-// trust this process (see the daemon's configuration). ctx bounds the attaching only.
+// AttachFiller joins a table as a producer that fills in place. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this
+// machine, which must trust this process (see the daemon's configuration). ctx bounds the attaching only.
 func AttachFiller(ctx context.Context, addr string, cfg FillerConfig) (*Filler, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -298,8 +298,8 @@ func (p *Filler) allTaken() bool {
 // reservation may be open at a time.
 //
 // Its errors: the context's, which for a deadline is also os.ErrDeadlineExceeded, and ErrFull where the daemon says whom it waits for (*FullError), and
-// *ReconnectingError where there is no daemon, after all of which it may be called again; ErrDaemonGone, ErrShuttingDown, ErrSessionTaken, *wire.Notice, *LostError
-// when the Filler has ended; os.ErrClosed after Close.
+// *ReconnectingError where there is no daemon, after all of which it may be called again; ErrDaemonGone, ErrShuttingDown, ErrSessionTaken, *wire.Notice,
+// *LostError when the Filler has ended; os.ErrClosed after Close.
 func (p *Filler) Reserve(ctx context.Context, n int) (*Slots, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("client: reserve: %d slots were asked for; ask for at least 1", n)
@@ -507,8 +507,8 @@ func (p *Filler) flush(ctx context.Context, op string) error {
 	}
 }
 
-// Close flushes, and frees the attachment whatever happens. An error says that samples may not be in the ring. Slots that are open can be written to until they are abandoned, and not
-// committed any more. Closing again does nothing.
+// Close flushes, and frees the attachment whatever happens. An error says that samples may not be in the ring. Slots that are open can be written to until
+// they are abandoned, and not committed any more. Closing again does nothing.
 func (p *Filler) Close(ctx context.Context) error {
 	p.mu.Lock()
 	var err error
@@ -523,8 +523,8 @@ func (p *Filler) Close(ctx context.Context) error {
 	return err
 }
 
-// Abort ends the Filler at once: a call that waits returns an error that wraps os.ErrClosed. What was committed by Commit or Push is still taken by the daemon if it is attached. It may be called from
-// any goroutine and more than once.
+// Abort ends the Filler at once: a call that waits returns an error that wraps os.ErrClosed. What was committed by Commit or Push is still taken by the
+// daemon if it is attached. It may be called from any goroutine and more than once.
 func (p *Filler) Abort() {
 	p.end()
 	p.poke()

@@ -213,8 +213,8 @@ func (p *Filler) resume(a *shm.FillAttachment) {
 	p.prune()
 }
 
-// copyOver hands the current attachment what is complete and lies in the memory of earlier ones, and tells the daemon when that is over. It wants mu, which it lets go
-// while it waits for a place.
+// copyOver hands the current attachment what is complete and lies in the memory of earlier ones, and tells the daemon when that is over. It wants mu, which
+// it lets go while it waits for a place.
 func (p *Filler) copyOver() error {
 	for p.sent < p.done {
 		if err := p.placeForCopy(); err != nil {

@@ -24,7 +24,8 @@ type Slots struct {
 // N returns how many slots there are.
 func (s *Slots) N() int { return s.n }
 
-// Column returns the bytes of one leaf for all slots: the array (N, *shape), row-major, little-endian. It is the ring's own memory. A leaf that is not there panics.
+// Column returns the bytes of one leaf for all slots: the array (N, *shape), row-major, little-endian. It is the ring's own memory. A leaf that is not there
+// panics.
 func (s *Slots) Column(leaf int) []byte {
 	if !s.open {
 		panic("client: slots are used after their Commit or Abandon")
@@ -55,8 +56,8 @@ func (s *Slots) leaf(name string) (int, error) {
 	return leaf, nil
 }
 
-// Commit hands all slots over as filled. It never waits. After nil the samples are taken: they are in the ring as soon as the daemon looks, and with a session they survive
-// its end. An error says that they are not: the Filler has ended, or the slots are not open.
+// Commit hands all slots over as filled. It never waits. After nil the samples are taken: they are in the ring as soon as the daemon looks, and with a
+// session they survive its end. An error says that they are not: the Filler has ended, or the slots are not open.
 func (s *Slots) Commit() error {
 	s.filler.mu.Lock()
 	defer s.filler.mu.Unlock()

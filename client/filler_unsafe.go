@@ -9,8 +9,8 @@ import (
 	"unsafe"
 )
 
-// SlotView returns a leaf of reserved slots as a slice of Go numbers, row after row: N times the leaf's elements. It is the ring's own memory, as Slots.Column is. T must be
-// the leaf's dtype.
+// SlotView returns a leaf of reserved slots as a slice of Go numbers, row after row: N times the leaf's elements. It is the ring's own memory, as
+// Slots.Column is. T must be the leaf's dtype.
 func SlotView[T Element](s *Slots, leaf int) ([]T, error) {
 	spec := s.filler.spec
 	if n := spec.NumLeaves(); leaf < 0 || leaf >= n {

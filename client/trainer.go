@@ -151,6 +151,10 @@ func (b *Batch) held() ring.Batch {
 	return b.batch
 }
 
+// Intact tells whether what was read of the batch so far was whole, and nobody else's. It is until Release, unless the daemon cut this trainer off, or died and its successor gave
+// the memory to others: ask where daemons are restarted on segments that they keep, when the batch was read. If it was not, the batch is delivered again.
+func (b *Batch) Intact() bool { return !b.released.Load() && b.batch.Intact() }
+
 // Number returns the batch's number: 0 for the table's first, then up by one, also across restarts of a daemon that keeps its segments. A batch whose
 // trainer died comes again under the same number, to another trainer of the group, before newer ones: a number that was finished before tells a second
 // delivery from a first.
@@ -222,10 +226,11 @@ func (t *Trainer) Copy(ctx context.Context, into *Copied) error {
 	into.Streams = append(into.Streams[:0], b.Streams()...)
 	into.Numbers = append(into.Numbers[:0], b.Numbers()...)
 	into.Arrivals = append(into.Arrivals[:0], b.Arrivals()...)
-	if err := t.attachment.Err(); err != nil {
-		if notice := (*wire.Notice)(nil); errors.As(err, &notice) {
-			return err // cut off meanwhile: the batch was taken back, and what was copied may be torn
+	if !b.Intact() { // taken back meanwhile: what was copied may be torn
+		if err := t.attachment.Err(); err != nil {
+			return t.explain(err)
 		}
+		return fmt.Errorf("%w while batch %d was copied, and another one has its memory", ErrDaemonGone, b.Number)
 	}
 	return nil
 }

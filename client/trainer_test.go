@@ -357,3 +357,28 @@ func TestTrainerCopyDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations per batch copied, want 0", n)
 	}
 }
+
+// A batch is intact until it is given back, or the daemon has taken it back and another one has had it.
+func TestIntact(t *testing.T) {
+	d := serveTable(t, "x:U8")
+	tr := d.attach(TrainerConfig{Prefetch: 2})
+	d.push(2*trainerBatchSize, zero)
+	kept, released := must[*Batch](t)(tr.Next(t.Context())), must[*Batch](t)(tr.Next(t.Context()))
+	released.Release()
+	if !kept.Intact() || released.Intact() {
+		t.Errorf("held: %v; given back: %v", kept.Intact(), released.Intact())
+	}
+	d.stop()
+	if _, err := tr.Next(t.Context()); err == nil {
+		t.Fatal("the daemon does not stop")
+	}
+	other := must[*sampler.Member](t)(d.fifo.Join("default", sampler.Who{}))
+	b, err := other.Next(t.Context(), park.NewWaiter())
+	if err != nil || b.Number != kept.Number() {
+		t.Fatalf("batch %d, %v", b.Number, err)
+	}
+	other.Release(b)
+	if kept.Intact() {
+		t.Error("intact after another one has had it")
+	}
+}

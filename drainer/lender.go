@@ -36,7 +36,8 @@ type Lender struct {
 	next     uint64
 	before   uint64 // openings below it may hold samples of the stream that came by another way; 0: none
 	shared   sharedSpot
-	behind   int // complete places that were copied in a row, since an earlier sample was not published yet
+	stay     bool // StayLent was called
+	behind   int  // complete places that were copied in a row, since an earlier sample was not published yet
 	seat     *park.Waiter
 	lendSeat *park.Waiter
 
@@ -356,12 +357,15 @@ func (e *StrandedError) Error() string {
 
 func (e *StrandedError) Unwrap() error { return e.Err }
 
+// StayLent says that the places outlive this process in a segment that is kept, and that the producer may still write to them: what it calls complete too late for us it copies
+// from there to the next process. So End publishes none of them; those with samples that it cannot copy are Stranded, and found by the next process as well.
+func (l *Lender) StayLent() { l.stay = true }
+
 // End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the
 // producer's until Free.
 //
-// The last rows are copied, which waits while the ring is full. With inPlace, for a daemon that stops, they are published as a short batch of their own
-// where their order allows it, which waits for nobody; they are also if they cannot be copied. The error is a *StrandedError if neither was possible before
-// ctx ended.
+// The last rows are copied. In a full ring that would wait, and so they are published as a short batch of their own if their order allows it; with inPlace,
+// for a daemon that stops, they are in any case. The error is a *StrandedError if neither was possible before ctx ended.
 func (l *Lender) End(ctx context.Context, inPlace bool) error {
 	defer close(l.done)
 	t := l.current()
@@ -370,13 +374,13 @@ func (l *Lender) End(ctx context.Context, inPlace bool) error {
 		return nil
 	}
 	short := func() bool {
-		if t.settled > 0 || !l.inOrder() && !(l.ring.Flush() && l.inOrder()) {
+		if l.stay || t.settled > 0 || !l.inOrder() && !(l.ring.Flush() && l.inOrder()) {
 			return false
 		}
 		l.publish(t)
 		return true
 	}
-	if inPlace && short() {
+	if (inPlace || l.full()) && short() {
 		return nil
 	}
 	err := l.copyRows(ctx, t)
@@ -390,6 +394,15 @@ func (l *Lender) End(ctx context.Context, inPlace bool) error {
 	return &StrandedError{t.rows - t.settled, err}
 }
 
+// full tells whether a copy would have to wait.
+func (l *Lender) full() bool {
+	run, ok := l.ring.TryReserveInTurn(1)
+	if ok {
+		l.ring.Abandon(run)
+	}
+	return !ok
+}
+
 // flush publishes the shared batch in which the stream ended.
 func (l *Lender) flush() {
 	if l.id.FlushAtEnd && !l.inOrder() {
@@ -397,7 +410,8 @@ func (l *Lender) flush() {
 	}
 }
 
-// Free takes the places back, after End and when the producer can no longer write to them. Those with samples that neither End nor Settle could move stay lent.
+// Free takes the places back, when the producer can no longer write to them and nothing is lent any more. Those with samples that are not settled stay lent:
+// End deals with them, and is followed by another Free.
 func (l *Lender) Free() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

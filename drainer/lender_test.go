@@ -341,7 +341,9 @@ func TestEnd(t *testing.T) {
 			}
 			ctx := t.Context()
 			if test.full { // somebody else holds what is left
-				ctx = ended
+				if test.stranded > 0 { // else it waits for nothing
+					ctx = ended
+				}
 				r.Flush()
 				for _, ok := r.TryLend(2); ok; _, ok = r.TryLend(2) {
 					continue
@@ -515,5 +517,40 @@ func TestLenderAllocatesNothing(t *testing.T) {
 		if n := testing.AllocsPerRun(1000, func() { step(settle) }); n != 0 {
 			t.Errorf("settle %v: %v allocations per place, want 0", settle, n)
 		}
+	}
+}
+
+// TestStayLent: a Lender whose places outlive the process publishes none of them at its end: what is committed is copied, or stays; the places stay lent.
+func TestStayLent(t *testing.T) {
+	for name, full := range map[string]bool{"room to copy": false, "no room": true} {
+		t.Run(name, func(t *testing.T) {
+			r := newRing(t, 4, 2, 16)
+			session, err := r.OpenSession("s", time.Now(), time.Hour)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := newFiller(t, r, LenderID{Stream: session.Stream(), Session: session, FlushAtEnd: true})
+			if !f.lend() {
+				t.Fatal("no place")
+			}
+			place := int(f.places[0].Index)
+			f.fill(2)
+			if full {
+				if _, ok := r.TryLend(99); !ok {
+					t.Fatal("no place to take away")
+				}
+			}
+			f.l.StayLent()
+			ctx, cancel := context.WithDeadline(t.Context(), time.Unix(0, 0))
+			defer cancel()
+			var stranded *StrandedError
+			if err := f.l.End(ctx, true); errors.As(err, &stranded) != full || err != nil && stranded.Samples != 2 {
+				t.Errorf("End: %v", err)
+			}
+			want(t, "published", rows(t, r), map[bool]string{false: "[0 1]", true: "none"}[full])
+			if s := r.BatchState(place); s.State != ring.Lent || s.Stream != session.Stream() || session.Held() != 2 {
+				t.Errorf("the place is %v for stream %d, and %d samples are held", s.State, s.Stream, session.Held())
+			}
+		})
 	}
 }

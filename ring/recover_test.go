@@ -543,3 +543,27 @@ func TestRecoverRefusesAnotherMove(t *testing.T) {
 		t.Errorf("%d of 64 moves refused", refused)
 	}
 }
+
+// TestIntact: a lease is intact until its release, whoever owns the ring by then, and not when the place is used again.
+func TestIntact(t *testing.T) {
+	r := newRing(t, 1, 2, 8, 3)
+	put(r, r.NextStream(), 0)
+	put(r, r.NextStream(), 0)
+	first, ok := r.TryLease()
+	second, _ := r.TryLease()
+	if !ok || !first.Intact() || !second.Intact() {
+		t.Fatalf("leased: %v %v", first, second)
+	}
+	next, found, err := Recover(r.mem, r.layout)
+	if err != nil || len(found.Batches) != 2 || !first.Intact() || !second.Intact() {
+		t.Fatalf("recovered: %+v, %v", found, err)
+	}
+	next.Release(found.Batches[0].Batch)
+	if first.Intact() || !second.Intact() {
+		t.Error("after a release by the next owner")
+	}
+	put(next, next.NextStream(), 0)
+	if again, ok := next.TryLease(); !ok || again.Index != first.Index || first.Intact() || !again.Intact() {
+		t.Errorf("leased anew: %v", again)
+	}
+}

@@ -1,6 +1,9 @@
 package ring
 
-import "fmt"
+import (
+	"fmt"
+	"sync/atomic"
+)
 
 // State is where a batch is in its life.
 type State uint64
@@ -147,6 +150,15 @@ func (v *View) base(index uint32) int64 { return v.geo.dataOffset + v.geo.stride
 
 func (v *View) slotWords(index uint32, column int64) []uint64 {
 	return words(v.mem, v.base(index)+column, int64(v.layout.BatchSize))
+}
+
+// Intact tells whether the batch still lies in its place, leased. It does from before a trainer is told of it until it is given back, also over a restart of the daemon on a
+// segment that is kept; so what was read before Intact said so was whole. If not, the daemon that lent the batch is gone, or it took the batch back, and the place
+// may have been filled anew.
+func (b Batch) Intact() bool {
+	var fence atomic.Uint32
+	fence.Add(1) // the reads before do not slip behind the load
+	return word(b.view.mem, b.view.line(b.Index)).Load() == b.Number<<stateBits|uint64(Leased)
 }
 
 // Columns returns the number of leaf columns.

@@ -113,6 +113,20 @@ func TestFillerLeaves(t *testing.T) {
 	}
 }
 
+// A producer that ends while the ring is full, and nobody reads, does not wait: its last rows become a short batch.
+func TestFillerLeavesFullRing(t *testing.T) {
+	h := startHost(t, hostConfig{batchSize: 8, batches: 4, server: ServerConfig{Fill: FillConfig{SettleAfter: time.Hour}}})
+	p, r := newAuthor(h.attach(wire.Hello{})), newReader(h)
+	check(t, p.writeAll(t.Context(), 3*8+5)) // all places there are
+	check(t, p.Close())
+	check(t, <-h.served)
+	check(t, r.finish())
+	if r.next[1] != 3*8+5 {
+		t.Errorf("%d samples came", r.next[1])
+	}
+	h.free()
+}
+
 func TestFillGrants(t *testing.T) {
 	watchLeaks(t)
 	h := startHost(t, hostConfig{batchSize: 8, batches: 8, server: ServerConfig{PrefetchMax: 3, Fill: FillConfig{FillersMax: 4}}})
@@ -427,5 +441,40 @@ func TestFillPolling(t *testing.T) {
 	check(t, <-done)
 	if r.next[1] != p.next {
 		t.Errorf("%d of %d samples came", r.next[1], p.next)
+	}
+}
+
+// Rows that are called complete one by one, as fast as can be: the daemon is rung only when it must be, and never too seldom, or this would stop for ever.
+func TestFillWakesAreNotLost(t *testing.T) {
+	h := startHost(t, hostConfig{batchSize: 8, batches: 16})
+	p, r := newAuthor(h.attach(wire.Hello{Prefetch: 4})), newReader(h)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			b, err := h.ring.Lease(context.Background(), r.seat)
+			if err != nil {
+				return
+			}
+			h.ring.Release(b)
+		}
+	}()
+	rows := 100000
+	if testing.Short() {
+		rows = 10000
+	}
+	for range rows {
+		check(t, p.need(t.Context()))
+		check(t, p.Complete(p.place, 1))
+		if p.row++; p.row == 8 {
+			p.place = LentPlace{}
+		}
+	}
+	check(t, p.Close())
+	check(t, <-h.served)
+	h.ring.Close()
+	<-done
+	if s := h.server.Stats().Fill; s.Committed != uint64(rows) {
+		t.Errorf("%d of %d committed", s.Committed, rows)
 	}
 }

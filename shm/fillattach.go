@@ -134,7 +134,7 @@ func (a *FillAttachment) open(r *descriptorReader) (err error) {
 	if err != nil {
 		return err
 	}
-	a.counts = make([]uint64, capacity)
+	a.counts = make([]uint64, countsFor(capacity))
 	if a.deliver, err = spsc.NewConsumer(deliver, capacity); err != nil {
 		return err
 	}
@@ -268,14 +268,14 @@ func (a *FillAttachment) SameMemory(other *FillAttachment) bool { return a.segme
 
 // HasRoom tells whether one more descriptor can be handed over now. The error is a *FormatError.
 func (a *FillAttachment) HasRoom() (bool, error) {
-	if a.giveback.Pushed()-a.seen < uint64(len(a.counts)) {
+	if a.giveback.Pushed()-a.seen < uint64(len(a.counts)/2) {
 		return true, nil
 	}
 	var err error
 	if a.seen, err = a.giveback.Taken(); err != nil {
 		return false, &FormatError{a.path, err}
 	}
-	return a.giveback.Pushed()-a.seen < uint64(len(a.counts)), nil
+	return a.giveback.Pushed()-a.seen < uint64(len(a.counts)/2), nil
 }
 
 // Complete tells the daemon that so many further rows of a place are complete. There must be room for it. The error is a *FormatError.
@@ -292,6 +292,9 @@ func (a *FillAttachment) Settle(p LentPlace) error {
 // Resumed tells the daemon that nothing of earlier connections of the session is needed. There must be room for it.
 func (a *FillAttachment) Resumed() error { return a.hand(spsc.Desc{B: verbResumed << verbBits}) }
 
+// countsFor is how many counts are kept for a queue of that capacity: twice as many, so that a descriptor that was taken keeps its count while the queue is full of later ones.
+func countsFor(capacity int) int { return 2 * capacity }
+
 func (a *FillAttachment) hand(d spsc.Desc) error {
 	one := [1]spsc.Desc{d}
 	a.counts[a.giveback.Pushed()%uint64(len(a.counts))] = a.handed
@@ -302,12 +305,13 @@ func (a *FillAttachment) hand(d spsc.Desc) error {
 	if n == 0 {
 		panic("shm: a descriptor was handed over without room for it")
 	}
-	// While it has not taken what it was last rung for, it is yet to wake, and finds this too: it looks again after it has taken something.
+	// What it has taken already needs no bell. While it has not taken what it was last rung for, it is yet to wake, and finds this too, since it looks again
+	// after it has taken something.
 	taken, err := a.giveback.Taken()
 	if err != nil {
 		return &FormatError{a.path, err}
 	}
-	if (!a.rung || taken != a.rungAt) && a.giveback.ConsumerWaiting() {
+	if taken < a.giveback.Pushed() && (!a.rung || taken != a.rungAt) && a.giveback.ConsumerWaiting() {
 		a.rung, a.rungAt = true, taken
 		a.toDaemon.signal()
 	}

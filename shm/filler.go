@@ -467,8 +467,8 @@ func (f *filler) settleOld(ctx context.Context) error {
 	return f.copyOut(ctx)
 }
 
-// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row it is; its
-// age counts from when it was first seen, by a clock that does not jump.
+// rowAge tells how long the oldest row has waited. Arrivals are times of the wall clock, which may be set back or forward, so an arrival only says which row
+// it is; its age counts from when it was first seen, by a clock that does not jump.
 type rowAge struct {
 	arrival, seen time.Time
 }
@@ -495,7 +495,13 @@ func (f *filler) end(cause error) error {
 			break
 		}
 	}
+	if bad || errors.Is(cause, errSocketEnded) { // what it did not fill may be what its last rows need
+		f.lender.Free()
+	}
 	stopping := f.alive.Err() != nil || errors.Is(cause, errStopping)
+	if stopping && f.sess != "" && f.table.Memory.Kept() {
+		f.lender.StayLent()
+	}
 	if err := f.lender.End(f.ending, stopping); err != nil {
 		var stranded *drainer.StrandedError
 		if errors.As(err, &stranded) {

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestRowAgeIgnoresTheWallClock: a clock that was set back an hour would keep rows from being settled for an hour, one that was set forward would have each copied at once.
+// TestRowAgeIgnoresTheWallClock: a clock that was set back an hour would keep rows from being settled for an hour, one that was set forward would have each
+// copied at once.
 func TestRowAgeIgnoresTheWallClock(t *testing.T) {
 	start := time.Now()
 	for _, jump := range []time.Duration{0, -time.Hour, time.Hour} {

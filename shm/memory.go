@@ -421,6 +421,9 @@ func (m *Memory) HugePages() bool { return m.huge }
 // HugePagesErr returns why huge pages that were asked for could not be had, or nil.
 func (m *Memory) HugePagesErr() error { return m.hugeErr }
 
+// Kept tells whether the memory is a named file that stays where it is at Close.
+func (m *Memory) Kept() bool { return m.keep && m.path != "" }
+
 // Path returns the file's path, or "" for a memfd.
 func (m *Memory) Path() string { return m.path }
 

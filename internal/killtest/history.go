@@ -156,7 +156,7 @@ func (h *History) Missing() []string {
 	return out
 }
 
-// Finish says everything that is wrong, after the last delivery. whole says that the producers ended in order, so that all that was sent was acked.
+// Finish says everything that is wrong, after the last delivery.
 func (h *History) Finish() []string {
 	missing := h.Missing()
 	h.mu.Lock()
@@ -181,6 +181,7 @@ type Totals struct {
 	InRing   uint64 // samples, each once
 	Batches  uint64
 	Again    uint64 // second deliveries
+	Lost     uint64 // samples that were acked and are missing to a group, once for each group
 }
 
 // Totals counts.
@@ -190,6 +191,9 @@ func (h *History) Totals() Totals {
 	t := Totals{Sessions: len(h.sessions), InRing: h.samples, Batches: uint64(len(h.batches)), Again: h.again}
 	for _, s := range h.sessions {
 		t.Acked += s.acked
+		for _, read := range s.read {
+			t.Lost += s.acked - min(s.acked, read.prefix())
+		}
 	}
 	return t
 }

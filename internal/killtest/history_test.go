@@ -53,8 +53,11 @@ func TestHistoryFindsFaults(t *testing.T) {
 	if found := play(truth).Finish(); len(found) > 0 {
 		t.Fatalf("a true history is faulted: %q", found)
 	}
-	if got, want := play(truth).Totals(), (Totals{2, 14, 15, 3, 1}); got != want {
+	if got, want := play(truth).Totals(), (Totals{2, 14, 15, 3, 1, 0}); got != want {
 		t.Errorf("totals %+v, want %+v", got, want)
+	}
+	if got := play(slices.Delete(slices.Clone(truth), 6, 8)).Totals().Lost; got != (4+2)+4 {
+		t.Errorf("%d samples are lost, want 4 and 2 of session 1, 4 of session 2", got)
 	}
 	with := func(i int, e event) []event { l := slices.Clone(truth); l[i] = e; return l }
 	for name, tc := range map[string]struct {

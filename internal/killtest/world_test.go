@@ -532,9 +532,11 @@ func (w *world) report() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, tb := range w.tables {
-		w.t.Logf("table %q: %+v", tb.Name, tb.history.Totals())
+		n := tb.history.Totals()
+		w.t.Logf("table %q: %d samples of %d sessions acked, %d in the ring in %d batches; %d second deliveries; acked samples that are missing to a group: %d",
+			tb.Name, n.Acked, n.Sessions, n.InRing, n.Batches, n.Again, n.Lost)
 	}
-	w.t.Logf("seed %d; kills %v; stops %v; restarts of the daemon %d", w.seed, w.kills, w.stops, w.restarts)
+	w.t.Logf("seed %d; killed: %v; stopped for a while: %v; restarts of the daemon: %d", w.seed, w.kills, w.stops, w.restarts)
 	for _, name := range slices.Sorted(maps.Keys(w.points)) {
 		w.t.Logf("  at %s: %d", name, w.points[name])
 	}

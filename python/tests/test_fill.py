@@ -361,7 +361,7 @@ def test_refusals_and_bad_answers(fake: Fake) -> None:
     p = FillProducer(fake.address, "t")
     with pytest.raises(FormatError, match="on the socket"):
         while True:
-            p.push(sample(1), deadline=0.01)
+            p.push(sample(1), deadline=PATIENCE)
     p.abort()
 
 
@@ -447,7 +447,7 @@ def test_lost_samples(fake: Fake) -> None:
     with pytest.raises(Lost, match="samples 6 to 7 of session 's'"):
         while True:
             p.flush(deadline=PATIENCE)
-            p.push(sample(3), deadline=0.01)
+            p.push(sample(3), deadline=PATIENCE)
     p.abort()
 
 
