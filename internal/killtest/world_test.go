@@ -255,6 +255,7 @@ type peer struct {
 	lasts  bool // a producer whose session goes on with the next process
 	most   int
 	pause  time.Duration
+	either bool                    // a shm producer whose next process may push over the socket, in the same session
 	points func(*rand.Rand) string // chooses the failpoint of the next process
 
 	rnd *rand.Rand
@@ -296,7 +297,7 @@ func (p *peer) start(point string) error {
 		line = func(string) {} // counted
 	default:
 		role, name := "produce", ""
-		if p.kind == shmProducer {
+		if p.kind == shmProducer && !(p.either && p.rnd.IntN(3) == 0) {
 			role = "fill"
 		}
 		if p.session == 0 || !p.lasts {
