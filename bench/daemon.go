@@ -29,7 +29,7 @@ type daemon struct {
 }
 
 // startTimeout is long because a large ring is populated before the daemon is ready.
-const startTimeout = 60 * time.Second
+const startTimeout = 3 * time.Minute
 
 // readyPoll is how often the ready file is looked for; a restart's time is exact to it.
 const readyPoll = time.Millisecond

@@ -104,9 +104,9 @@ func newSharedFile(name string, size int64) (*os.File, error) {
 	return f, nil
 }
 
-// mapInherited maps a descriptor that the parent passed, every page present.
+// mapInherited maps a descriptor that the parent passed. Pages come with their first touch, which of the payload is one per sample.
 func mapInherited(fd int, size int64) ([]byte, error) {
-	mem, err := unix.Mmap(fd, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	mem, err := unix.Mmap(fd, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes of descriptor %d: %w", size, fd, err)
 	}

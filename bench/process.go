@@ -104,7 +104,7 @@ func (p *process) fail(err error) error {
 }
 
 // answerTimeout is for a child that hangs; populating a large memory is the longest that one works.
-const answerTimeout = 60 * time.Second
+const answerTimeout = 3 * time.Minute
 
 // receive reads one reply.
 func (p *process) receive() (reply, error) {

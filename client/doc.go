@@ -1,5 +1,5 @@
-// Package client is the Go library for the two ends of ingestd: Producer pushes samples to a daemon, Trainer (Linux)
-// maps a table's ring and reads whole batches from it.
+// Package client is the Go library for the two ends of ingestd: Producer pushes samples to a daemon, Filler (Linux) writes them where
+// trainers read them, and Trainer (Linux) maps a table's ring and reads whole batches from it.
 //
 // What a sample is, is left to spec; the bytes of the handshake to wire; mapping and descriptor passing to shm.
 //
@@ -15,6 +15,12 @@
 // outage of up to 1.6 s costs at most 100 ms more. When it had no connection for ReconnectFor (5 min) since the last ack it gives up,
 // unless nothing is unacked: then it waits for the next Push and starts anew. A refusal ends it at once, except too_many_connections,
 // shutting_down, handshake_timeout and internal. A fresh process of an old session asks Held and pushes the samples after those.
+//
+// Fillers: Reserve gives slots in the daemon's own memory, which are the caller's until Commit or Abandon; no byte is copied. A committed sample is in
+// the ring as soon as the daemon looks, whether this process lives on or not. With a session, a Filler attaches anew as a Producer connects anew, and
+// copies what it had committed and the daemon does not hold out of the old memory, which it keeps mapped until then; slots that are open meanwhile are
+// copied at their Commit. Its acks are always committed ones. One goroutine uses a Filler, and Abort, Committed, Held, Accepted and Stats are for any; it has
+// two of its own, until Close or Abort: one watches the socket, one attaches anew and copies.
 //
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes

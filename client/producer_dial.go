@@ -38,7 +38,7 @@ type Config struct {
 	Table string     // required
 	Spec  *spec.Spec // required: the layout of the samples
 
-	Ack              wire.AckMode  // default wire.AckQueued
+	Ack              wire.AckMode  // default wire.AckCommitted with a Session, else wire.AckQueued
 	WindowSamples    int64         // most samples without an ack; 0: the daemon's limit
 	WindowBytes      int64         // most bytes without an ack; 0: the daemon chooses; ask for more where the round trip is long
 	BufferBytes      int           // most bytes of small samples sent with one write; default DefaultBufferBytes
@@ -76,6 +76,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Session == "" && (c.ReconnectFor > 0 || c.ReconnectFrom > 0 || c.ReconnectTo > 0 || c.ContinueAfterLoss) {
 		return c, errors.New("client: Config says how to reconnect but names no Session; without one the daemon cannot know which samples it holds")
+	}
+	if c.Ack == "" && c.Session != "" {
+		c.Ack = wire.AckCommitted
 	}
 	if c.Ack == "" {
 		c.Ack = wire.AckQueued

@@ -364,9 +364,8 @@ func (l *Lender) StayLent() { l.stay = true }
 // End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the
 // producer's until Free.
 //
-// The last rows are copied, which waits while the ring is full. With inPlace, for a daemon that stops, they are published as a short batch of their own
-// where their order allows it, which waits for nobody; they are also if they cannot be copied. The error is a *StrandedError if neither was possible before
-// ctx ended.
+// The last rows are copied. In a full ring that would wait, and so they are published as a short batch of their own if their order allows it; with inPlace,
+// for a daemon that stops, they are in any case. The error is a *StrandedError if neither was possible before ctx ended.
 func (l *Lender) End(ctx context.Context, inPlace bool) error {
 	defer close(l.done)
 	t := l.current()
@@ -381,7 +380,7 @@ func (l *Lender) End(ctx context.Context, inPlace bool) error {
 		l.publish(t)
 		return true
 	}
-	if inPlace && short() {
+	if (inPlace || l.full()) && short() {
 		return nil
 	}
 	err := l.copyRows(ctx, t)
@@ -395,6 +394,15 @@ func (l *Lender) End(ctx context.Context, inPlace bool) error {
 	return &StrandedError{t.rows - t.settled, err}
 }
 
+// full tells whether a copy would have to wait.
+func (l *Lender) full() bool {
+	run, ok := l.ring.TryReserveInTurn(1)
+	if ok {
+		l.ring.Abandon(run)
+	}
+	return !ok
+}
+
 // flush publishes the shared batch in which the stream ended.
 func (l *Lender) flush() {
 	if l.id.FlushAtEnd && !l.inOrder() {
@@ -402,7 +410,8 @@ func (l *Lender) flush() {
 	}
 }
 
-// Free takes the places back, after End and when the producer can no longer write to them. Those with samples that neither End nor Settle could move stay lent.
+// Free takes the places back, when the producer can no longer write to them and nothing is lent any more. Those with samples that are not settled stay lent:
+// End deals with them, and is followed by another Free.
 func (l *Lender) Free() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -160,7 +160,7 @@ func (a *Attachment) open(r *descriptorReader) (err error) {
 	if a.toUs, err = openBell(r.take(2)); err != nil {
 		return err
 	}
-	a.toDaemon, err = openBell(r.take(3))
+	a.toDaemon, err = openDaemonsBell(r.take(3))
 	return err
 }
 

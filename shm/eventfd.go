@@ -22,8 +22,9 @@ type bell struct {
 	read func(fd uintptr) bool // made once, so that a wait allocates nothing
 	ring func(fd uintptr)
 
-	closed atomic.Bool
-	err    error // of the last read; belongs to the one goroutine that waits
+	trusted bool // the other side is: set before use
+	closed  atomic.Bool
+	err     error // of the last read; belongs to the one goroutine that waits
 }
 
 var noDeadline time.Time
@@ -57,8 +58,17 @@ func openBell(fd int) (*bell, error) {
 		b.err = readEventfd(int(fd))
 		return b.err != unix.EAGAIN
 	}
-	b.ring = func(fd uintptr) { writeEventfd(int(fd)) }
+	b.ring = func(fd uintptr) { writeEventfd(int(fd), b.trusted) }
 	return b, nil
+}
+
+// openDaemonsBell is openBell for one whose other side is the daemon, whom its clients trust.
+func openDaemonsBell(fd int) (*bell, error) {
+	b, err := openBell(fd)
+	if err == nil {
+		b.trusted = true
+	}
+	return b, err
 }
 
 // wait sleeps until the bell was rung since the last wait, and unsets it. The error is os.ErrClosed after close.

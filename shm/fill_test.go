@@ -113,6 +113,20 @@ func TestFillerLeaves(t *testing.T) {
 	}
 }
 
+// A producer that ends while the ring is full, and nobody reads, does not wait: its last rows become a short batch.
+func TestFillerLeavesFullRing(t *testing.T) {
+	h := startHost(t, hostConfig{batchSize: 8, batches: 4, server: ServerConfig{Fill: FillConfig{SettleAfter: time.Hour}}})
+	p, r := newAuthor(h.attach(wire.Hello{})), newReader(h)
+	check(t, p.writeAll(t.Context(), 3*8+5)) // all places there are
+	check(t, p.Close())
+	check(t, <-h.served)
+	check(t, r.finish())
+	if r.next[1] != 3*8+5 {
+		t.Errorf("%d samples came", r.next[1])
+	}
+	h.free()
+}
+
 func TestFillGrants(t *testing.T) {
 	watchLeaks(t)
 	h := startHost(t, hostConfig{batchSize: 8, batches: 8, server: ServerConfig{PrefetchMax: 3, Fill: FillConfig{FillersMax: 4}}})

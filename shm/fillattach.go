@@ -144,7 +144,7 @@ func (a *FillAttachment) open(r *descriptorReader) (err error) {
 	if a.toUs, err = openBell(r.take(2)); err != nil {
 		return err
 	}
-	a.toDaemon, err = openBell(r.take(3))
+	a.toDaemon, err = openDaemonsBell(r.take(3))
 	return err
 }
 

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -303,6 +304,9 @@ func (f *filler) commitLoop(ctx context.Context) error {
 			return err
 		}
 		if n > 0 {
+			if f.server.cfg.Fill.Poll > 0 {
+				runtime.Gosched() // who gives what was published to trainers waits for this processor
+			}
 			continue
 		}
 		if err := f.settleOld(ctx); err != nil {
@@ -490,6 +494,9 @@ func (f *filler) end(cause error) error {
 		if n == 0 || err != nil {
 			break
 		}
+	}
+	if bad || errors.Is(cause, errSocketEnded) { // what it did not fill may be what its last rows need
+		f.lender.Free()
 	}
 	stopping := f.alive.Err() != nil || errors.Is(cause, errStopping)
 	if stopping && f.sess != "" && f.table.Memory.Kept() {
