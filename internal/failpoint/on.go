@@ -29,9 +29,6 @@ func init() {
 	armed = p
 }
 
-// Armed is the name that INGESTD_FAILPOINT gave, or empty.
-func Armed() string { return armed.name }
-
 // Hit ends or stops the process if this is the hit that INGESTD_FAILPOINT asked for.
 func Hit(name string) {
 	if name != armed.name || hits.Add(1) != armed.count {

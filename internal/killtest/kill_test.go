@@ -57,7 +57,10 @@ func (w *world) populate(sessionsGoOn bool) {
 				addr = "unix://" + w.unix
 			}
 			w.add(&peer{kind: tcpProducer, table: tb, addr: addr, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1})
-			w.add(&peer{kind: shmProducer, table: tb, addr: "unix://" + w.unix, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1, points: fillerPoint})
+			w.add(&peer{
+				kind: shmProducer, table: tb, addr: "unix://" + w.unix, most: tb.most(), pause: 400 * time.Microsecond,
+				lasts: sessionsGoOn || k == 1, either: k == 1, points: fillerPoint,
+			})
 		}
 	}
 }
@@ -363,7 +366,7 @@ func TestEveryoneKilled(t *testing.T) {
 
 // enough tells whether so many of each kind were killed.
 func enough(most int, kinds ...kind) func(*world) bool {
-	limit := time.Now().Add(2 * time.Minute)
+	limit := time.Now().Add(3 * time.Minute)
 	return func(w *world) bool {
 		if time.Now().After(limit) {
 			w.fail("not enough was killed in time: %v of %d", w.kills, most)

@@ -178,3 +178,15 @@ func TestDamagedFile(t *testing.T) {
 	}
 	t.Logf("seed %d; %d changed files, %d of them taken up", seed, len(changes), took)
 }
+
+// TestSegmentsOnDisk: segments in files of a disk instead of tmpfs.
+func TestSegmentsOnDisk(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "segments")
+	check(t, os.Mkdir(dir, 0o700))
+	w := newWorld(t, newSeed(t), tables("a", "b"), func(cfg *daemon.Config) { cfg.SegmentDir = dir })
+	w.populate(true)
+	w.daemonKiller(func() bool { return w.killed(theDaemon) >= 10 }, 0)
+	w.finish()
+	w.report()
+}
