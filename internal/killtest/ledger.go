@@ -36,13 +36,21 @@ func (l *Ledger) put(at int64, n uint64) error {
 	return err
 }
 
-// Read returns both words; a word never written is 0.
+// Read returns both words; a word never written is 0. acked is read first, so that it never runs ahead of sent while the writer goes on.
 func (l *Ledger) Read() (sent, acked uint64, err error) {
-	var b [16]byte
-	if _, err := l.f.ReadAt(b[:], 0); err != nil && !errors.Is(err, io.EOF) {
+	if acked, err = l.get(wordAcked); err != nil {
 		return 0, 0, err
 	}
-	return binary.LittleEndian.Uint64(b[wordSent:]), binary.LittleEndian.Uint64(b[wordAcked:]), nil
+	sent, err = l.get(wordSent)
+	return sent, acked, err
+}
+
+func (l *Ledger) get(at int64) (uint64, error) {
+	var b [8]byte
+	if _, err := l.f.ReadAt(b[:], at); err != nil && !errors.Is(err, io.EOF) {
+		return 0, err
+	}
+	return binary.LittleEndian.Uint64(b[:]), nil
 }
 
 // Close closes the file.

@@ -69,11 +69,11 @@ func ownerKilled(t *testing.T, seed uint64, enough func(kills, missing int) bool
 			point = name + ":2"
 		}
 		p := run(point)
-		life := time.Duration(rnd.Int64N(int64(30 * time.Millisecond)))
+		pause := time.Duration(rnd.Int64N(int64(30 * time.Millisecond)))
 		if kills == 0 {
-			life = patience // the only life that can reach this point
+			pause = patience
 		}
-		timer := time.NewTimer(life)
+		timer := time.NewTimer(pause)
 		select {
 		case <-p.done:
 		case <-timer.C:
