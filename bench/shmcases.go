@@ -23,10 +23,10 @@ type ShmCase struct {
 	Kind string `json:"kind"`
 }
 
-// The rings of the cases in place, which are compared with each other, have the same number of samples in the same number of batches; at 16 MiB they are 8 GiB.
+// The rings of the cases in place, which are compared with each other, have the same number of samples in the same number of batches; at 16 MiB they are 16 GiB.
 const (
 	placeBatch   = 64
-	placeBatches = 8
+	placeBatches = 16
 )
 
 func shmCase(kind string, sampleBytes int64, batchSize, batches int) ShmCase {
@@ -48,7 +48,7 @@ func shmCases() []ShmCase {
 		out = append(out, shmCase(kindPlace, size, placeBatch, placeBatches))
 	}
 	return append(out,
-		shmCase(kindWrite, 64*kib, 64, 8),
+		shmCase(kindWrite, 64*kib, placeBatch, placeBatches),
 		shmCase(kindWrite, mib, 16, 16),
 		shmCase(kindWrite, 16*mib, 4, 16),
 		shmCase(kindWrite, 64, 256, 64),

@@ -179,16 +179,19 @@ func (m *Memory) mapWhole(size int64) error {
 	if err := unix.Ftruncate(m.fd, size); err != nil {
 		return fmt.Errorf("%s: sizing to %s: %w", m.name, bytesText(size), err)
 	}
-	return m.mapPresent(size)
+	return m.mapPresent(size, true)
 }
 
-// mapPresent maps the file as it is and makes every page present.
-func (m *Memory) mapPresent(size int64) error {
+// mapPresent maps the file as it is and, if asked to, makes every page present.
+func (m *Memory) mapPresent(size int64, present bool) error {
 	mem, err := unix.Mmap(m.fd, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("%s: mapping %s: %w", m.name, bytesText(size), err)
 	}
 	m.mem = mem
+	if !present {
+		return nil
+	}
 	if err := populate(mem); err != nil {
 		if m.path != "" && (errors.Is(err, unix.EFAULT) || errors.Is(err, unix.ENOMEM)) { // what would have been a SIGBUS
 			return m.noRoom(size)
@@ -198,19 +201,21 @@ func (m *Memory) mapPresent(size int64) error {
 	return nil
 }
 
-// allocate sees that the file system has a block for every byte of the file. Content stays.
-func (m *Memory) allocate(size int64) error {
+// allocate sees that the file system has a block for every byte of the file, or reports false where the file system cannot say. Content stays.
+func (m *Memory) allocate(size int64) (bool, error) {
 	err := unix.EINTR
 	for errors.Is(err, unix.EINTR) {
 		err = asErrno(unix.Fallocate(m.fd, 0, 0, size))
 	}
 	switch {
-	case err == 0 || errors.Is(err, unix.EOPNOTSUPP): // populate finds out
-		return nil
+	case err == 0:
+		return true, nil
+	case errors.Is(err, unix.EOPNOTSUPP): // populate finds out
+		return false, nil
 	case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT):
-		return m.noRoom(size)
+		return false, m.noRoom(size)
 	}
-	return fmt.Errorf("%s: reserving %s in %s: %w", m.name, bytesText(size), m.path, err)
+	return false, fmt.Errorf("%s: reserving %s in %s: %w", m.name, bytesText(size), m.path, err)
 }
 
 // noRoom says that the file system is full, although a moment ago it seemed to have room.
@@ -284,7 +289,7 @@ func newNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err := checkFile(cfg.Name, cfg.Path, fd, size); err != nil {
 		return nil, err
 	}
-	if err := m.allocate(size); err != nil {
+	if _, err := m.allocate(size); err != nil {
 		return nil, err
 	}
 	if err := m.mapWhole(size); err != nil {
@@ -354,10 +359,12 @@ func OpenNamed(cfg MemoryConfig) (_ *Memory, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := m.allocate(size); err != nil { // a hole would be a SIGBUS one day
+	reserved, err := m.allocate(size) // a hole would be a SIGBUS one day
+	if err != nil {
 		return nil, err
 	}
-	if err := m.mapPresent(size); err != nil {
+	// The pages are there already, so that nothing is gained by waiting for 0.25 s per GiB until all are mapped: the first use of each maps it.
+	if err := m.mapPresent(size, !reserved); err != nil {
 		return nil, err
 	}
 	if err := m.openForPeers(cfg.Fillable); err != nil {
