@@ -304,9 +304,7 @@ func (f *filler) commitLoop(ctx context.Context) error {
 			return err
 		}
 		if n > 0 {
-			if f.server.cfg.Fill.Poll > 0 {
-				runtime.Gosched() // who gives what was published to trainers waits for this processor
-			}
+			runtime.Gosched() // who gives what was published to trainers waits for this processor
 			continue
 		}
 		if err := f.settleOld(ctx); err != nil {
