@@ -139,6 +139,9 @@ func (a *Attachment) try() (ring.Batch, bool, error) {
 		return ring.Batch{}, false, &LostError{Group: a.accepted.Group, First: one[0].A, N: int(lost)}
 	}
 	b, err := a.view.Batch(one[0].A, uint32(one[0].B), int(one[0].B>>32))
+	if err != nil && a.passedOn(one[0].A, uint32(one[0].B)) {
+		return ring.Batch{}, false, &PeerGoneError{a.path, err}
+	}
 	if err == nil {
 		err = a.hold(b)
 	}
@@ -146,6 +149,16 @@ func (a *Attachment) try() (ring.Batch, bool, error) {
 		return ring.Batch{}, false, &FormatError{a.path, err}
 	}
 	return b, true, nil
+}
+
+// passedOn tells whether the place of a batch holds it no more: the daemon that lent it died, which its socket tells us in a moment, and its successor has taken the segment
+// up and given the place to others.
+func (a *Attachment) passedOn(number uint64, index uint32) bool {
+	if int64(index) >= int64(a.view.Batches()) {
+		return false
+	}
+	st := a.view.BatchState(int(index))
+	return st.State != ring.Leased || st.Number != number
 }
 
 func (a *Attachment) hold(b ring.Batch) error {

@@ -246,7 +246,8 @@ func (a *FillAttachment) fetch() error {
 		return a.bad
 	}
 	if st := a.view.BatchState(int(d.B)); st.State != ring.Lent || st.Stream != a.accepted.Stream {
-		a.bad = &FormatError{a.path, fmt.Errorf("place %d was lent to us, stream %d, and is %v to stream %d", d.B, a.accepted.Stream, st.State, st.Stream)}
+		// The daemon that lent it died, which its socket tells us in a moment, and its successor has taken the segment up.
+		a.bad = &PeerGoneError{a.path, fmt.Errorf("place %d was lent to us, stream %d, and is %v to stream %d", d.B, a.accepted.Stream, st.State, st.Stream)}
 		return a.bad
 	}
 	a.lease++

@@ -493,12 +493,13 @@ func (f *filler) end(cause error) error {
 			break
 		}
 	}
-	if bad || errors.Is(cause, errSocketEnded) { // what it did not fill may be what its last rows need
-		f.lender.Free()
-	}
 	stopping := f.alive.Err() != nil || errors.Is(cause, errStopping)
-	if stopping && f.sess != "" && f.table.Memory.Kept() {
+	// A producer that saw the end of the table may have left by itself, to come back to the next daemon.
+	stay := !bad && (stopping || f.ended.Load() || f.server.stopping() != nil) && f.sess != "" && f.table.Memory.Kept()
+	if stay {
 		f.lender.StayLent()
+	} else if bad || errors.Is(cause, errSocketEnded) { // what it did not fill may be what its last rows need
+		f.lender.Free()
 	}
 	if err := f.lender.End(f.ending, stopping); err != nil {
 		var stranded *drainer.StrandedError
@@ -524,7 +525,9 @@ func (f *filler) end(cause error) error {
 	f.outcome.Store(int32(outcome))
 	if notice == nil {
 		log.Info("filler detached")
-		f.lender.Free()
+		if !stay {
+			f.lender.Free()
+		}
 		return nil
 	}
 	log.Warn("filler cut off", "code", notice.Code, "reason", notice.Reason, "err", cause)
