@@ -304,7 +304,6 @@ func (f *filler) commitLoop(ctx context.Context) error {
 			return err
 		}
 		if n > 0 {
-			runtime.Gosched() // who gives what was published to trainers waits for this processor
 			continue
 		}
 		if err := f.settleOld(ctx); err != nil {
@@ -423,6 +422,7 @@ func (f *filler) finish(ctx context.Context) error {
 		}
 	}
 	f.unfinished = false
+	runtime.Gosched() // who gives what was published to trainers waits for this processor
 	if f.last {
 		return nil
 	}
