@@ -34,7 +34,8 @@
  *            A NULL handle, an empty batch or empty slots have none: the call just returns INGESTD_MISUSE.
  * Deadlines: every call that can wait takes deadline_ms: milliseconds from the call, on a clock that nobody sets. 0 looks once
  *            and does not wait. There is no "for ever": a negative one is INGESTD_MISUSE. INGESTD_TIMEOUT and INGESTD_FULL change
- *            nothing: call again.
+ *            nothing: call again. One thing takes longer, by a second at most: what was delivered and is not so in the segment is
+ *            called damage only when the daemon has not turned out to be dead by then.
  * Threads:   a handle, its batches and its slots belong to one thread at a time. Different handles share nothing. No thread is
  *            started, no signal is used or blocked, nothing global is kept. After fork, only one of the processes may use a
  *            handle; the other must not even close it: attach in the child instead.
@@ -76,7 +77,7 @@ typedef enum ingestd_code {
     INGESTD_FULL = 2,          /* the deadline passed, and the daemon said why: the ring is full; the error names the trainer that holds it */
     INGESTD_LOST = 3,          /* ingestd_next only: the group was too slow and lost batches; call again for the next one */
     INGESTD_END = 4,           /* the stream has ended well: nothing will follow */
-    INGESTD_PEER_CLOSED = 5,   /* the daemon went away without a word: attach again */
+    INGESTD_PEER_CLOSED = 5,   /* the daemon went away without a word: attach again. For batches still held, see ingestd_intact */
     INGESTD_SHUTTING_DOWN = 6, /* the daemon is stopping: attach again later */
     INGESTD_CUT_OFF = 7,       /* the daemon ended this attachment: daemon_code and text say why */
     INGESTD_REFUSED = 8,       /* the daemon did not accept: daemon_code and text say why */
@@ -208,9 +209,20 @@ const uint64_t *ingestd_numbers(const ingestd_batch *batch);
 const uint64_t *ingestd_arrivals(const ingestd_batch *batch);
 
 /*
+ * ingestd_intact returns 1 if the batch still lies in its place, leased: what was read or copied of it so far was whole. It returns 0 if the
+ * batch was taken back: other samples may have been written over it, what was read may be torn, and the batch is delivered again. 0 with
+ * MISUSE in the error: it is not held.
+ *
+ * A trainer that goes on reading a batch after PEER_CLOSED, SHUTTING_DOWN or CUT_OFF must ask, after reading and before it uses what it
+ * read: a daemon that was started again on a segment that it keeps may give the place to others. Where daemons are restarted like that,
+ * it must always ask, as the end of the daemon may not have been seen yet. It may be asked until ingestd_release or ingestd_detach.
+ */
+int ingestd_intact(const ingestd_batch *batch);
+
+/*
  * ingestd_release gives a batch back and empties *batch. MISUSE: it is not held (released twice). SHUTTING_DOWN or CUT_OFF: the daemon had
- * taken it back before, so what was read of it may be torn: drop that. PEER_CLOSED: the daemon died; what was read is whole, and the
- * batch may be delivered once more when the daemon is back.
+ * taken it back before, so what was read of it may be torn: drop that. PEER_CLOSED: the daemon died; what was read is whole if
+ * ingestd_intact said so, and the batch may be delivered once more when the daemon is back.
  */
 int ingestd_release(ingestd_batch *batch);
 
@@ -391,6 +403,9 @@ enum {
 #define INGESTDI_SEGMENT_MAX ((uint64_t)1 << 46)
 #define INGESTDI_SAMPLE_MAX ((uint64_t)1 << 32)
 #define INGESTDI_CHANNEL_MAX (64u + 2u * (256u + 16u * 65536u + 64u))
+#ifndef INGESTDI_STALE_MS
+#define INGESTDI_STALE_MS 1000 /* how long the end of a daemon's socket is waited for when what it delivered is not so in the segment */
+#endif
 
 /* ---- Errors ---- */
 
@@ -1663,6 +1678,17 @@ static void ingestdi_listen(ingestdi_link *l, int notes) {
     }
 }
 
+/*
+ * ingestdi_stale ends the attachment where the segment does not agree with a descriptor. The daemon that pushed it may be dead, and its successor
+ * have given the place to others: its socket tells that in a moment.
+ */
+static int ingestdi_stale(ingestdi_link *l, int notes, const char *what, uint64_t a, uint64_t b) {
+    int64_t end = ingestdi_deadline(INGESTDI_STALE_MS);
+    do ingestdi_listen(l, notes);
+    while (!l->gone && ingestdi_left_ms(end) > 0 && ingestdi_poll(l->sock, POLLIN, -1, end) > 0);
+    return l->gone ? ingestdi_report(l) : ingestdi_spoil(l, what, a, b);
+}
+
 /* ---- Trainer ---- */
 
 struct ingestd_trainer {
@@ -1727,8 +1753,9 @@ static int ingestdi_delivered(ingestd_trainer *t, const uint64_t d[2], ingestd_b
     if (index >= l->table.batches || count > l->table.batch_size) return ingestdi_spoil(l, "deliver: a batch that cannot be", d[0], d[1]);
     line = ingestdi_line_of(l, index);
     state = ingestdi_load_acquire(line); /* edge(publish): acquire - after this load, the batch's rows and count are ours to read. */
-    if ((state & 7) != 4 || state >> 3 != d[0]) return ingestdi_spoil(l, "deliver: a batch that is not leased in its place", d[0], state);
-    if (ingestdi_load_relaxed(line + 2) != count) return ingestdi_spoil(l, "deliver: a batch of another number of rows than the segment says", d[0], d[1]);
+    if ((state & 7) != 4 || state >> 3 != d[0]) return ingestdi_stale(l, 0, "deliver: a batch that is not leased in its place", d[0], state);
+    if (ingestdi_load_relaxed(line + 2) != count)
+        return ingestdi_stale(l, 0, "deliver: a batch of another number of rows than the segment says", d[0], d[1]);
     if (l->held[index]) return ingestdi_spoil(l, "deliver: a batch in a place where one is held", d[0], d[1]);
     l->held[index] = d[0] + 1;
     t->holding++;
@@ -1814,6 +1841,13 @@ const uint64_t *ingestd_numbers(const ingestd_batch *b) {
 const uint64_t *ingestd_arrivals(const ingestd_batch *b) {
     ingestdi_link *l = ingestdi_held_batch(b);
     return l ? (const uint64_t *)(const void *)(ingestdi_place(l, b->index) + l->arrival_column) : NULL;
+}
+
+int ingestd_intact(const ingestd_batch *b) {
+    ingestdi_link *l = ingestdi_held_batch(b);
+    if (!l) return 0;
+    ingestdi_fence(); /* the reads before do not slip behind the load */
+    return ingestdi_load_relaxed(ingestdi_line_of(l, b->index)) == (b->number << 3 | 4);
 }
 
 int ingestd_release(ingestd_batch *b) {
@@ -1940,7 +1974,7 @@ static int ingestdi_lend(ingestd_producer *p, const uint64_t d[2]) {
     line = ingestdi_line_of(l, (uint32_t)d[1]);
     /* edge(lend): acquire - after this load, the place is clean and its rows are ours to write. */
     if (ingestdi_load_acquire(line) != 5 || ingestdi_load_relaxed(line + 5) != p->stream)
-        return ingestdi_spoil(l, "deliver: a place that is not lent to this stream", d[0], d[1]);
+        return ingestdi_stale(l, 1, "deliver: a place that is not lent to this stream", d[0], d[1]);
     p->lease = d[0];
     l->held[d[1]] = d[0];
     place = &p->lent[(p->first + p->places++) % l->table.prefetch];

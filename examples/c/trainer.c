@@ -28,7 +28,7 @@ int main(int argc, char **argv) {
     ingestd_trainer *trainer;
     ingestd_batch batch;
     uint64_t batches = 0, samples = 0;
-    double last = 0;
+    double last = 0, now;
     int code;
     if (argc < 3) {
         fprintf(stderr, "usage: %s SOCKET TABLE [GROUP]\n", argv[0]);
@@ -50,8 +50,8 @@ int main(int argc, char **argv) {
             continue;
         }
         if (code) break;
-        last = mean(&batch, ingestd_trainer_table(trainer));
-        batches++, samples += batch.count;
+        now = mean(&batch, ingestd_trainer_table(trainer));
+        if (ingestd_intact(&batch)) last = now, batches++, samples += batch.count; /* else it was taken back meanwhile, and is delivered again */
         if ((code = ingestd_release(&batch))) break; /* nothing of the batch may be read any more */
     }
     printf("%llu samples in %llu batches, the last with mean %g; %s\n", (unsigned long long)samples, (unsigned long long)batches, last,

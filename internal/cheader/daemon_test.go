@@ -247,7 +247,7 @@ func TestMisuse(t *testing.T) {
 		}
 		p.fails("misuse", "session has 200 bytes", "%s", options{path: "/x", table: "t", session: strings.Repeat("s", 200)}.open())
 		p.fails("misuse", "group is empty", "attach /x t '' 0 - - - 0")
-		p.want("12 12 12 12 12 12 12", "nobody")
+		p.want("0 12 12 12 12 12 12 12", "nobody")
 		// One character less is no misuse: there is only nobody at these paths.
 		p.fails("system", "system=2", "%s",
 			options{path: "/" + strings.Repeat("x", 106), table: strings.Repeat("x", 128), client: strings.Repeat("\x7e", 128)}.attach())

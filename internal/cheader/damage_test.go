@@ -404,6 +404,7 @@ func TestDamagedDeliveries(t *testing.T) {
 					f.awaitEnd()
 				})
 				p := start(t, b)
+				p.ok("stale-ms 5")
 				p.ok("%s", fakeOptions(path).attach())
 				p.ok("next %d", patience)
 				close(spoil)
@@ -490,6 +491,7 @@ func TestJunk(t *testing.T) {
 			}
 		}, nil)
 		p := start(t, b)
+		p.ok("stale-ms 1")
 		for s := range uint64(150) {
 			seed.Store(s)
 			p.ok("%s", fakeOptions(path).attach())

@@ -422,6 +422,7 @@ func TestDamagedLeases(t *testing.T) {
 					test.spoil(f, good)
 				}, nil)
 				p := start(t, b)
+				p.ok("stale-ms 5")
 				p.ok("%s", fakeOptions(path).open())
 				p.fails("bad_segment", test.words, "reserve 1 0")
 				p.fails("bad_segment", test.words, "settle 0")

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 from .errors import Error, PeerClosed, Timeout
 
+#: Seconds that the end of a daemon's socket is waited for when what it delivered is not so in the segment: where it
+#: has died, its successor may have given the place to others before this side saw the end.
+STALE_S = 1.0
+
 _forks = 0
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -131,6 +135,11 @@ def wait(fd: int, events: int, deadline: Deadline) -> bool:
     poll = select.poll()
     poll.register(fd, events)
     return bool(poll.poll(deadline.milliseconds()))
+
+
+def hung_up(sock: socket.socket, seconds: float) -> bool:
+    """Whether the other side has ended the connection, or does so within that time."""
+    return wait(sock.fileno(), select.POLLRDHUP, Deadline(seconds))
 
 
 def connect(address: Address, deadline: Deadline) -> socket.socket:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .channel import Descriptor, Fence
 from .errors import Closed, PeerClosed, Released
 from .lease import Lease, Leased
 from .segment import LEASED, Segment
 
 if TYPE_CHECKING:
-    from .channel import Descriptor
     from .spec import Array, Leaf, Spec
 
 __all__ = ["Batch", "Window"]
@@ -101,6 +101,11 @@ class Batch:
     (:meth:`copy`), or the batch held. The same goes for ``torch.from_numpy`` and ``jax.numpy.asarray``, which share the
     memory of the array that they are given.
 
+    A daemon that died and was started again on a segment that it keeps may give the memory to others although the
+    batch is held. Who goes on reading arrays of a batch after PeerClosed must ask :attr:`intact` when they were read,
+    before using what was read; where daemons are restarted like that, always, for the end may not have been seen yet.
+    :meth:`copy`, :meth:`torch` and :meth:`jax` ask themselves, for what they copy.
+
     :meth:`torch`, :meth:`jax` and :meth:`dlpack` make arrays that may be kept: the batch goes back to the daemon when
     it was released (or dropped) and the last of them has been garbage-collected. Until then it counts against the
     reader's ``prefetch``.
@@ -135,6 +140,26 @@ class Batch:
     def released(self) -> bool:
         """True after the release."""
         return self._window is None
+
+    @property
+    def intact(self) -> bool:
+        """True if what was read of the batch so far was whole: it still lies in its place, and nobody else's samples.
+
+        It is so from the delivery on until the batch is given back, unless the daemon took it back: it cut this reader
+        off, or died and its successor gave the memory to others. Then the batch is delivered again. May be asked after
+        PeerClosed, and after the release as long as arrays keep the lease.
+        """
+        if self._lease.over:
+            return False
+        Fence()()  # the reads before do not slip behind the load; one of its own, as nobody may wait for another here
+        return self._segment.state_word(self.place) == self.seq << 3 | LEASED
+
+    def _check_intact(self) -> None:
+        if not self.intact:
+            raise PeerClosed(
+                f"the daemon took batch {self.seq} back while it was held; what was copied of it may be torn; it is "
+                "delivered again"
+            )
 
     def __getitem__(self, name: str) -> Array:
         """The leaf's array ``(count, *leaf.shape)``. Raises KeyError, Released."""
@@ -176,8 +201,13 @@ class Batch:
         return self._view(_ARRIVAL)
 
     def copy(self) -> Any:
-        """The tree with arrays of its own, writable, that outlive the batch. Raises Released."""
-        return self.spec.unflatten([a.copy() for a in self.leaves])
+        """The tree with arrays of its own, writable, that outlive the batch.
+
+        Raises Released; PeerClosed when the batch was taken back meanwhile (:attr:`intact`): the copy may be torn.
+        """
+        copies = [a.copy() for a in self.leaves]
+        self._check_intact()
+        return self.spec.unflatten(copies)
 
     def dlpack(self, name: str) -> Leased:
         """The leaf for ``from_dlpack`` of any library, sharing the memory and keeping the lease: see :class:`Leased`.
@@ -195,7 +225,7 @@ class Batch:
 
         The tensors share the memory and keep the batch leased as long as they live. torch has no read-only tensors: a
         write into one of these (also ``t += 1``) ends the process with SIGSEGV. ``copy=True`` makes tensors of their
-        own, writable, that hold nothing. Raises ImportError, KeyError, Released.
+        own, writable, that hold nothing. Raises ImportError, KeyError, Released; PeerClosed as :meth:`copy`.
         """
         from .arrays import to_torch
 
@@ -206,17 +236,18 @@ class Batch:
 
         The arrays share the memory and keep the batch leased as long as they live, but for BF16 and F8, which are
         copied, and for 64-bit types while JAX has them disabled, which it narrows to 32 bits. ``copy=True`` copies all.
-        Raises ImportError, KeyError, Released.
+        Raises ImportError, KeyError, Released; PeerClosed as :meth:`copy`.
         """
         from .arrays import to_jax
 
         return self._converted(name, copy, to_jax)
 
     def _converted(self, name: str | None, copy: bool, convert: Callable[[Leased, bool], Any]) -> Any:
-        if name is not None:
-            return convert(self.dlpack(name), copy)
         self._check()
-        return self.spec.unflatten([convert(self.dlpack(leaf.name), copy) for leaf in self.spec.leaves])
+        names = [leaf.name for leaf in self.spec.leaves] if name is None else [name]
+        found = [convert(self.dlpack(x), copy) for x in names]
+        self._check_intact()  # also where nothing was to be copied: some of it may have been all the same
+        return self.spec.unflatten(found) if name is None else found[0]
 
     def _leaf(self, name: str) -> Leaf:
         return self.spec.leaves[self._number(name)]
@@ -232,7 +263,7 @@ class Batch:
         if window is None:
             return
         self._check()
-        intact = self._segment.state_word(self.place) == self.seq << 3 | LEASED
+        intact = self.intact
         self._window = None
         self._tree = None
         escaped = self._escaped()

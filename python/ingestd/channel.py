@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ._io import Deadline
 from .errors import FormatError
 
-__all__ = ["Channel", "Descriptor"]
+__all__ = ["Channel", "Descriptor", "Fence"]
 
 MAGIC = b"INGDCHN1"
 VERSION = 1
@@ -27,7 +27,7 @@ CAPACITY_MAX = 65_536
 _PRODUCED, _CONSUMED, _WAITING, _CLOSED, _ITEMS = 0, 64, 128, 192, 256
 
 
-class _Fence:
+class Fence:
     """Orders every access before the call with every access after it.
 
     Taking and freeing a lock is an atomic read-modify-write. On x86 one of them is a full fence. On arm64 the
@@ -64,7 +64,7 @@ class _Queue:
         self.words = memory[offset : offset + size].cast("Q")
         self.halves = memory[offset : offset + size].cast("I")
         self.capacity = capacity
-        self.fence = _Fence()
+        self.fence = Fence()
         self.mine = 0  # this side's cursor; the shared word is only ever written from it
         self.theirs = 0  # the other side's cursor as last read
 

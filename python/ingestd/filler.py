@@ -86,18 +86,28 @@ class _Attached:
         self.places: deque[_Place] = deque()
         self.taken = 0  # descriptors that the daemon has taken, as last seen
         self.drained = False  # nothing more will be lent
+        self._over = False  # the daemon has died, and what it still lent is not ours
         self._lease = 0
         self._columns: dict[int, list[Array]] = {}
 
     def accept(self) -> bool:
-        """Takes the places that were lent; whether there were any. Raises FormatError."""
+        """Takes the places that were lent; whether there were any. Raises FormatError.
+
+        A place that is another's already was lent by a daemon that is dead: it is passed over, as all that follow, and
+        the socket says the rest.
+        """
         found = False
         while (lent := self.channel.take()) is not None:
+            if self._over:
+                continue
             self._lease += 1
             if lent.number != self._lease or lent.rows or lent.place >= self.segment.batches:
                 raise FormatError(f"the daemon lent {lent}, want lease {self._lease} of a place of this segment")
             state = self.segment.state(lent.place)
             if state.phase != LENT or state.stream != self.opened.stream:
+                if _io.hung_up(self.sock, _io.STALE_S):
+                    self._over = True
+                    continue
                 raise FormatError(f"the daemon lent place {lent.place}, but the segment says {state}")
             self.places.append(_Place(lent.number, lent.place))
             found = True

@@ -53,6 +53,11 @@ class Lease:
         self._give_back(self.number, self.place)
 
     @property
+    def over(self) -> bool:
+        """Whether it was given back, or is about to be."""
+        return not self._holders
+
+    @property
     def shared(self) -> bool:
         """Whether anybody holds it beside the batch."""
         return len(self._holders) > 1

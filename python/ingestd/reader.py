@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NoReturn
 
 from . import _io
 from ._io import Deadline
@@ -42,6 +42,9 @@ class Reader:
     to another one of the group, so it may come a second time: ``batch.seq`` tells. Where the table lets a group
     lose what it is too slow for, :class:`LostBatches` is raised once per loss, and the next call reads on (it also ends
     a ``for`` loop; ``on_lost="count"`` only counts them in :attr:`lost`).
+
+    A daemon that died and was started again on a segment that it keeps may give the memory of batches that are still
+    held to others: what is read of them after PeerClosed was whole only if :attr:`Batch.intact` says so afterwards.
 
     Several batches may be held at once, at most ``prefetch``. ``next`` and ``release`` may run in different threads.
     Not for use after a fork (Closed): attach in the child.
@@ -134,7 +137,8 @@ class Reader:
             EndOfStream: the table was closed, every batch was delivered.
             AllHeld: this reader already holds ``prefetch`` batches, so none can come before one is released.
             LostBatches: the group was too slow; the next call reads on.
-            ShuttingDown, Ended, PeerClosed: the daemon ended the attachment or went away.
+            ShuttingDown, Ended, PeerClosed: the daemon ended the attachment or went away. Who goes on reading arrays
+                of a batch that is held must check :attr:`Batch.intact` then.
         """
         until = _io.deadline_of(deadline)
         left = until.left()
@@ -169,7 +173,7 @@ class Reader:
         if not woken and not ended:
             raise until.timeout(f"waiting for a batch of table {self.table!r}")
 
-    def _raise_end(self) -> None:
+    def _raise_end(self) -> NoReturn:
         """Says why the socket is readable: a closing notice, or the end."""
         notice = None
         with contextlib.suppress(OSError, Error):
@@ -197,6 +201,8 @@ class Reader:
             raise FormatError(f"the daemon delivered {lease}, which is not in this segment; attach again")
         state = segment.state(lease.place)
         if (state.number, state.phase, state.count) != (lease.number, LEASED, lease.rows):
+            if _io.hung_up(self._sock, _io.STALE_S):
+                self._raise_end()
             raise FormatError(f"the daemon delivered {lease}, but the segment says {state}; attach again")
         window = CheckedWindow(self._fds[0], segment, lease.place) if self._checked else None
         batch = Batch(

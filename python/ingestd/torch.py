@@ -39,6 +39,9 @@ class IngestDataset(_IterableDataset):
     copied instead, so holding many of them never stops the reading; ``copy=True`` copies all of them. What a worker
     hands to the main process is copied by torch in any case, and the batch is released then.
 
+    Give ``copy=True`` where daemons are restarted on segments that they keep: a copy that such a restart may have torn
+    raises PeerClosed (see ``Batch.intact``), while tensors that share the memory would show other samples.
+
     Args:
         address, table, spec, group, prefetch, on_lost: as for :class:`Reader`.
         copy: make tensors of their own, writable.

@@ -466,3 +466,45 @@ class Filling:
     def close(self) -> None:
         for fd in (self.channel.fd, self.channel.to_trainer, self.channel.to_daemon):
             os.close(fd)
+
+
+class FillDaemon:
+    """A fake daemon for producers that fill in place.
+
+    It serves one script per connection, each with a segment of its own unless ``keep``.
+    """
+
+    def __init__(self, path: str, spec: Spec = SPEC, batches: int = 4, places: int = 2, keep: bool = False) -> None:
+        self.listener, self.spec, self.batches, self.places = Listener.unix(path), spec, batches, places
+        self.address = self.listener.address
+        self.made: list[SegmentMaker] = []
+        self.keep = keep
+        self.fillings: list[Filling] = []
+
+    def segment(self) -> SegmentMaker:
+        if not self.made or not self.keep:
+            self.made.append(SegmentMaker(self.spec, batches=self.batches))
+        return self.made[-1]
+
+    def serve(self, *scripts: Callable[[Peer, Filling], None]) -> None:
+        def work() -> None:
+            try:
+                self.listener.sock.settimeout(PATIENCE)
+                for script in scripts:
+                    peer = Peer(self.listener.sock.accept()[0])
+                    with peer.sock:
+                        self.fillings.append(Filling(self.segment(), 7, list(range(self.places))))
+                        script(peer, self.fillings[-1])
+            except BaseException as e:
+                self.listener.errors.append(e)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        self.listener.threads.append(thread)
+
+    def finish(self) -> None:
+        self.listener.finish()
+        for filling in self.fillings:
+            filling.close()
+        for segment in self.made:
+            os.close(segment.fd)

@@ -10,7 +10,7 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,55 +32,15 @@ from ingestd import (
     Spec,
     SpecError,
     Timeout,
+    _io,
 )
 
-from fakes import PATIENCE, SPEC, Filling, Listener, Peer, SegmentMaker, Steps, encoded, image, sample
-
-Script = Callable[[Peer, Filling], None]
-
-
-class Fake:
-    """Serves one script per connection, each with a segment of its own unless ``keep``."""
-
-    def __init__(self, path: str, spec: Spec = SPEC, batches: int = 4, places: int = 2, keep: bool = False) -> None:
-        self.listener, self.spec, self.batches, self.places = Listener.unix(path), spec, batches, places
-        self.address = self.listener.address
-        self.made: list[SegmentMaker] = []
-        self.keep = keep
-        self.fillings: list[Filling] = []
-
-    def segment(self) -> SegmentMaker:
-        if not self.made or not self.keep:
-            self.made.append(SegmentMaker(self.spec, batches=self.batches))
-        return self.made[-1]
-
-    def serve(self, *scripts: Script) -> None:
-        def work() -> None:
-            try:
-                self.listener.sock.settimeout(PATIENCE)
-                for script in scripts:
-                    peer = Peer(self.listener.sock.accept()[0])
-                    with peer.sock:
-                        self.fillings.append(Filling(self.segment(), 7, list(range(self.places))))
-                        script(peer, self.fillings[-1])
-            except BaseException as e:
-                self.listener.errors.append(e)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        self.listener.threads.append(thread)
-
-    def finish(self) -> None:
-        self.listener.finish()
-        for filling in self.fillings:
-            filling.close()
-        for segment in self.made:
-            os.close(segment.fd)
+from fakes import PATIENCE, SPEC, FillDaemon, Filling, Peer, SegmentMaker, Steps, encoded, image, sample
 
 
 @pytest.fixture
-def fake(socket_path: str) -> Iterator[Fake]:
-    made = Fake(socket_path)
+def fake(socket_path: str) -> Iterator[FillDaemon]:
+    made = FillDaemon(socket_path)
     yield made
     made.finish()
 
@@ -109,7 +69,7 @@ def many(first: int, n: int) -> dict[str, Any]:
     return {"image": np.stack([image(k) for k in ks]), "label": np.array([100 + k for k in ks], np.int16)}
 
 
-def test_rows_are_filled_in_place_and_in_order(fake: Fake) -> None:
+def test_rows_are_filled_in_place_and_in_order(fake: FillDaemon) -> None:
     seen: dict[str, Any] = {}
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -170,7 +130,7 @@ def test_rows_are_filled_in_place_and_in_order(fake: Fake) -> None:
     p.close()
 
 
-def test_wrong_samples_take_nothing(fake: Fake) -> None:
+def test_wrong_samples_take_nothing(fake: FillDaemon) -> None:
     fake.serve(lambda peer, filling: (filling.accept(peer), gone(peer), None)[2])
     with FillProducer(fake.address, "t", SPEC) as p:
         with pytest.raises(SpecError, match="want I16"):
@@ -180,7 +140,7 @@ def test_wrong_samples_take_nothing(fake: Fake) -> None:
         FillProducer("tcp://127.0.0.1:1", "t")
 
 
-def test_waiting_for_places_and_for_the_daemon(fake: Fake) -> None:
+def test_waiting_for_places_and_for_the_daemon(fake: FillDaemon) -> None:
     steps = Steps()
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -235,7 +195,7 @@ def test_waiting_for_places_and_for_the_daemon(fake: Fake) -> None:
             p.reserve(1, deadline=PATIENCE)
 
 
-def test_settling(fake: Fake) -> None:
+def test_settling(fake: FillDaemon) -> None:
     steps = Steps()
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -257,7 +217,7 @@ def test_settling(fake: Fake) -> None:
         steps.done("settled")
 
 
-def test_a_daemon_that_does_not_take_holds_the_producer_back(fake: Fake) -> None:
+def test_a_daemon_that_does_not_take_holds_the_producer_back(fake: FillDaemon) -> None:
     steps = Steps()
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -291,7 +251,7 @@ def test_a_daemon_that_does_not_take_holds_the_producer_back(fake: Fake) -> None
         (None, PeerClosed),
     ],
 )
-def test_without_a_session_the_end_is_final(fake: Fake, notice: Any, error: type[Exception]) -> None:
+def test_without_a_session_the_end_is_final(fake: FillDaemon, notice: Any, error: type[Exception]) -> None:
     steps = Steps()
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -325,12 +285,15 @@ def test_without_a_session_the_end_is_final(fake: Fake, notice: Any, error: type
         ((1, 3, 0), "segment says"),
     ],
 )
-def test_bad_leases(fake: Fake, descriptor: tuple[int, int, int], says: str) -> None:
+def test_bad_leases(
+    fake: FillDaemon, descriptor: tuple[int, int, int], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def script(peer: Peer, filling: Filling) -> None:
         filling.accept(peer)
         filling.channel.push(*descriptor)
         gone(peer)
 
+    monkeypatch.setattr(_io, "STALE_S", 0.01)
     fake.places = 0
     fake.serve(script)
     p = FillProducer(fake.address, "t")
@@ -340,7 +303,39 @@ def test_bad_leases(fake: Fake, descriptor: tuple[int, int, int], says: str) -> 
     p.abort()
 
 
-def test_refusals_and_bad_answers(fake: Fake) -> None:
+@pytest.mark.parametrize("session", [None, "s"])
+def test_places_that_a_dead_daemon_lent(fake: FillDaemon, session: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_io, "STALE_S", PATIENCE)
+
+    def dies(peer: Peer, filling: Filling) -> None:
+        filling.accept(peer)
+        filling.segment.lend(3, 8)  # by its successor, to another
+        filling.channel.push(1, 3, 0)
+        filling.channel.push(2, 2, 0)
+        while filling.channel.words[(filling.channel.deliver + 64) // 8] == 0:
+            os.sched_yield()  # until the first was taken
+        peer.note({"code": "ring_full", "reason": "its last words, which end nothing"})
+
+    def lives(peer: Peer, filling: Filling) -> None:
+        filling.accept(peer)
+        filling.lend(0)
+        assert until(filling, peer, 1) == [encoded(0)]
+        gone(peer)
+
+    fake.places = 0
+    fake.serve(*[dies, lives][: 2 if session else 1])
+    p = FillProducer(fake.address, "t", session=session)
+    if session:
+        p.push(sample(0), deadline=PATIENCE)
+        p.close(deadline=PATIENCE)
+        assert p.reconnects == 1
+    else:
+        with pytest.raises(PeerClosed, match="closed the attachment"):
+            p.push(sample(0), deadline=PATIENCE)
+        p.abort()
+
+
+def test_refusals_and_bad_answers(fake: FillDaemon) -> None:
     def refused(peer: Peer, filling: Filling) -> None:
         peer.hello()
         peer.reply({"code": "not_permitted", "reason": "another user"}, status=1)
@@ -365,7 +360,7 @@ def test_refusals_and_bad_answers(fake: Fake) -> None:
     p.abort()
 
 
-def test_a_second_attachment_gets_what_the_first_did_not_take(fake: Fake) -> None:
+def test_a_second_attachment_gets_what_the_first_did_not_take(fake: FillDaemon) -> None:
     steps = Steps()
 
     def first(peer: Peer, filling: Filling) -> None:
@@ -394,7 +389,9 @@ def test_a_second_attachment_gets_what_the_first_did_not_take(fake: Fake) -> Non
 
 
 @pytest.mark.parametrize("commit_when", ["while there is none", "after"])
-def test_rows_reserved_when_the_daemon_dies_are_copied_when_they_are_committed(fake: Fake, commit_when: str) -> None:
+def test_rows_reserved_when_the_daemon_dies_are_copied_when_they_are_committed(
+    fake: FillDaemon, commit_when: str
+) -> None:
     steps = Steps()
 
     def first(peer: Peer, filling: Filling) -> None:
@@ -436,7 +433,7 @@ def test_rows_reserved_when_the_daemon_dies_are_copied_when_they_are_committed(f
         assert (p.pushed, p.acked) == (5, 5)
 
 
-def test_lost_samples(fake: Fake) -> None:
+def test_lost_samples(fake: FillDaemon) -> None:
     def first(peer: Peer, filling: Filling) -> None:
         filling.accept(peer, held=5)
         until(filling, peer, 3)
@@ -451,7 +448,7 @@ def test_lost_samples(fake: Fake) -> None:
     p.abort()
 
 
-def test_lost_samples_that_are_gone_on_from(fake: Fake) -> None:
+def test_lost_samples_that_are_gone_on_from(fake: FillDaemon) -> None:
     def first(peer: Peer, filling: Filling) -> None:
         filling.accept(peer, held=5)
         until(filling, peer, 3)
@@ -472,7 +469,7 @@ def test_lost_samples_that_are_gone_on_from(fake: Fake) -> None:
         assert (p.lost, p.acked) == (2, 4)
 
 
-def test_another_producer_went_on(fake: Fake) -> None:
+def test_another_producer_went_on(fake: FillDaemon) -> None:
     def first(peer: Peer, filling: Filling) -> None:
         filling.accept(peer)
         until(filling, peer, 1)
@@ -487,7 +484,7 @@ def test_another_producer_went_on(fake: Fake) -> None:
     p.abort()
 
 
-def test_taken_over_while_rows_are_reserved(fake: Fake) -> None:
+def test_taken_over_while_rows_are_reserved(fake: FillDaemon) -> None:
     steps = Steps()
 
     def script(peer: Peer, filling: Filling) -> None:
@@ -513,7 +510,7 @@ def test_taken_over_while_rows_are_reserved(fake: Fake) -> None:
     p.abort()
 
 
-def test_forks_and_forgotten_producers(fake: Fake) -> None:
+def test_forks_and_forgotten_producers(fake: FillDaemon) -> None:
     fake.serve(*[lambda peer, filling: (filling.accept(peer), gone(peer), None)[2]] * 2)
     p = FillProducer(fake.address, "t")
     pid = os.fork()

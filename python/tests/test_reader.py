@@ -26,10 +26,14 @@ from ingestd import (
     Reader,
     Refused,
     Released,
+    ShuttingDown,
     Spec,
     Timeout,
+    _io,
 )
 from ingestd.channel import Channel
+from ingestd.lease import Leased
+from ingestd.segment import LEASED, OPEN
 
 from fakes import PATIENCE, SPEC, ChannelMaker, FakeDaemon, Listener, Peer, image, sample
 
@@ -318,7 +322,10 @@ def test_closing_the_reader_ends_its_batches(daemon: Make) -> None:
 @pytest.mark.parametrize(
     ("number", "place", "count"), [(0, 3, 4), (0, 0xFFFFFFFF, 4), (0, 0, 0), (0, 0, 5), (1, 0, 4), (0, 1, 4), (0, 0, 3)]
 )
-def test_descriptors_are_checked(daemon: Make, number: int, place: int, count: int) -> None:
+def test_descriptors_are_checked(
+    daemon: Make, number: int, place: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_io, "STALE_S", 0.01)
     d = daemon()
     with Reader(d.address, "t") as r:
         d.segment.fill(0, 0, samples(0))
@@ -327,7 +334,8 @@ def test_descriptors_are_checked(daemon: Make, number: int, place: int, count: i
             r.next(deadline=PATIENCE)
 
 
-def test_a_batch_must_be_leased(daemon: Make) -> None:
+def test_a_batch_must_be_leased(daemon: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_io, "STALE_S", 0.01)
     d = daemon()
     with Reader(d.address, "t") as r:
         d.segment.fill(0, 0, samples(0), phase=3)
@@ -342,6 +350,84 @@ def test_a_batch_taken_back_while_held(daemon: Make) -> None:
         d.deliver(0, samples(0))
         with pytest.raises(PeerClosed, match="batch 0 back while it was held"), r.next(deadline=PATIENCE):
             d.segment.state(0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("dies", ["before", "later", "later, with a notice"])
+@pytest.mark.parametrize("phase", [OPEN, LEASED])
+def test_a_batch_that_a_dead_daemon_delivered(
+    daemon: Make, dies: str, phase: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_io, "STALE_S", PATIENCE)
+    d = daemon()
+
+    def die() -> None:
+        while dies != "before" and d.channel.words[(d.channel.deliver + 64) // 8] == 0:
+            os.sched_yield()  # until the descriptor was taken
+        d.die((lambda peer: peer.notice("shutting_down", "it stops")) if "notice" in dies else None)
+
+    with Reader(d.address, "t") as r:
+        d.segment.fill(0, 3, samples(0), phase=phase)  # by its successor
+        d.channel.push(0, 0, 4)
+        thread = threading.Thread(target=die)
+        thread.start()
+        if dies == "before":
+            thread.join(PATIENCE)
+        with pytest.raises(PeerClosed) as e:
+            r.next(deadline=PATIENCE)
+        thread.join(PATIENCE)
+        assert isinstance(e.value, ShuttingDown) == ("notice" in dies)
+        assert r.closed
+
+
+def test_intact_until_the_place_is_used_again(daemon: Make) -> None:
+    d = daemon(prefetch=3)
+    with Reader(d.address, "t") as r:
+        d.deliver(0, samples(0))
+        d.deliver(1, samples(4))
+        lost, kept = r.next(deadline=PATIENCE), r.next(deadline=PATIENCE)
+        label = kept["label"]
+        assert lost.intact and kept.intact
+        d.die()
+        with pytest.raises(PeerClosed):
+            r.next(deadline=PATIENCE)
+        assert lost.intact and kept.intact and label[0] == 104
+        d.segment.fill(0, 3, samples(12))
+        assert not lost.intact and kept.intact
+
+
+def test_intact_ends_with_the_lease(daemon: Make) -> None:
+    d = daemon()
+    with Reader(d.address, "t") as r:
+        d.deliver(0, samples(0))
+        batch = r.next(deadline=PATIENCE)
+        keeps = batch.dlpack("image")
+        batch.release()
+        assert batch.intact
+        del keeps
+        assert d.channel.given() == [(0, 0)] and not batch.intact
+
+
+@pytest.mark.parametrize("how", ["numpy", "other libraries"])
+def test_a_torn_copy_says_so(daemon: Make, how: str) -> None:
+    d = daemon()
+
+    def copy(leased: Leased, copy: bool) -> Any:
+        d.segment.state(0, 3, OPEN, 4)
+        return leased.array().copy()
+
+    with Reader(d.address, "t") as r:
+        d.deliver(0, samples(0))
+        batch = r.next(deadline=PATIENCE)
+        if how == "numpy":
+            assert batch.copy()["label"][0] == 100
+            d.segment.state(0, 3, OPEN, 4)
+        with pytest.raises(PeerClosed, match=r"took batch 0 back .* may be torn"):
+            batch.copy() if how == "numpy" else batch._converted(None, True, copy)
+        if how != "numpy":
+            with pytest.raises(PeerClosed, match="may be torn"):
+                batch._converted("label", True, copy)
+        with pytest.raises(PeerClosed, match="batch 0 back while it was held"):
+            batch.release()
 
 
 def test_counts_of_the_channel_are_checked(daemon: Make) -> None:

@@ -1,4 +1,6 @@
 /* probe does with ingestd.h what lines on its standard input say, and answers each with one line: "ok ...", or "error <code>" and the fields of the error. */
+static int stale_ms = 1000;
+#define INGESTDI_STALE_MS stale_ms
 #define INGESTD_IMPLEMENTATION
 #include "ingestd.h"
 
@@ -247,6 +249,9 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "next-nowhere")) return say(ingestd_next(trainer, 0, NULL), ingestd_trainer_error(trainer));
     if (!strcmp(verb, "pull")) return pull((int)a);
     if (!strcmp(verb, "release")) return held(a) ? say(ingestd_release(held(a)), ingestd_trainer_error(trainer)) : printf("broken: not held\n");
+    if (!strcmp(verb, "intact")) return held(a) ? printf("ok %d\n", ingestd_intact(held(a))) : printf("broken: not held\n");
+    if (!strcmp(verb, "intact-stale")) return ingestd_intact(&stale) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
+    if (!strcmp(verb, "stale-ms")) return stale_ms = (int)a, printf("ok\n");
     if (!strcmp(verb, "release-stale")) return say(ingestd_release(&stale), ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column-stale")) return ingestd_column(&stale, 0, NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
     if (!strcmp(verb, "column")) return ingestd_column(&stale, atoi(w[0]), NULL) ? printf("ok\n") : say_error(INGESTD_MISUSE, ingestd_trainer_error(trainer));
@@ -287,8 +292,8 @@ static int act(const char *verb, char *const *w, int n) {
     if (!strcmp(verb, "nobody")) { /* every function takes a handle that is not there */
         ingestd_detach(NULL);
         ingestd_close(NULL);
-        return printf("ok %d %d %d %d %d %d %d\n", ingestd_next(NULL, 0, NULL), ingestd_release(NULL), ingestd_reserve(NULL, 1, 0, NULL),
-                      ingestd_commit(NULL, 1), ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
+        return printf("ok %d %d %d %d %d %d %d %d\n", ingestd_intact(NULL), ingestd_next(NULL, 0, NULL), ingestd_release(NULL),
+                      ingestd_reserve(NULL, 1, 0, NULL), ingestd_commit(NULL, 1), ingestd_push(NULL, NULL, 0), ingestd_settle(NULL, 0), ingestd_flush(NULL, 0));
     }
     return printf("broken: no verb %s\n", verb);
 }
