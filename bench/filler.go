@@ -91,7 +91,7 @@ func (f *filler) fill(ctx context.Context, p *client.Filler) error {
 	if f.opt.upto {
 		limit = 0
 	}
-	for sent := uint64(0); ; {
+	for sent := uint64(0); ctx.Err() == nil; { // Reserve looks at it only when it has to wait
 		for sent >= limit {
 			select {
 			case limit = <-f.more:
@@ -126,6 +126,7 @@ func (f *filler) fill(ctx context.Context, p *client.Filler) error {
 		sent += uint64(slots.N())
 		f.samples.Store(sent)
 	}
+	return nil
 }
 
 func (f *filler) handle(ask request) (reply, error) {
