@@ -23,10 +23,7 @@ type fillerOptions struct {
 	upto     bool // commit nothing until it is said how many
 }
 
-// writeAtOnce is the bytes of samples that are written between two calls of the library.
-const writeAtOnce = mib
-
-// filler fills places of the daemon's ring itself: a whole batch at a time, or writeAtOnce bytes of it.
+// filler fills places of the daemon's ring itself, a whole batch at a time.
 type filler struct {
 	opt     fillerOptions
 	more    chan uint64 // samples that may be committed in all
@@ -78,9 +75,6 @@ func runFiller(ctx context.Context, opt fillerOptions) error {
 func (f *filler) fill(ctx context.Context, p *client.Filler) error {
 	batch := int(p.Accepted().BatchSize)
 	sample := int(p.Spec().Leaf(0).Bytes())
-	if f.opt.write {
-		batch = min(batch, max(1, writeAtOnce/sample))
-	}
 	pattern := newPattern(int64(sample))
 	known := map[*byte]bool{} // places that have their content
 	var pace *pacer
