@@ -24,11 +24,11 @@ func TestRecover(t *testing.T) {
 	s, plain := openSession(t, first, "s", nil), open(t, first)
 	mustPush(t, first, s, 0, 6)
 	mustPush(t, first, plain, 0, 3)
-	for _, stream := range []interface{ Close() }{s, plain} {
-		stream.Close()
-	}
-	<-s.Done()
+	plain.Close()
 	<-plain.Done()
+	if err := s.WaitCommitted(t.Context()); err != nil { // its connection is still there when the process dies
+		t.Fatal(err)
+	}
 	tr := first.NewTrainer()
 	b, err := tr.Next(t.Context())
 	if err != nil {
@@ -36,6 +36,7 @@ func TestRecover(t *testing.T) {
 	}
 	held := b.Number // in the hands of a trainer when it ends
 	left := slices.Clone(given.bytes)
+	s.Close()
 
 	again := &memory{}
 	cfg.Recover = true
