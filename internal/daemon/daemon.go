@@ -152,6 +152,10 @@ func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) 
 	}
 	t, err := makeTable(p, pool, m, found) // which closes m where it fails
 	if err == nil && found {
+		// That it is in use must be on its disk before the first new sample is: else, if the machine goes down, it would still pass for left in order.
+		if err := m.Sync(); err != nil {
+			return nil, errors.Join(fmt.Errorf("table %q: %w", p.Name, err), t.Free())
+		}
 		r := t.Found()
 		log.Info("segment taken up", "table", p.Name, "path", p.path, "samples", r.Samples, "batches", len(r.Batches), "published_short", r.Closed,
 			"discarded", r.Discarded, "sessions", len(t.Ring().Sessions()), "clean", r.Clean, "dur", time.Since(began))
