@@ -37,7 +37,9 @@ func TestHelloOfTensorsRoundTrip(t *testing.T) {
 
 func TestHelloOfTensorsRefused(t *testing.T) {
 	digest := strings.Repeat("11", 32)
-	body := func(role, fields string) string { return `{"role":"` + role + `","table":"t","byte_order":"little"` + fields + "}" }
+	body := func(role, fields string) string {
+		return `{"role":"` + role + `","table":"t","byte_order":"little"` + fields + "}"
+	}
 	for text, c := range map[string]struct {
 		code Code
 		says string
