@@ -230,6 +230,7 @@ func (s *Server) servePush(c *conn) {
 		return
 	}
 	ses := newSession(c, stream, newPlan(table.Spec()), accepted)
+	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
 	if reason == ingest.EndReset {
