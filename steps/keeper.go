@@ -33,10 +33,10 @@ func Spec(chunkBytes int) (*spec.Spec, error) {
 	if err := tensor.CheckChunkBytes(chunkBytes); err != nil {
 		return nil, err
 	}
-	return spec.New(
-		spec.Leaf{Name: "header", DType: spec.U8, Shape: []int64{tensor.HeaderBytes}},
-		spec.Leaf{Name: "data", DType: spec.U8, Shape: []int64{int64(chunkBytes)}},
-	)
+	return spec.New([]spec.Leaf{
+		{Name: "header", DType: spec.U8, Shape: []int64{tensor.HeaderBytes}},
+		{Name: "data", DType: spec.U8, Shape: []int64{int64(chunkBytes)}},
+	})
 }
 
 // Keeper knows the producers of one table.
