@@ -37,25 +37,22 @@ type limits struct {
 	linger     time.Duration // for a peer to read why it was ended
 }
 
-// session is the connection of a publisher, after the reply: in place, or streamed. One goroutine uses it.
+// session is the connection of a publisher that sends its generations, after the reply. One goroutine uses it.
 type session struct {
 	conn       netConn
 	limits     limits
 	log        *slog.Logger
 	publishing *Publishing
-	place      *Place    // begun and not ended
-	receiver   *receiver // of a streamed publisher; nil: it writes in place
+	place      *Place // begun and not ended
+	receiver   *receiver
+	given      bool // a begin was given up because the peer said something: that can only be abort
 	ctx        context.Context
 	until      time.Time // the read deadline in force
 	patience   time.Duration
 }
 
-func newSession(conn netConn, p *Publishing, streamed bool, l limits, log *slog.Logger) *session {
-	x := &session{conn: conn, limits: l, log: log, publishing: p}
-	if streamed {
-		x.receiver = newReceiver(p, l.chunkBytes)
-	}
-	return x
+func newSession(conn netConn, p *Publishing, l limits, log *slog.Logger) *session {
+	return &session{conn: conn, limits: l, log: log, publishing: p, receiver: newReceiver(p, l.chunkBytes)}
 }
 
 // run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the connection.
@@ -94,15 +91,16 @@ func (x *session) next() error {
 	}
 	x.patience = x.limits.stall
 	if chunk {
-		if x.receiver == nil {
-			return &tensor.ChunkError{Reason: "a publisher in place sends none"}
-		}
 		return x.receiver.chunk(x, length)
 	}
 	var ask Ask
 	if err := wire.ReadMessageBody(x, length, wire.MessageBytesMax, &ask); err != nil {
 		return err
 	}
+	if x.given && ask.Op != OpAbort {
+		return fmt.Errorf("%w: %q while a place is waited for; only abort can be said then", wire.ErrProtocol, cutText(ask.Op))
+	}
+	x.given = false
 	switch ask.Op {
 	case OpBegin:
 		return x.begin(&ask)
@@ -150,9 +148,7 @@ func (x *session) say(a *Answer) error {
 // drop forgets the place, which has ended.
 func (x *session) drop() {
 	x.place = nil
-	if x.receiver != nil {
-		x.receiver.begin(nil)
-	}
+	x.receiver.begin(nil)
 }
 
 // tellAfter is how long a publisher waits for a place before it is told who pins them.
@@ -181,7 +177,11 @@ func (x *session) begin(ask *Ask) error {
 		switch {
 		case gone:
 			return io.EOF
-		case said || waited >= wait:
+		case said:
+			x.given = true
+			x.publishing.store.fail(FailedAborted)
+			return nil
+		case waited >= wait:
 			x.publishing.store.fail(FailedPinned)
 			return x.begun(nil, busy)
 		case waited >= tellAfter && !told:
@@ -221,9 +221,7 @@ func (x *session) begun(place *Place, err error) error {
 		return x.failed(err)
 	}
 	x.place = place
-	if x.receiver != nil {
-		x.receiver.begin(place)
-	}
+	x.receiver.begin(place)
 	return x.say(&Answer{Op: OpPlace, Generation: place.Generation(), Place: place.Index()})
 }
 
@@ -233,11 +231,11 @@ func (x *session) failed(err error) error {
 	busy, old, part := (*PinnedError)(nil), (*OldGenerationError)(nil), (*IncompleteError)(nil)
 	switch {
 	case errors.As(err, &busy):
-		a.Code, a.Pins = FailedPinned, pinTexts(busy.Pins)
+		a.Code, a.Pins = string(FailedPinned), pinTexts(busy.Pins)
 	case errors.As(err, &old):
-		a.Code = FailedOldGeneration
+		a.Code = string(FailedOldGeneration)
 	case errors.As(err, &part):
-		a.Code = FailedIncomplete
+		a.Code = string(FailedIncomplete)
 	default:
 		return err
 	}
@@ -250,14 +248,12 @@ func (x *session) commit(ask *Ask) error {
 		return fmt.Errorf("%w: a commit of generation %d, which is not under way", wire.ErrProtocol, ask.Generation)
 	}
 	place, generation := x.place, x.place.Generation()
-	if x.receiver != nil {
-		if err := x.receiver.complete(); err != nil {
-			place.Fail(FailedIncomplete)
-			x.drop()
-			return x.failed(err)
-		}
+	if err := x.receiver.complete(); err != nil {
+		place.Fail(FailedIncomplete)
+		x.drop()
+		return x.failed(err)
 	}
-	digest, err := place.CommitWritten()
+	digest, err := place.Commit()
 	x.drop()
 	if err != nil {
 		return err
