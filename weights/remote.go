@@ -100,6 +100,7 @@ type remote struct {
 
 	have    spec.Fingerprint // digest of the generation st.Have; zero: it is not to be a base
 	refused uint64           // a generation that came damaged
+	torn    bool             // the connection was closed in the middle of a generation
 
 	mu sync.Mutex
 	st RemoteStats
@@ -117,44 +118,40 @@ func (r *remote) note(f func(st *RemoteStats)) {
 	f(&r.st)
 }
 
-// serve serves a reader over conn until its connection, ctx or the table's manifest ends; most is how many there may be at once. It returns nil if the reader ended it, a
-// *wire.Refusal that is still to be sent, the *wire.Notice that it was ended with, or what went wrong with the connection. conn is the caller's to close.
-func (rs *remotes) serve(ctx context.Context, conn netConn, hello *wire.Hello, store *Store, who Who, most int, l limits, log *slog.Logger) error {
-	r := &remote{conn: conn, limits: l, log: log, store: store, delta: hello.Delta, answers: make(chan byte, 1)}
-	if !rs.admit(r, most) {
-		return wire.Refuse(wire.CodeTooManyConnections, "%d readers are served over connections, which is this daemon's limit: end one, raise the limit, or try again later", most)
+// serveRemote serves a reader over its connection, until that, ctx or the table's manifest ends.
+func (s *Server) serveRemote(ctx context.Context, conn net.Conn, hello *wire.Hello, store *Store, who Who, log *slog.Logger) error {
+	nc, ok := conn.(netConn)
+	if !ok {
+		return wire.Refuse(wire.CodeInternal, "a connection of type %T cannot be served", conn)
 	}
-	defer rs.leave(r)
-	_ = conn.SetDeadline(time.Time{})
-	if store.Newest() == 0 && !hello.Wait {
-		return wire.Refuse(wire.CodeNoGeneration, "%v", &NoGenerationError{store.Table()})
+	r := &remote{
+		conn: nc, limits: s.limits(), log: log, store: store, delta: hello.Delta, answers: make(chan byte, 1), sender: sender{conn: nc, stall: s.cfg.StallTimeout},
 	}
-	ctx, gone := context.WithCancelCause(ctx)
-	defer gone(nil)
-	listening := make(chan struct{})
-	defer func() {
-		_ = conn.SetReadDeadline(past)
-		<-listening
-	}()
-	go func() {
-		defer close(listening)
-		r.listen(gone)
-	}()
-	defer context.AfterFunc(ctx, func() { _ = conn.SetWriteDeadline(past) })()
-	err := r.open(ctx, hello, who)
-	if err == nil {
-		defer r.reader.Close()
-		err = r.run(ctx, hello)
+	if !s.remotes.admit(r, s.cfg.RemoteReadersMax) {
+		return wire.Refuse(wire.CodeTooManyConnections, "%d readers are served over connections, which is this daemon's limit: end one, raise the limit, or try again later", s.cfg.RemoteReadersMax)
 	}
-	notice := r.notice(ctx, err)
-	if notice == nil {
-		if errors.Is(context.Cause(ctx), errPeerLeft) {
-			return nil
-		}
-		return err
+	defer s.remotes.leave(r)
+	if err := s.awaitFirst(ctx, conn, store, hello); err != nil {
+		return quiet(err)
 	}
-	dismiss(ctx, conn, notice, l.linger)
-	return notice
+	reader, err := store.OpenReader(who)
+	if err != nil {
+		return refusalOf(err)
+	}
+	defer reader.Close()
+	if err := r.accept(ctx, reader, who); err != nil {
+		return quiet(err)
+	}
+	s.accepted(1, 0)
+	r.log = log.With("reader", reader.Number(), "peer", who.Addr)
+	r.log.Info("reader connected")
+	defer r.log.Info("reader ended")
+	err = r.serve(ctx, hello)
+	var notice *wire.Notice
+	if errors.As(err, &notice) {
+		dismiss(ctx, nc, notice, s.cfg.LingerTimeout)
+	}
+	return quiet(err)
 }
 
 func (rs *remotes) admit(r *remote, most int) bool {
@@ -201,27 +198,35 @@ func (r *remote) listen(gone context.CancelCauseFunc) {
 	}
 }
 
-// open waits until there is a generation, and replies.
-func (r *remote) open(ctx context.Context, hello *wire.Hello, who Who) error {
-	select {
-	case <-r.store.First():
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	reader, err := r.store.OpenReader(who)
+// accept replies.
+func (r *remote) accept(ctx context.Context, reader *Reader, who Who) error {
+	r.note(func(st *RemoteStats) { st.Number, st.Who = reader.Number(), who })
+	r.reader = reader
+	reply, err := wire.AppendAccepted(nil, &wire.AcceptedSubscribe{
+		Table: r.store.Table(), Reader: reader.Number(), Newest: reader.Newest(), Manifest: reader.Manifest().JSON(),
+	})
 	if err != nil {
 		return err
 	}
-	r.note(func(st *RemoteStats) { st.Number, st.Who = reader.Number(), who })
-	r.reader, r.sender = reader, sender{conn: r.conn, stall: r.limits.stall}
-	reply, err := wire.AppendAccepted(nil, &wire.AcceptedSubscribe{
-		Table: r.store.Table(), Reader: reader.Number(), Newest: r.store.Newest(), Manifest: reader.Manifest().JSON(),
-	})
-	if err == nil {
-		err = r.sender.write(ctx, reply)
+	return r.sender.write(ctx, reply)
+}
+
+// serve sends generations until the connection or ctx ends, or there will be no more. It returns nil if the reader ended it, the *wire.Notice that it is to be ended with, or
+// what went wrong with the connection.
+func (r *remote) serve(ctx context.Context, hello *wire.Hello) error {
+	ctx, gone := context.WithCancelCause(ctx)
+	defer gone(nil)
+	var listening sync.WaitGroup
+	defer listening.Wait()
+	defer func() { _ = r.conn.SetReadDeadline(past) }()
+	listening.Go(func() { r.listen(gone) })
+	defer context.AfterFunc(ctx, func() { _ = r.conn.SetWriteDeadline(past) })()
+	err := r.run(ctx, hello)
+	if notice := r.notice(ctx, err); notice != nil && !r.torn {
+		return notice
 	}
-	if err != nil {
-		_ = reader.Close()
+	if r.torn || errors.Is(context.Cause(ctx), errPeerLeft) {
+		return nil
 	}
 	return err
 }
@@ -288,13 +293,22 @@ func (r *remote) give(ctx context.Context, held, base *Held, from int64) (err er
 	answer, err := r.send(ctx, held, a)
 	if err != nil {
 		r.note(func(st *RemoteStats) { st.Broken++ })
-		if tcp, ok := r.conn.(*net.TCPConn); ok && !errors.Is(err, errNoAnswer) {
-			_ = tcp.SetLinger(0) // what was not read yet is not to be read any more, and there is no room for a reason
+		if !errors.Is(err, errNoAnswer) {
+			r.breakOff()
 		}
 		return err
 	}
 	r.took(held, a, answer)
 	return nil
+}
+
+// breakOff closes a connection in the middle of a generation: no reason can be said there, and what was not read yet is not to be read any more.
+func (r *remote) breakOff() {
+	r.torn = true
+	if tcp, ok := r.conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+	_ = r.conn.Close()
 }
 
 // errNoAnswer is a reader that has all of a generation and says nothing.
@@ -395,7 +409,7 @@ func (r *remote) notice(ctx context.Context, err error) *wire.Notice {
 	case errors.Is(err, errNoAnswer):
 		return &wire.Notice{Code: wire.CodeStalled, Reason: fmt.Sprintf("all of a generation was sent, and for %v the reader did not say whether it has it", r.limits.answer)}
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		r.log.Info("reader stalled", "have", r.status().Have)
+		r.log.Info("a reader took nothing for too long", "dur", r.limits.stall)
 	}
 	return nil
 }

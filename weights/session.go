@@ -30,6 +30,7 @@ type netConn interface {
 // limits is what a connection may take its time for.
 type limits struct {
 	chunkBytes int
+	begin      time.Duration // a publisher may wait for a place
 	stall      time.Duration // without a byte inside a generation
 	idle       time.Duration // of a publisher, without a byte between generations
 	answer     time.Duration // for a remote reader to say whether what it got is whole
@@ -37,26 +38,30 @@ type limits struct {
 	linger     time.Duration // for a peer to read why it was ended
 }
 
-// session is the connection of a publisher that sends its generations, after the reply. One goroutine uses it.
+// session is the connection of a publisher, after the reply: in place, or streamed. One goroutine uses it.
 type session struct {
 	conn       netConn
 	limits     limits
 	log        *slog.Logger
 	publishing *Publishing
 	place      *Place // begun and not ended
-	receiver   *receiver
+	receiver   *receiver // of a streamed publisher; nil: it writes in place
 	given      bool // a begin was given up because the peer said something: that can only be abort
 	ctx        context.Context
 	until      time.Time // the read deadline in force
 	patience   time.Duration
 }
 
-func newSession(conn netConn, p *Publishing, l limits, log *slog.Logger) *session {
-	return &session{conn: conn, limits: l, log: log, publishing: p, receiver: newReceiver(p, l.chunkBytes)}
+func newSession(conn netConn, p *Publishing, streamed bool, l limits, log *slog.Logger) *session {
+	x := &session{conn: conn, limits: l, log: log, publishing: p}
+	if streamed {
+		x.receiver = newReceiver(p, l.chunkBytes)
+	}
+	return x
 }
 
-// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the connection.
-// The place that it had begun is the caller's to give back, with the publisher's Close.
+// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the
+// connection. The place that it had begun is the caller's to give back, with the publisher's Close.
 func (x *session) run(ctx context.Context) error {
 	x.ctx = ctx
 	_ = x.conn.SetDeadline(time.Time{})
@@ -67,11 +72,9 @@ func (x *session) run(ctx context.Context) error {
 	}
 	notice := x.notice(err)
 	if notice == nil {
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		return err
+		return quiet(err)
 	}
+	x.publishing.Close() // before the peer reads of it
 	dismiss(ctx, x.conn, notice, x.limits.linger)
 	return notice
 }
@@ -91,6 +94,9 @@ func (x *session) next() error {
 	}
 	x.patience = x.limits.stall
 	if chunk {
+		if x.receiver == nil {
+			return &tensor.ChunkError{Reason: "a publisher in place sends none"}
+		}
 		return x.receiver.chunk(x, length)
 	}
 	var ask Ask
@@ -118,7 +124,7 @@ func (x *session) next() error {
 
 // Read reads from the connection; it fails when no byte came in time.
 func (x *session) Read(b []byte) (int, error) {
-	if x.patience == 0 {
+	if x.patience == 0 { // no limit
 		x.patience = foreverNearly
 	}
 	if now := time.Now(); x.until.Sub(now) < x.patience*7/8 || x.until.Sub(now) > x.patience { // a deadline costs a timer, so one that is near enough stays
@@ -148,21 +154,23 @@ func (x *session) say(a *Answer) error {
 // drop forgets the place, which has ended.
 func (x *session) drop() {
 	x.place = nil
-	x.receiver.begin(nil)
+	if x.receiver != nil {
+		x.receiver.begin(nil)
+	}
 }
-
-// tellAfter is how long a publisher waits for a place before it is told who pins them.
-const tellAfter = 50 * time.Millisecond
-
-// beginMax is the longest a publisher may wait with one begin.
-const beginMax = 24 * time.Hour
 
 // begin takes a place, for which it waits as long as it was asked to. A peer that says something meanwhile, or is gone, waits no longer.
 func (x *session) begin(ask *Ask) error {
-	if x.place != nil {
+	switch {
+	case x.place != nil:
 		return fmt.Errorf("%w: a begin while generation %d is under way", wire.ErrProtocol, x.place.Generation())
+	case ask.DeadlineMS < 0:
+		return fmt.Errorf("%w: a deadline of %d ms", wire.ErrProtocol, ask.DeadlineMS)
 	}
-	wait := min(time.Duration(max(ask.DeadlineMS, 0)), beginMax/time.Millisecond) * time.Millisecond
+	wait := x.limits.begin
+	if ask.DeadlineMS < wait.Milliseconds() {
+		wait = time.Duration(ask.DeadlineMS) * time.Millisecond
+	}
 	began, told := time.Now(), false
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
@@ -184,7 +192,7 @@ func (x *session) begin(ask *Ask) error {
 		case waited >= wait:
 			x.publishing.store.fail(FailedPinned)
 			return x.begun(nil, busy)
-		case waited >= tellAfter && !told:
+		case waited >= waitingAfter && !told:
 			told = true
 			if err := x.say(&Answer{Op: OpWaiting, Pins: pinTexts(busy.Pins)}); err != nil {
 				return err
@@ -221,7 +229,9 @@ func (x *session) begun(place *Place, err error) error {
 		return x.failed(err)
 	}
 	x.place = place
-	x.receiver.begin(place)
+	if x.receiver != nil {
+		x.receiver.begin(place)
+	}
 	return x.say(&Answer{Op: OpPlace, Generation: place.Generation(), Place: place.Index()})
 }
 
@@ -248,12 +258,14 @@ func (x *session) commit(ask *Ask) error {
 		return fmt.Errorf("%w: a commit of generation %d, which is not under way", wire.ErrProtocol, ask.Generation)
 	}
 	place, generation := x.place, x.place.Generation()
-	if err := x.receiver.complete(); err != nil {
-		place.Fail(FailedIncomplete)
-		x.drop()
-		return x.failed(err)
+	if x.receiver != nil {
+		if err := x.receiver.complete(); err != nil {
+			place.Fail(FailedIncomplete)
+			x.drop()
+			return x.failed(err)
+		}
 	}
-	digest, err := place.Commit()
+	digest, err := place.CommitWritten()
 	x.drop()
 	if err != nil {
 		return err
@@ -283,13 +295,14 @@ func (x *session) notice(err error) *wire.Notice {
 // lingerBytes is the most that is read and dropped while a peer reads why it was ended.
 const lingerBytes = 64 << 20
 
-// dismiss tells a peer why it is ended, after a length of 0, and reads and drops what it still sends for a while: closing over unread bytes would reset the connection and
+// dismiss tells a peer why it is ended, after a length of 0. What it still sends is read and dropped for a while: closing over unread bytes would reset the connection and
 // take the reason along.
 func dismiss(ctx context.Context, conn netConn, n *wire.Notice, linger time.Duration) {
 	_ = conn.SetDeadline(time.Now().Add(linger))
 	if _, err := conn.Write(wire.AppendNotice(binary.LittleEndian.AppendUint32(nil, 0), n)); err != nil || conn.CloseWrite() != nil {
 		return
 	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(past) })()
 	_, _ = io.CopyN(io.Discard, onlyReader{conn}, lingerBytes)
 }
 
