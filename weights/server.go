@@ -4,7 +4,6 @@ package weights
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -35,9 +34,6 @@ type ServerConfig struct {
 	// WriteTimeout is how long a peer may take to accept a reply, an answer or a notice. Default 5 s.
 	WriteTimeout time.Duration
 
-	// DeadlineMax is the longest that a publisher may wait for a place. One that asks for more waits for so long. Default 24 h.
-	DeadlineMax time.Duration
-
 	// IdleTimeout is how long a streamed publisher may say nothing between two generations. Default 0: as long as its connection lives.
 	IdleTimeout time.Duration
 
@@ -64,9 +60,6 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	if c.WriteTimeout == 0 {
 		c.WriteTimeout = 5 * time.Second
 	}
-	if c.DeadlineMax == 0 {
-		c.DeadlineMax = 24 * time.Hour
-	}
 	if c.StallTimeout == 0 {
 		c.StallTimeout = 30 * time.Second
 	}
@@ -90,7 +83,7 @@ func (c ServerConfig) check() error {
 		return fmt.Errorf("weights: ChunkBytes: %w", err)
 	}
 	for name, d := range map[string]time.Duration{
-		"WriteTimeout": c.WriteTimeout, "DeadlineMax": c.DeadlineMax, "IdleTimeout": c.IdleTimeout, "StallTimeout": c.StallTimeout, "AnswerTimeout": c.AnswerTimeout, "LingerTimeout": c.LingerTimeout,
+		"WriteTimeout": c.WriteTimeout, "IdleTimeout": c.IdleTimeout, "StallTimeout": c.StallTimeout, "AnswerTimeout": c.AnswerTimeout, "LingerTimeout": c.LingerTimeout,
 	} {
 		if d < 0 {
 			return fmt.Errorf("weights: %s is %v, must not be negative", name, d)
@@ -160,6 +153,9 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) er
 	}
 	var notice *wire.Notice
 	if errors.As(err, &notice) {
+		s.mu.Lock()
+		s.total.CutOff[notice.Code]++
+		s.mu.Unlock()
 		log.Warn("cut off", "role", hello.Role, "code", notice.Code, "reason", notice.Reason)
 	}
 	return err
@@ -258,18 +254,10 @@ func noticeOf(err error) *wire.Notice {
 	return &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"}
 }
 
-// cutOff ends a publisher or a streamed reader: a message of length 0, then the closing notice, which it returns as the error.
-func (s *Server) cutOff(conn net.Conn, code wire.Code, format string, args ...any) error {
-	return s.end(conn, binary.LittleEndian.AppendUint32(nil, 0), &wire.Notice{Code: code, Reason: fmt.Sprintf(format, args...)})
-}
-
-// end writes before and a closing notice, and gives the peer time to read it.
-func (s *Server) end(conn net.Conn, before []byte, notice *wire.Notice) error {
-	s.mu.Lock()
-	s.total.CutOff[notice.Code]++
-	s.mu.Unlock()
+// farewell writes a closing notice, gives a peer that broke the rules time to read it, and returns it.
+func (s *Server) farewell(conn net.Conn, notice *wire.Notice) error {
 	_ = conn.SetDeadline(time.Now().Add(s.cfg.WriteTimeout))
-	if _, err := conn.Write(wire.AppendNotice(before, notice)); err == nil && notice.Code == wire.CodeBadPeer {
+	if _, err := conn.Write(wire.AppendNotice(nil, notice)); err == nil && notice.Code == wire.CodeBadPeer {
 		drop(conn) // it may have written more, over which a close would lose the notice
 	}
 	return notice

@@ -30,7 +30,6 @@ type netConn interface {
 // limits is what a connection may take its time for.
 type limits struct {
 	chunkBytes int
-	begin      time.Duration // a publisher may wait for a place
 	stall      time.Duration // without a byte inside a generation
 	idle       time.Duration // of a publisher, without a byte between generations
 	answer     time.Duration // for a remote reader to say whether what it got is whole
@@ -44,9 +43,9 @@ type session struct {
 	limits     limits
 	log        *slog.Logger
 	publishing *Publishing
-	place      *Place // begun and not ended
+	place      *Place    // begun and not ended
 	receiver   *receiver // of a streamed publisher; nil: it writes in place
-	given      bool // a begin was given up because the peer said something: that can only be abort
+	given      bool      // a begin was given up because the peer said something: that can only be abort
 	ctx        context.Context
 	until      time.Time // the read deadline in force
 	patience   time.Duration
@@ -159,6 +158,12 @@ func (x *session) drop() {
 	}
 }
 
+// waitingAfter is how long a publisher waits for a place before it is told for whom, beginMax how long at most.
+const (
+	waitingAfter = 50 * time.Millisecond
+	beginMax     = 24 * time.Hour
+)
+
 // begin takes a place, for which it waits as long as it was asked to. A peer that says something meanwhile, or is gone, waits no longer.
 func (x *session) begin(ask *Ask) error {
 	switch {
@@ -167,7 +172,7 @@ func (x *session) begin(ask *Ask) error {
 	case ask.DeadlineMS < 0:
 		return fmt.Errorf("%w: a deadline of %d ms", wire.ErrProtocol, ask.DeadlineMS)
 	}
-	wait := x.limits.begin
+	wait := beginMax
 	if ask.DeadlineMS < wait.Milliseconds() {
 		wait = time.Duration(ask.DeadlineMS) * time.Millisecond
 	}

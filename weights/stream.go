@@ -42,7 +42,7 @@ func (s *Server) servePublishStream(ctx context.Context, conn net.Conn, m *tenso
 func (s *Server) limits() limits {
 	c := &s.cfg
 	return limits{
-		chunkBytes: c.ChunkBytes, begin: c.DeadlineMax, stall: c.StallTimeout, idle: c.IdleTimeout, answer: c.AnswerTimeout, write: c.WriteTimeout, linger: c.LingerTimeout,
+		chunkBytes: c.ChunkBytes, stall: c.StallTimeout, idle: c.IdleTimeout, answer: c.AnswerTimeout, write: c.WriteTimeout, linger: c.LingerTimeout,
 	}
 }
 

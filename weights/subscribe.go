@@ -63,14 +63,14 @@ func (s *Server) subscribe(ctx context.Context, conn *net.UnixConn, hello *wire.
 		select {
 		case <-r.News():
 			if err := r.Err(); err != nil {
-				return s.end(conn, nil, noticeOf(err))
+				return s.farewell(conn, noticeOf(err))
 			}
 			ring(conn)
 		case <-ctx.Done():
-			return s.end(conn, nil, &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"})
+			return s.farewell(conn, &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"})
 		case err := <-spoke:
 			if err == errSpoke {
-				return s.end(conn, nil, &wire.Notice{Code: wire.CodeBadPeer, Reason: "a reader that maps the segment says nothing"})
+				return s.farewell(conn, &wire.Notice{Code: wire.CodeBadPeer, Reason: "a reader that maps the segment says nothing"})
 			}
 			return quiet(err)
 		}
