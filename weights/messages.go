@@ -40,7 +40,7 @@ type Answer struct {
 	Generation uint64           `json:"generation,omitempty"`
 	Place      int              `json:"place"`
 	Digest     spec.Fingerprint `json:"digest,omitzero"`
-	Code       Failure          `json:"code,omitempty"` // failed
+	Code       string           `json:"code,omitempty"` // failed: a Failure
 	Reason     string           `json:"reason,omitempty"`
 	Pins       []PinText        `json:"pins,omitempty"`
 }
