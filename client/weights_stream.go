@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -15,36 +15,29 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// streamConfig is what a PublisherConfig says of a publisher over a connection, with its defaults.
-type streamConfig struct {
-	Table, Client    string
-	Manifest         *tensor.Manifest
-	HandshakeTimeout time.Duration
-	StallTimeout     time.Duration // for the daemon to take a chunk
-	Dialer           func(ctx context.Context, network, address string) (net.Conn, error)
-}
-
-// streamed is a publisher that sends its generations in chunks, straight from the caller's memory. One goroutine at a time uses it; sentBytes may be asked by any.
+// streamed is a publisher that sends its generations in chunks, straight from the caller's memory. One goroutine at a time uses it.
 //
 // When its connection has ended, begin makes another: nothing of a generation outlives the connection over which it was begun.
 type streamed struct {
 	addr, network, address string
-	cfg                    streamConfig
+	cfg                    PublisherConfig
 
-	talk       talk // conn nil: there is none
+	dialog     *dialog // nil: there is no connection
 	accepted   wire.AcceptedPublish
 	cutter     *tensor.Cutter
-	generation uint64 // under way; 0: none
-	closed     bool
+	generation uint64       // under way; 0: none
+	mu         sync.Mutex   // dialog changes under it
 	sent       atomic.Int64 // bytes of tensors in the generation under way, or in the last one
+
+	interrupted atomic.Bool // the context of a put has ended
 
 	prefix [4 + tensor.HeaderBytes]byte
 	vector net.Buffers
 	room   [][]byte
 }
 
-// openStreamed becomes the table's publisher over a connection. ctx bounds the connecting only, and the daemon makes the table's memory meanwhile.
-func openStreamed(ctx context.Context, addr string, cfg streamConfig) (*streamed, error) {
+// openStreamSink becomes the table's publisher over a connection. ctx bounds the connecting only.
+func openStreamSink(ctx context.Context, addr string, cfg PublisherConfig) (sink, error) {
 	network, address, err := splitAddress(addr)
 	if err != nil {
 		return nil, err
@@ -56,8 +49,11 @@ func openStreamed(ctx context.Context, addr string, cfg streamConfig) (*streamed
 	return p, nil
 }
 
+// segmentRate is how many bytes of one generation the daemon makes room for in a second, at the least.
+const segmentRate = 100 << 20
+
 func (p *streamed) connect(ctx context.Context) error {
-	limited, cancel := context.WithTimeout(ctx, p.cfg.HandshakeTimeout)
+	limited, cancel := context.WithTimeout(ctx, p.cfg.Timeout+time.Duration(p.cfg.Manifest.DataBytes()/segmentRate)*time.Second)
 	defer cancel()
 	conn, err := p.cfg.Dialer(limited, p.network, p.address)
 	if err != nil {
@@ -68,7 +64,7 @@ func (p *streamed) connect(ctx context.Context) error {
 	}
 	hello := &wire.Hello{Role: wire.RolePublish, Table: p.cfg.Table, Manifest: p.cfg.Manifest.JSON(), Client: p.cfg.Client}
 	accepted := wire.AcceptedPublish{}
-	err = exchange(ctx, conn, hello, &accepted) // a large table's memory takes its time
+	err = exchange(limited, conn, hello, &accepted)
 	if err == nil && accepted.ChunkBytes > tensor.ChunkBytesMax {
 		err = fmt.Errorf("%w: chunks of %d bytes are offered", wire.ErrProtocol, accepted.ChunkBytes)
 	}
@@ -79,77 +75,86 @@ func (p *streamed) connect(ctx context.Context) error {
 	}
 	if err != nil {
 		conn.Close()
-		if ctx.Err() != nil {
-			return &waitError{ctx, fmt.Sprintf("dial %s, table %q: connected, but no reply in time", p.addr, p.cfg.Table)}
+		if limited.Err() != nil {
+			return &waitError{limited, fmt.Sprintf("dial %s, table %q: connected, but no reply in time", p.addr, p.cfg.Table)}
 		}
 		return fmt.Errorf("dial %s, table %q: %w", p.addr, p.cfg.Table, named(err))
 	}
-	p.talk, p.accepted = talk{conn: conn, table: p.cfg.Table}, accepted
+	p.mu.Lock()
+	p.dialog, p.accepted = &dialog{conn: conn, timeout: p.cfg.Timeout}, accepted
+	p.mu.Unlock()
 	p.cutter = tensor.NewCutter(p.cfg.Manifest, int(accepted.ChunkBytes), accepted.Publisher, 0, p.chunk)
 	return nil
 }
 
 // begin takes a place for generation want, or for the next one if that is 0.
-func (p *streamed) begin(ctx context.Context, want uint64) (uint64, error) {
-	switch {
-	case p.closed:
-		return 0, fmt.Errorf("client: publish: %w", os.ErrClosed)
-	case p.generation != 0:
-		return 0, fmt.Errorf("client: publish: generation %d is under way: commit or abort it first", p.generation)
-	}
-	generation, again, err := uint64(0), p.talk.conn != nil, error(nil)
+func (p *streamed) begin(ctx context.Context, want uint64) (*begun, error) {
+	generation, again, err := uint64(0), p.dialog != nil, error(nil)
 	for {
-		if p.talk.conn == nil {
+		if p.dialog == nil {
 			if err := p.connect(ctx); err != nil {
-				return 0, fmt.Errorf("client: publish: %w", err)
+				return nil, err
 			}
 		}
-		generation, _, err = p.talk.begin(ctx, want)
+		generation, _, err = p.dialog.begin(ctx, want)
 		if err == nil {
 			break
 		}
-		p.after(err)
+		p.after()
 		// The connection may have ended long ago, while nothing was to be said.
-		if p.talk.conn != nil || !again || ctx.Err() != nil || errors.Is(err, wire.ErrProtocol) {
-			return 0, err
+		if p.dialog != nil || !again || ctx.Err() != nil || errors.Is(err, wire.ErrProtocol) {
+			return nil, err
 		}
 		again = false
 	}
 	p.generation = generation
 	p.sent.Store(0)
 	p.cutter.Begin(generation)
-	return generation, nil
+	return &begun{generation: generation}, nil
 }
 
-// after drops the connection, unless the error leaves it usable.
-func (p *streamed) after(err error) {
-	pinned, failed := (*PinnedError)(nil), (*FailedError)(nil)
-	if err == nil || errors.As(err, &failed) || errors.As(err, &pinned) && pinned.Reason != "" {
+// after drops a connection that is of no more use, and with it the generation.
+func (p *streamed) after() {
+	if p.dialog.broken == nil {
 		return
 	}
-	if p.talk.conn != nil {
-		p.talk.conn.Close()
-		p.talk.conn = nil
-	}
-	p.generation = 0
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_ = p.dialog.conn.Close()
+	p.dialog, p.generation = nil, 0
 }
 
-// errNotBegun is for what needs a generation that Begin gave.
-var errNotBegun = errors.New("client: publish: no generation is under way: begin one")
+// errNoConnection is for a generation whose connection has ended, and the generation with it.
+var errNoConnection = fmt.Errorf("%w since the generation was begun, which is lost with the connection: begin another", ErrDaemonGone)
 
-// put sends the encoded bytes of a tensor, or a part of them. Parts of tensors that share a chunk with the next ones are kept until that is full, so data must stay as it is until
-// the commit.
-func (p *streamed) put(i int, offset int64, data []byte) error {
+// put sends the encoded bytes of a tensor. What shares a chunk with the next tensor is kept until that is full, so data must stay as it is until the commit.
+func (p *streamed) put(ctx context.Context, i int, data []byte) error {
 	if p.generation == 0 {
-		return errNotBegun
+		return errNoConnection
 	}
-	err := p.cutter.PutAt(i, offset, data)
-	place := (*tensor.PlaceError)(nil)
-	if err != nil && !errors.As(err, &place) {
-		p.after(err)
+	conn, fired := p.dialog.conn, make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		p.interrupted.Store(true)
+		_ = conn.SetWriteDeadline(past)
+		close(fired)
+	})
+	err := p.cutter.Put(i, data)
+	if !stop() {
+		<-fired
+		p.interrupted.Store(false)
+		if err != nil {
+			err = &waitError{ctx, fmt.Sprintf("send tensor %q", p.cfg.Manifest.Tensor(i).Name)}
+		}
+	}
+	if place := (*tensor.PlaceError)(nil); err != nil && !errors.As(err, &place) {
+		p.dialog.broken = err // in the middle of a chunk
+		p.after()
 	}
 	return err
 }
+
+// takeTimeout is how long the daemon may take for one chunk.
+const takeTimeout = 30 * time.Second
 
 // chunk writes one chunk.
 func (p *streamed) chunk(header []byte, data [][]byte) error {
@@ -162,56 +167,69 @@ func (p *streamed) chunk(header []byte, data [][]byte) error {
 	p.room = p.vector
 	binary.LittleEndian.PutUint32(p.prefix[:], uint32(length)|wire.ChunkMark)
 	copy(p.prefix[4:], header)
-	_ = p.talk.conn.SetWriteDeadline(time.Now().Add(p.cfg.StallTimeout))
-	if _, err := p.vector.WriteTo(p.talk.conn); err != nil {
+	_ = p.dialog.conn.SetWriteDeadline(time.Now().Add(takeTimeout))
+	if p.interrupted.Load() { // just before
+		_ = p.dialog.conn.SetWriteDeadline(past)
+	}
+	if _, err := p.vector.WriteTo(p.dialog.conn); err != nil {
 		if deadlineExceeded(err) {
-			return fmt.Errorf("client: publish: %w: it took nothing for %v", ErrDaemonGone, p.cfg.StallTimeout)
+			return fmt.Errorf("%w: it took nothing for %v", ErrDaemonGone, takeTimeout)
 		}
-		return fmt.Errorf("client: publish: %w", named(p.talk.ended(err)))
+		if answer := p.dialog.lastWords(); answer != nil {
+			return answer
+		}
+		return fmt.Errorf("%w: %w", ErrDaemonGone, err)
 	}
 	p.sent.Add(int64(length - tensor.HeaderBytes))
 	return nil
 }
 
-// commit publishes the generation. A *tensor.IncompleteError says what was not put; the generation is still under way then.
-func (p *streamed) commit(ctx context.Context) (spec.Fingerprint, error) {
-	if p.generation == 0 {
-		return spec.Fingerprint{}, errNotBegun
+// commit publishes the generation that was begun.
+func (p *streamed) commit(ctx context.Context, generation uint64, _ []uint32) (spec.Fingerprint, error) {
+	if p.generation != generation {
+		return spec.Fingerprint{}, errNoConnection
 	}
 	if err := p.cutter.Finish(); err != nil {
 		part := (*tensor.IncompleteError)(nil)
-		if !errors.As(err, &part) {
-			p.after(err)
+		if errors.As(err, &part) {
+			return spec.Fingerprint{}, errors.Join(err, p.abort())
 		}
+		p.dialog.broken = err
+		p.after()
 		return spec.Fingerprint{}, err
 	}
-	digest, err := p.talk.commit(ctx, p.generation)
 	p.generation = 0
-	p.after(err)
+	digest, err := p.dialog.commit(ctx, generation)
+	p.after()
 	return digest, err
 }
 
 // abort gives the generation up.
-func (p *streamed) abort(ctx context.Context) error {
+func (p *streamed) abort() error {
 	if p.generation == 0 {
 		return nil
 	}
 	p.generation = 0
-	err := p.talk.abort(ctx)
-	p.after(err)
+	err := p.dialog.abort()
+	p.after()
 	return err
 }
 
-func (p *streamed) sentBytes() int64 { return p.sent.Load() }
+// SentBytes returns how many bytes of tensors a publisher over a connection has sent of the generation under way, or of the last one; 0 where it writes in place. Any
+// goroutine may call it.
+func (p *Publisher) SentBytes() int64 {
+	if s, ok := p.sink.(*streamed); ok {
+		return s.sent.Load()
+	}
+	return 0
+}
 
 // close ends the publisher: a generation that is under way is given up.
 func (p *streamed) close() error {
-	if p.closed {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dialog == nil {
 		return nil
 	}
-	p.closed = true
-	if p.talk.conn == nil {
-		return nil
-	}
-	return p.talk.conn.Close()
+	return p.dialog.conn.Close()
 }

@@ -37,10 +37,10 @@ type Ask struct {
 // Answer is what the daemon says to a publisher.
 type Answer struct {
 	Op         string           `json:"op"`
-	Generation uint64           `json:"generation,omitempty"`
+	Generation uint64           `json:"generation,omitempty"` // place, published: which; failed with old_generation: the newest
 	Place      int              `json:"place"`
 	Digest     spec.Fingerprint `json:"digest,omitzero"`
-	Code       string           `json:"code,omitempty"` // failed: a Failure
+	Code       Failure          `json:"code,omitempty"` // failed
 	Reason     string           `json:"reason,omitempty"`
 	Pins       []PinText        `json:"pins,omitempty"`
 }

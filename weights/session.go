@@ -246,11 +246,11 @@ func (x *session) failed(err error) error {
 	busy, old, part := (*PinnedError)(nil), (*OldGenerationError)(nil), (*IncompleteError)(nil)
 	switch {
 	case errors.As(err, &busy):
-		a.Code, a.Pins = string(FailedPinned), pinTexts(busy.Pins)
+		a.Code, a.Pins = FailedPinned, pinTexts(busy.Pins)
 	case errors.As(err, &old):
-		a.Code = string(FailedOldGeneration)
+		a.Code, a.Generation = FailedOldGeneration, old.Newest
 	case errors.As(err, &part):
-		a.Code = string(FailedIncomplete)
+		a.Code = FailedIncomplete
 	default:
 		return err
 	}
