@@ -300,7 +300,7 @@ class Manifest:
         return found
 
     def at(self, flat: int) -> int:
-        """Number of the tensor that holds the byte at a flat offset, or is the next with bytes; ``len`` at the end."""
+        """Number of the tensor that holds the byte at a flat offset, or is the next one; ``len`` at the end."""
         return bisect.bisect_right(self.ends, flat)
 
     def __len__(self) -> int:

@@ -225,8 +225,9 @@ def _decoded(raw: NDArray[np.uint8], kind: str, scale: float) -> Floats:
         return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     if kind == "f16":
         return raw.view(np.float16).astype(np.float32)
-    values: Floats = f8_values(kind) * np.float32(scale)
-    return np.take(values, raw)
+    values: NDArray[Any] = f8_values(kind) * np.float32(scale)
+    found: Floats = values[raw]
+    return found
 
 
 @lru_cache(maxsize=2)
