@@ -58,6 +58,13 @@ const (
 	CodeSessionTaken       Code = "session_taken"
 	CodeTooManySessions    Code = "too_many_sessions"
 	CodeTooManyGroups      Code = "too_many_groups"
+	CodeWrongKind          Code = "wrong_kind"
+	CodeBadChunk           Code = "bad_chunk"
+	CodeManifestMismatch   Code = "manifest_mismatch"
+	CodeUnknownManifest    Code = "unknown_manifest"
+	CodeNoGeneration       Code = "no_generation"
+	CodePublisherActive    Code = "publisher_active"
+	CodeReplaced           Code = "replaced"
 	CodeInternal           Code = "internal"
 )
 
@@ -67,7 +74,8 @@ func Codes() []Code {
 		CodeBadMagic, CodeBadVersion, CodeBadHandshake, CodeHandshakeTimeout, CodeUnknownTable, CodeSpecMismatch,
 		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
 		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeSessionTaken,
-		CodeTooManySessions, CodeTooManyGroups, CodeInternal,
+		CodeTooManySessions, CodeTooManyGroups, CodeWrongKind, CodeBadChunk, CodeManifestMismatch, CodeUnknownManifest, CodeNoGeneration,
+		CodePublisherActive, CodeReplaced, CodeInternal,
 	}
 }
 
@@ -75,7 +83,7 @@ func Codes() []Code {
 type Refusal struct {
 	Code   Code              `json:"code"`
 	Reason string            `json:"reason"`         // for a person: what was wrong and what to do
-	Diff   []spec.Difference `json:"diff,omitempty"` // CodeSpecMismatch only; at most DiffMax are sent
+	Diff   []spec.Difference `json:"diff,omitempty"` // CodeSpecMismatch and CodeManifestMismatch only; at most DiffMax are sent
 	Spec   *spec.Spec        `json:"spec,omitempty"` // CodeSpecMismatch only: the table's
 }
 
@@ -102,12 +110,15 @@ func (n *Notice) Error() string {
 	return fmt.Sprintf("the daemon ended the stream (%s): %s", n.Code, n.Reason)
 }
 
-// NoteRingFull is the code of the note that says that a stream waits for a free slot.
-const NoteRingFull Code = "ring_full"
+// The codes of notes.
+const (
+	NoteRingFull    Code = "ring_full"    // the stream waits for a free slot
+	NoteStepRefused Code = "step_refused" // the chunks of a step are not used
+)
 
 // Note is what the daemon says while a stream goes on: what it waits for. It is sent only to a client whose hello asked for notes.
 type Note struct {
-	Code    Code   `json:"code"`              // NoteRingFull
+	Code    Code   `json:"code"`
 	Reason  string `json:"reason"`            // for a person; names who is waited for
 	Trainer uint64 `json:"trainer,omitempty"` // the trainer that has held a batch for longest; 0 if none holds one
 	Group   string `json:"group,omitempty"`   // its group, or the group that nobody reads for
@@ -115,6 +126,7 @@ type Note struct {
 	PID     int    `json:"pid,omitempty"`     // its process; 0 where the kernel did not say
 	Batch   uint64 `json:"batch,omitempty"`   // number of the batch it holds
 	Since   int64  `json:"since,omitempty"`   // Unix nanoseconds since when it does
+	Step    uint64 `json:"step,omitempty"`    // NoteStepRefused only
 }
 
 // cutText shortens s to legal UTF-8 of at most the given bytes.

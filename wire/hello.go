@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,11 +18,17 @@ type Role string
 
 // The roles.
 const (
-	RolePush    Role = "push"    // sends samples
-	RoleTrain   Role = "train"   // attaches as a trainer
-	RoleFill    Role = "fill"    // fills slots of the segment in place
-	RoleObserve Role = "observe" // maps the segment read-only
+	RolePush      Role = "push"      // sends samples
+	RoleTrain     Role = "train"     // attaches as a trainer
+	RoleFill      Role = "fill"      // fills slots of the segment in place
+	RoleObserve   Role = "observe"   // maps the segment read-only
+	RolePublish   Role = "publish"   // writes generations of weights
+	RoleSubscribe Role = "subscribe" // reads generations of weights
+	RoleManifest  Role = "manifest"  // asks for a manifest
 )
+
+// roles are all of them, for messages.
+const roles = "push, fill, train, observe, publish, subscribe or manifest"
 
 // AckMode says what an ack promises.
 type AckMode string
@@ -54,6 +61,20 @@ type Hello struct {
 	Group         string           // train; empty: GroupDefault
 	Notes         bool             // push and fill: the client reads notes
 	Client        string           // free text for status and logs
+
+	Manifest   json.RawMessage // push, fill and publish: the tensors that will come, a JSON object
+	ManifestID string          // manifest: 16 hex digits
+
+	// Of weights, see docs/weights.md.
+	InPlace      bool             // publish: wants to write into the segment
+	Wait         bool             // subscribe: answer when something was published, however long that takes
+	Stream       bool             // subscribe: over the connection, on a unix socket too
+	Delta        bool             // subscribe: of the next generation, only what differs from Have
+	Have         int64            // subscribe: the generation that the reader holds whole; 0: none
+	HaveDigest   spec.Fingerprint // subscribe: its digest
+	Resume       int64            // subscribe: the generation that it holds in part; 0: none
+	ResumeDigest spec.Fingerprint // subscribe: its digest
+	ResumeOffset int64            // subscribe: bytes of it
 }
 
 // helloBody is the JSON of a hello, in this order.
@@ -70,6 +91,17 @@ type helloBody struct {
 	Prefetch      int64            `json:"prefetch,omitempty"`
 	Group         string           `json:"group,omitempty"`
 	Notes         bool             `json:"notes,omitempty"`
+	Manifest      json.RawMessage  `json:"manifest,omitempty"`
+	ManifestID    string           `json:"manifest_id,omitempty"`
+	InPlace       bool             `json:"in_place,omitempty"`
+	Wait          bool             `json:"wait,omitempty"`
+	Stream        bool             `json:"stream,omitempty"`
+	Delta         bool             `json:"delta,omitempty"`
+	Have          int64            `json:"have,omitempty"`
+	HaveDigest    spec.Fingerprint `json:"have_digest,omitzero"`
+	Resume        int64            `json:"resume,omitempty"`
+	ResumeDigest  spec.Fingerprint `json:"resume_digest,omitzero"`
+	ResumeOffset  int64            `json:"resume_offset,omitempty"`
 	Client        string           `json:"client,omitempty"`
 }
 
@@ -87,13 +119,14 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 		return dst, fmt.Errorf("wire: hello: %s", refusal.Reason)
 	}
 	body, err := encode(helloBody{
-		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes, h.Client,
+		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes,
+		h.Manifest, h.ManifestID, h.InPlace, h.Wait, h.Stream, h.Delta, h.Have, h.HaveDigest, h.Resume, h.ResumeDigest, h.ResumeOffset, h.Client,
 	})
 	if err != nil {
 		return dst, fmt.Errorf("wire: hello: %w", err)
 	}
 	if len(body) > BodyBytesMax {
-		return dst, fmt.Errorf("wire: hello: the body has %d bytes, at most %d are allowed; shorten the leaves' names", len(body), BodyBytesMax)
+		return dst, fmt.Errorf("wire: hello: the body has %d bytes, at most %d are allowed; shorten the names of leaves or tensors", len(body), BodyBytesMax)
 	}
 	return appendFrame(dst, low, high, body), nil
 }
@@ -120,6 +153,9 @@ func (h *Hello) given() []string {
 		{"spec", h.Spec != nil}, {"fingerprint", !h.Fingerprint.IsZero()}, {"session", h.Session != ""}, {"ack", h.Ack != ""},
 		{"window_samples", h.WindowSamples != 0}, {"window_bytes", h.WindowBytes != 0}, {"prefetch", h.Prefetch != 0},
 		{"group", h.Group != ""}, {"notes", h.Notes},
+		{"manifest", h.Manifest != nil}, {"manifest_id", h.ManifestID != ""}, {"in_place", h.InPlace},
+		{"wait", h.Wait}, {"stream", h.Stream}, {"delta", h.Delta}, {"have", h.Have != 0}, {"have_digest", !h.HaveDigest.IsZero()},
+		{"resume", h.Resume != 0}, {"resume_digest", !h.ResumeDigest.IsZero()}, {"resume_offset", h.ResumeOffset != 0},
 	} {
 		if f.set {
 			names = append(names, f.name)
@@ -133,16 +169,19 @@ var rolesOf = map[string][]Role{
 	"spec": {RolePush, RoleFill, RoleTrain}, "fingerprint": {RolePush, RoleFill, RoleTrain},
 	"session": {RolePush, RoleFill}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
 	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill},
+	"manifest": {RolePush, RoleFill, RolePublish}, "manifest_id": {RoleManifest}, "in_place": {RolePublish},
+	"wait": {RoleSubscribe}, "stream": {RoleSubscribe}, "delta": {RoleSubscribe}, "have": {RoleSubscribe}, "have_digest": {RoleSubscribe},
+	"resume": {RoleSubscribe}, "resume_digest": {RoleSubscribe}, "resume_offset": {RoleSubscribe},
 }
 
 // check holds all rules on the values. given lists the fields that were given.
 func (h *Hello) check(given []string) *Refusal {
 	switch h.Role {
-	case RolePush, RoleFill, RoleTrain, RoleObserve:
+	case RolePush, RoleFill, RoleTrain, RoleObserve, RolePublish, RoleSubscribe, RoleManifest:
 	case "":
-		return Refuse(CodeBadHandshake, `the field "role" is missing; it is push, fill, train or observe`)
+		return Refuse(CodeBadHandshake, `the field "role" is missing; it is `+roles)
 	default:
-		return Refuse(CodeBadOption, "the role %s is not known; it is push, fill, train or observe", short(string(h.Role)))
+		return Refuse(CodeBadOption, "the role %s is not known; it is %s", short(string(h.Role)), roles)
 	}
 	for _, name := range given {
 		if roles := rolesOf[name]; roles != nil && !slices.Contains(roles, h.Role) {
@@ -160,7 +199,10 @@ func (h *Hello) check(given []string) *Refusal {
 	for _, f := range [...]struct {
 		name  string
 		value int64
-	}{{"window_samples", h.WindowSamples}, {"window_bytes", h.WindowBytes}, {"prefetch", h.Prefetch}} {
+	}{
+		{"window_samples", h.WindowSamples}, {"window_bytes", h.WindowBytes}, {"prefetch", h.Prefetch},
+		{"have", h.Have}, {"resume", h.Resume}, {"resume_offset", h.ResumeOffset},
+	} {
 		if f.value < 0 {
 			return Refuse(CodeBadOption, "the field %q is %d; it must not be negative", f.name, f.value)
 		}
@@ -170,14 +212,40 @@ func (h *Hello) check(given []string) *Refusal {
 	default:
 		return Refuse(CodeBadOption, "the ack mode %s is not known; it is queued or committed", short(string(h.Ack)))
 	}
-	if h.Role == RolePush && h.Spec == nil && h.Fingerprint.IsZero() {
-		return Refuse(CodeBadHandshake, "a producer must give the spec of its samples or the fingerprint of it, or both")
+	if h.Role == RolePush && h.Spec == nil && h.Fingerprint.IsZero() && h.Manifest == nil {
+		return Refuse(CodeBadHandshake, "a producer must give the spec of its samples or the fingerprint of it, or both; one of tensors gives its manifest")
+	}
+	if r := h.checkTensors(); r != nil {
+		return r
 	}
 	if h.Spec != nil && !h.Fingerprint.IsZero() && h.Fingerprint != h.Spec.Fingerprint() {
 		return Refuse(CodeBadHandshake, "the fingerprint %v is not that of the spec beside it, which has %v; leave one out or compute it anew",
 			h.Fingerprint, h.Spec.Fingerprint())
 	}
 	return nil
+}
+
+// checkTensors checks the fields of tensors and weights. What a manifest says is left to those who use it.
+func (h *Hello) checkTensors() *Refusal {
+	switch {
+	case h.Manifest != nil && h.Manifest[0] != '{':
+		return Refuse(CodeBadHandshake, `the field "manifest" is not a JSON object`)
+	case h.Role == RolePublish && h.Manifest == nil:
+		return Refuse(CodeBadHandshake, "a publisher must give the manifest of its tensors")
+	case h.Role == RoleManifest && !isManifestID(h.ManifestID):
+		return Refuse(CodeBadOption, "the field \"manifest_id\" is %s; it is 16 hex digits, 0 to 9 and a to f", short(h.ManifestID))
+	case (h.Have != 0) != !h.HaveDigest.IsZero():
+		return Refuse(CodeBadHandshake, `the fields "have" and "have_digest" go together`)
+	case (h.Resume != 0) != !h.ResumeDigest.IsZero():
+		return Refuse(CodeBadHandshake, `the fields "resume" and "resume_digest" go together`)
+	case h.ResumeOffset != 0 && h.Resume == 0:
+		return Refuse(CodeBadHandshake, `the field "resume_offset" needs "resume"`)
+	}
+	return nil
+}
+
+func isManifestID(s string) bool {
+	return len(s) == 16 && !strings.ContainsFunc(s, func(c rune) bool { return !(c >= '0' && c <= '9' || c >= 'a' && c <= 'f') })
 }
 
 func checkText(s string) error {

@@ -167,6 +167,35 @@ func (h *Hello) target(name string) any {
 	case "client":
 		return &h.Client
 	}
+	return h.tensorsTarget(name)
+}
+
+// tensorsTarget is target for the fields of tensors and weights.
+func (h *Hello) tensorsTarget(name string) any {
+	switch name {
+	case "manifest":
+		return &h.Manifest
+	case "manifest_id":
+		return &h.ManifestID
+	case "in_place":
+		return &h.InPlace
+	case "wait":
+		return &h.Wait
+	case "stream":
+		return &h.Stream
+	case "delta":
+		return &h.Delta
+	case "have":
+		return &h.Have
+	case "have_digest":
+		return &h.HaveDigest
+	case "resume":
+		return &h.Resume
+	case "resume_digest":
+		return &h.ResumeDigest
+	case "resume_offset":
+		return &h.ResumeOffset
+	}
 	return nil
 }
 
@@ -176,6 +205,12 @@ func decodeField(name string, raw []byte, target any) (err error) {
 		if *t, err = spec.ParseJSON(raw); err != nil {
 			return Refuse(CodeBadOption, "the field %q: %v", name, err)
 		}
+		return nil
+	case *json.RawMessage:
+		if raw[0] != '{' {
+			return fmt.Errorf("the field %q must be an object, not %s", name, cutText(string(raw), 40))
+		}
+		*t = raw
 		return nil
 	case *int64:
 		if raw[0] == 'n' || json.Unmarshal(raw, t) != nil {

@@ -16,7 +16,8 @@ const (
 	statusRefused  = 1
 )
 
-// Accepted is a reply that accepts: *AcceptedPush, *AcceptedFill, *AcceptedTrain or *AcceptedObserve.
+// Accepted is a reply that accepts: *AcceptedPush, *AcceptedFill, *AcceptedTrain, *AcceptedObserve, *AcceptedPublish, *AcceptedSubscribe or
+// *AcceptedManifest.
 type Accepted interface {
 	// check says what a peer of this protocol would never send.
 	check() error
@@ -28,9 +29,10 @@ type AcceptedPush struct {
 	Fingerprint   spec.Fingerprint `json:"fingerprint"`
 	Stream        uint64           `json:"stream"` // number of the stream: the same for all connections of a session
 	Ack           AckMode          `json:"ack"`
-	WindowSamples int64            `json:"window_samples"` // in force, at least 1
-	WindowBytes   int64            `json:"window_bytes"`   // in force, at least 1; one sample may always be under way
-	Held          uint64           `json:"held"`           // samples of the session that the daemon already holds
+	WindowSamples int64            `json:"window_samples"`        // in force, at least 1
+	WindowBytes   int64            `json:"window_bytes"`          // in force, at least 1; one sample may always be under way
+	Held          uint64           `json:"held"`                  // samples of the session that the daemon already holds
+	ChunkBytes    int64            `json:"chunk_bytes,omitempty"` // tables of tensors only: most data bytes of a chunk
 }
 
 // AcceptedFill answers role fill. Its first byte carries four descriptors: see the docs, "Fill".
@@ -69,6 +71,52 @@ type AcceptedObserve struct {
 	BatchSize    int64            `json:"batch_size"`
 	Batches      int64            `json:"batches"`
 	SegmentBytes int64            `json:"segment_bytes"`
+}
+
+// AcceptedPublish answers role publish. With SegmentBytes its first byte carries one descriptor, the segment.
+type AcceptedPublish struct {
+	Table        string `json:"table"`
+	Publisher    uint64 `json:"publisher"`   // number of the publisher in this daemon's life
+	Newest       uint64 `json:"newest"`      // generation; 0: there is none
+	ChunkBytes   int64  `json:"chunk_bytes"` // most data bytes of one chunk
+	SegmentBytes int64  `json:"segment_bytes,omitempty"`
+}
+
+// AcceptedSubscribe answers role subscribe. With SegmentBytes its first byte carries two descriptors, the segment and the page of pins; else it holds the
+// manifest.
+type AcceptedSubscribe struct {
+	Table        string          `json:"table"`
+	Reader       uint64          `json:"reader"` // number of the reader in this daemon's life
+	Newest       uint64          `json:"newest"` // generation
+	SegmentBytes int64           `json:"segment_bytes,omitempty"`
+	Manifest     json.RawMessage `json:"manifest,omitempty"`
+}
+
+// AcceptedManifest answers role manifest.
+type AcceptedManifest struct {
+	Table    string          `json:"table"`
+	Manifest json.RawMessage `json:"manifest"`
+}
+
+func (a *AcceptedPublish) check() error {
+	if a.SegmentBytes < 0 {
+		return fmt.Errorf("the field \"segment_bytes\" is %d", a.SegmentBytes)
+	}
+	return positive(named{"chunk_bytes", a.ChunkBytes})
+}
+
+func (a *AcceptedSubscribe) check() error {
+	if (a.SegmentBytes > 0) == (len(a.Manifest) > 0) || a.SegmentBytes < 0 {
+		return fmt.Errorf("it must have either a segment or a manifest")
+	}
+	return nil
+}
+
+func (a *AcceptedManifest) check() error {
+	if len(a.Manifest) == 0 || a.Manifest[0] != '{' {
+		return fmt.Errorf("the manifest is missing or not an object")
+	}
+	return nil
 }
 
 func (a *AcceptedPush) check() error {
