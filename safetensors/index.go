@@ -54,7 +54,7 @@ func parseIndex(text []byte) (*index, error) {
 	r := strictjson.New(text)
 	err := r.Map(func(key string) error {
 		if key != field {
-			return r.Skip()
+			return r.Ignore()
 		}
 		if x.shardOf != nil {
 			return fmt.Errorf("%q is there twice", field)

@@ -246,11 +246,11 @@ func (r *Reader) hex4(at int) (rune, bool) {
 	return code, true
 }
 
-// depthMax is how deep a value that is skipped may be nested.
+// depthMax is how deep a value that is ignored may be nested.
 const depthMax = 64
 
-// Skip reads any value, which must be right JSON too.
-func (r *Reader) Skip() error { return r.skip(0) }
+// Ignore reads any value, which must be right JSON too.
+func (r *Reader) Ignore() error { return r.skip(0) }
 
 func (r *Reader) skip(depth int) error {
 	if depth > depthMax {
