@@ -262,7 +262,7 @@ func start(ctx context.Context, conn net.Conn, accepted wire.AcceptedPush, t tar
 	p.quiet.L = &p.mu
 	p.life, p.die = context.WithCancel(context.WithoutCancel(ctx)) // what a Dialer may look up in ctx, but not its end
 	leaves := int64(s.NumLeaves())
-	keep := cfg.Session != "" && cfg.ReconnectFor > 0
+	keep := cfg.Session != "" && cfg.ReconnectFor > 0 || t.manifest != nil
 	p.direct = !keep && (p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes))
 	if !p.direct {
 		// A quarter of the window to a write keeps the connection busy while acks are on their way.

@@ -94,6 +94,10 @@ func (p *Producer) lend(op string, s *lentSample) error {
 		return fmt.Errorf("client: %s: %w", op, p.err)
 	case p.closed:
 		return fmt.Errorf("client: %s: %w", op, os.ErrClosed)
+	case s.header.Flags&tensor.FlagAbort == 0:
+		if err := p.refusal(s.header.Step); err != nil {
+			return err // the rest would be of no use
+		}
 	}
 	l := p.kept.lent
 	l.samples, l.open = append(l.samples, s), append(l.open, s)
@@ -104,6 +108,14 @@ func (p *Producer) lend(op string, s *lentSample) error {
 		p.kickWriter()
 	}
 	return nil
+}
+
+// refusal returns why the daemon refused a step, if it was the last one that it did. It wants mu.
+func (p *Producer) refusal(step uint64) error {
+	if p.refused == nil || p.refused.Step != step {
+		return nil
+	}
+	return &StepRefusedError{step, p.refused.Reason}
 }
 
 // writeLent writes one sample, or the rest of it. It wants mu and lets go of it meanwhile.
@@ -129,13 +141,6 @@ func (l *lent) forget(acked uint64) {
 	if len(l.samples) == 0 {
 		l.samples = nil // of an array whose front is never used again
 	}
-}
-
-// endLent says that the transaction is over: nothing of it is sent again but what is not acked.
-func (p *Producer) endLent() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.kept.lent.open = nil
 }
 
 // takeBack ends the transaction that is open, so that the caller's memory is free: what was not begun to be written is dropped, what was is copied. It

@@ -48,7 +48,7 @@ func (p *Producer) broken(err error) bool {
 	defer p.mu.Unlock()
 	p.conn.Close() // a write that blocks must return
 	err = p.reasonOf(err)
-	if p.kept == nil || p.closed || !passing(err) {
+	if p.kept == nil || p.closed || p.target.cfg.ReconnectFor < 0 || !passing(err) {
 		p.finish(err)
 		return false
 	}

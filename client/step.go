@@ -69,6 +69,8 @@ type stepWay interface {
 	send(ctx context.Context, op string, h tensor.Header, data [][]byte) error
 	// commit returns when all that was sent is in the ring, or *StepRefusedError.
 	commit(ctx context.Context, step uint64) error
+	// refused returns the refusal of a step, nil if that is not the last one that was refused.
+	refused(step uint64) error
 	// takeBack frees the caller's memory without waiting for the daemon. seen says whether the daemon may have had something of the transaction.
 	takeBack() (seen bool)
 	stats() StepStats

@@ -27,11 +27,10 @@ type stepFill struct {
 	cfg  StepsConfig
 	open []stepChunk // all of the transaction that is open: written again where the daemon lost what it had
 
-	mu      sync.Mutex
-	filler  *Filler
-	before  StepStats // of fillers before this one
-	replays uint64
-	closed  bool
+	mu     sync.Mutex
+	filler *Filler   // changed by the goroutine that uses the producer
+	before StepStats // of fillers before this one
+	closed bool
 }
 
 // stepChunk is a chunk whose data lies with the caller.
@@ -61,7 +60,7 @@ func fillSteps(ctx context.Context, addr string, cfg StepsConfig) (stepWay, int,
 
 func (w *stepFill) attach(ctx context.Context) (*Filler, error) {
 	c := &w.cfg
-	return attachFiller(ctx, w.addr, FillerConfig{
+	return joinFiller(ctx, w.addr, FillerConfig{
 		Table: c.Table, Session: c.Name, Prefetch: c.Prefetch, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client,
 		ReconnectFor: c.ReconnectFor, ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo,
 	}, c.Manifest.JSON())
@@ -126,7 +125,6 @@ func (w *stepFill) write(ctx context.Context, op string, c *stepChunk) error {
 	f.mu.Lock()
 	slot, err := f.reserve(ctx, op, 1)
 	refused := f.refusedStep(c.header.Step)
-	stream := f.stream
 	f.mu.Unlock()
 	switch {
 	case err != nil:
@@ -136,7 +134,7 @@ func (w *stepFill) write(ctx context.Context, op string, c *stepChunk) error {
 		return refused
 	}
 	h, to := c.header, slot.Column(dataColumn)
-	h.Stream = stream
+	h.Stream = slot.in.Accepted().Stream
 	if w.cfg.NoCRC {
 		h.Flags |= tensor.FlagNoCRC
 	}
@@ -163,11 +161,8 @@ func (w *stepFill) commit(ctx context.Context, step uint64) error {
 		}
 		switch {
 		case err == nil:
-			w.filler.mu.Lock()
-			refused := w.filler.refusedStep(step)
-			w.filler.mu.Unlock()
-			if refused != nil {
-				return refused
+			if err := w.refused(step); err != nil {
+				return err
 			}
 			w.open = nil
 			return nil
@@ -178,6 +173,12 @@ func (w *stepFill) commit(ctx context.Context, step uint64) error {
 			return err
 		}
 	}
+}
+
+func (w *stepFill) refused(step uint64) error {
+	w.filler.mu.Lock()
+	defer w.filler.mu.Unlock()
+	return w.filler.refusedStep(step)
 }
 
 // takeBack has nothing to free: what was sent was copied.
@@ -207,4 +208,45 @@ func (w *stepFill) abort() {
 	f := w.filler
 	w.mu.Unlock()
 	f.Abort()
+}
+
+// learnRefused remembers what the current attachment was told of refused steps. It wants mu.
+func (p *Filler) learnRefused() {
+	if p.cur == nil {
+		return
+	}
+	if note := p.cur.Refused(); note != nil {
+		p.refused = note
+	}
+}
+
+// refusedStep returns the refusal of a step, if that was the last one refused. It wants mu.
+func (p *Filler) refusedStep(step uint64) error {
+	p.learnRefused()
+	if p.refused == nil || p.refused.Step != step {
+		return nil
+	}
+	return &StepRefusedError{step, p.refused.Reason}
+}
+
+// heard returns when the daemon's words about the samples that are in the ring have come.
+func (p *Filler) heard(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != fillerLive || p.using {
+		return nil // what it said came, or will never come
+	}
+	p.using = true
+	cur := p.cur
+	p.mu.Unlock()
+	err := cur.Heard(ctx)
+	p.mu.Lock()
+	p.using = false
+	if p.state != fillerLive || p.life.Err() != nil {
+		p.notify()
+	}
+	if err != nil {
+		return p.waited(ctx, "commit")
+	}
+	return nil
 }

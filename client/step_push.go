@@ -44,7 +44,7 @@ func (w *stepPush) begin() {
 	p := w.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.refused, p.kept.lent.open = nil, nil
+	p.kept.lent.open = nil
 }
 
 func (w *stepPush) send(_ context.Context, op string, h tensor.Header, data [][]byte) error {
@@ -58,11 +58,17 @@ func (w *stepPush) commit(ctx context.Context, step uint64) error {
 	if err := p.flush(ctx, "commit"); err != nil {
 		return err
 	}
-	if r := p.refused; r != nil && r.Step == step {
-		return &StepRefusedError{step, r.Reason}
+	if err := p.refusal(step); err != nil {
+		return err
 	}
 	p.kept.lent.open = nil
 	return nil
+}
+
+func (w *stepPush) refused(step uint64) error {
+	w.p.mu.Lock()
+	defer w.p.mu.Unlock()
+	return w.p.refusal(step)
 }
 
 func (w *stepPush) takeBack() bool { return w.p.takeBack() }

@@ -30,6 +30,9 @@ func (p *StepProducer) Step(ctx context.Context, step uint64) (*StepTx, error) {
 	case p.committed && step < p.last:
 		return nil, &StepOrderError{Step: step, Last: p.last}
 	}
+	if err := p.way.refused(step); err != nil { // the daemon says so once
+		return nil, err
+	}
 	p.way.begin()
 	p.cutter.Begin(step)
 	p.tx = &StepTx{p: p, ctx: ctx, op: "put", step: step}
