@@ -8,11 +8,12 @@ import (
 type stepEncoders struct {
 	bytes    [][]byte           // by tensor; nil: not needed so far
 	feedback []*tensor.Feedback // by tensor; nil: none
+	used     []bool             // by tensor: bytes are those of this transaction
 	encoded  []int              // tensors whose feedback has encoded something in this transaction
 }
 
 func newStepEncoders(m *tensor.Manifest) stepEncoders {
-	return stepEncoders{bytes: make([][]byte, m.Len()), feedback: make([]*tensor.Feedback, m.Len())}
+	return stepEncoders{bytes: make([][]byte, m.Len()), feedback: make([]*tensor.Feedback, m.Len()), used: make([]bool, m.Len())}
 }
 
 // encode returns the bytes of an F32 tensor as they are sent: the memory of values itself, or memory that is used again in the next transaction.
@@ -20,6 +21,10 @@ func (e *stepEncoders) encode(i int, t *tensor.Tensor, encodedBytes int64, value
 	if t.Encoding.Kind == tensor.Raw && littleEndian {
 		return bytesOfFloats(values), nil
 	}
+	if e.used[i] {
+		return nil, &tensor.PlaceError{Tensor: t.Name, Reason: "it was put before"}
+	}
+	e.used[i] = true
 	if e.bytes[i] == nil {
 		e.bytes[i] = make([]byte, encodedBytes)
 	}
@@ -47,4 +52,5 @@ func (e *stepEncoders) end(committed bool) {
 		_ = e.feedback[i].Commit() // of what was put again it knows
 	}
 	e.encoded = e.encoded[:0]
+	clear(e.used)
 }
