@@ -332,10 +332,11 @@ class Cutter:
         first, last = flat // ALIGN, (end - 1) // ALIGN
         there = self._there[first : last + 1]
         found = [max((first + int(there.argmax())) * ALIGN, flat)] if there.any() else []
-        for block in {first, last} & self._edges.keys():
-            begin = max(block * ALIGN, flat)
-            taken = self._edges[block].there[begin - block * ALIGN : end - block * ALIGN]
-            found += [begin + int(taken.argmax())] if taken.any() else []
+        for block, edge in self._edges.items():
+            if first <= block <= last:
+                begin = max(block * ALIGN, flat)
+                taken = edge.there[begin - block * ALIGN : end - block * ALIGN]
+                found += [begin + int(taken.argmax())] if taken.any() else []
         if found:
             raise ChunkError("it was put in this step before", self._name(i), min(found) - self.manifest.offsets[i])
 

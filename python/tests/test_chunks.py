@@ -292,13 +292,18 @@ def test_bytes_that_were_there_or_do_not_fit() -> None:
     for at, n, byte in [(300, 1, 300), (0, 301, 300), (999, 10, 999), (512, 256, 512), (0, 3000, 300)]:
         with pytest.raises(ChunkError, match=f"'big' at byte {byte}: it was put"):
             c.cutter.put(3, at, data[3][at : at + n])
+    c.cutter.put(2, 1, data[2][1:3])  # less than a block
+    with pytest.raises(ChunkError, match="'b' at byte 1: it was put"):
+        c.cutter.put(2, 0, data[2])
+    c.cutter.put(2, 0, data[2][:1])
+    c.cutter.put(2, 3, data[2][3:])
     c.cutter.put(3, 0, data[3][:300])
     c.cutter.put(3, 1000, data[3][1000:])
     with pytest.raises(ChunkError, match="run beyond its 5"):
         c.cutter.put(2, 1, data[2])
     with pytest.raises(ChunkError, match="run beyond"):
         c.cutter.put(2, -1, data[2][:2])
-    for i in (0, 2, 4, 5):
+    for i in (0, 4, 5):
         c.cutter.put(i, 0, data[i])
     assert c.cutter.finish() == {}
     assert np.array_equal(c.flat(), expected(MIXED, data))
