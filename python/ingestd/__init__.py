@@ -1,4 +1,4 @@
-"""Push samples to ingestd and read its batches as numpy arrays, without a copy.
+"""Push samples to ingestd and read its batches as numpy arrays, without a copy; send gradients, and sum them.
 
 =====================  =================================================================================
 :class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
@@ -6,6 +6,9 @@
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
+:class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
+:class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
+:class:`GradReader`    reads the steps of all producers, and sums them from where they lie
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -18,6 +21,7 @@ array that they are given, so what they make must be used before the release, or
 from .batch import Batch
 from .errors import (
     AllHeld,
+    ChunkError,
     Closed,
     Difference,
     Ended,
@@ -34,17 +38,26 @@ from .errors import (
     SessionTaken,
     ShuttingDown,
     SpecError,
+    StepIncomplete,
+    StepOrder,
+    StepRefused,
+    StepTimeout,
+    TensorMismatch,
     Timeout,
 )
 from .fill import FillProducer, Slots
+from .grads import GradReader, GradStats, GradStep
+from .manifest import Manifest, Tensor
 from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
+from .steps import StepProducer, StepTx
 from .version import __version__
 
 __all__ = [
     "AllHeld",
     "Batch",
+    "ChunkError",
     "Closed",
     "Difference",
     "EndOfStream",
@@ -53,9 +66,13 @@ __all__ = [
     "FillProducer",
     "FormatError",
     "Full",
+    "GradReader",
+    "GradStats",
+    "GradStep",
     "Leaf",
     "Lost",
     "LostBatches",
+    "Manifest",
     "Note",
     "PeerClosed",
     "Producer",
@@ -67,6 +84,14 @@ __all__ = [
     "Slots",
     "Spec",
     "SpecError",
+    "StepIncomplete",
+    "StepOrder",
+    "StepProducer",
+    "StepRefused",
+    "StepTimeout",
+    "StepTx",
+    "Tensor",
+    "TensorMismatch",
     "Timeout",
     "__version__",
     "diff",
