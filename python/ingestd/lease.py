@@ -80,7 +80,7 @@ class _Holder:
 
 
 class LeasedBytes(_Holder):
-    """A holder whose memory numpy takes as an array of bytes: ``size`` of them at ``address``, which is in ``memory``."""
+    """A holder whose memory numpy takes as an array: ``size`` bytes at ``address``, which lies in ``memory``."""
 
     def __init__(self, lease: Lease, memory: Any, address: int, size: int, writable: bool) -> None:
         super().__init__(lease, memory)

@@ -1,4 +1,4 @@
-"""What a publisher of weights and the daemon say to each other after the handshake: ``docs/weights.md``, "Publishers"."""
+"""What a publisher of weights and the daemon say to each other after the handshake (``docs/weights.md``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import deque
 from itertools import islice
 from typing import Any, NoReturn
 
-from . import _io
 from ._io import Deadline
 from .errors import FormatError, PeerClosed, Timeout
 from .incoming import ended

@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import select
-import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -191,7 +190,7 @@ class LocalSource:
             self._attach(False, until)
 
     def latest(self, until: Deadline) -> Weights:
-        """The newest generation. Raises NoGeneration; Closed, Timeout, Refused, and as the daemon ended the connection."""
+        """The newest generation. Raises NoGeneration, Closed, Timeout, Refused, and as the daemon ended the socket."""
         while True:
             with self._leading() as leads:
                 attached = self._current(False, until) if leads else self._attached

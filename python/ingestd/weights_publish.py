@@ -285,7 +285,9 @@ class Publisher:
         with self._calling(until):
             return self._begin(until, generation)
 
-    def publish(self, tensors: Mapping[str, Any], deadline: float | None = None, generation: int | None = None) -> Published:
+    def publish(
+        self, tensors: Mapping[str, Any], deadline: float | None = None, generation: int | None = None
+    ) -> Published:
         """Copies all tensors in, or sends them, and makes them the newest generation.
 
         ``tensors`` are numpy, torch (CPU) or JAX arrays by name: all of the manifest, dtype and shape as there, nothing
@@ -299,13 +301,12 @@ class Publisher:
         if missing:
             raise KeyError(f"there is no {missing[0]!r} to publish: all of the manifest's tensors are needed")
         sources = {i: bytes_of(t, tensors[t.name]) for i, t in enumerate(self.manifest.tensors)}
-        with self._calling(until):
-            with self._begin(until, generation) as draft:
-                if self.in_place:
-                    draft._copy(sources)
-                draft._over = True
-                draft.published = self._commit(draft, until, sources)
-                return draft.published
+        with self._calling(until), self._begin(until, generation) as draft:
+            if self.in_place:
+                draft._copy(sources)
+            draft._over = True
+            draft.published = self._commit(draft, until, sources)
+            return draft.published
 
     def close(self) -> None:
         """Ends the connection; a generation that is being written is given up."""

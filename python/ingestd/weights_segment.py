@@ -112,7 +112,7 @@ class WeightsSegment:
         """Offset of place ``index`` in the memory. Raises FormatError."""
         if not 0 <= index < self.places:
             raise FormatError(f"place {index}, the segment has {self.places}")
-        return self._places_offset + index * self.place_stride
+        return int(self._places_offset + index * self.place_stride)
 
     def data(self, index: int) -> int:
         """Offset of the tensors of place ``index`` in the memory. Raises FormatError."""
@@ -120,7 +120,7 @@ class WeightsSegment:
 
     def newest(self) -> Newest | None:
         """The newest generation; None while there is none. Raises FormatError."""
-        word: int = self._words[_NEWEST // 8]
+        word = int(self._words[_NEWEST // 8])
         if word == 0:
             return None
         generation, place = word >> 6, word & 63
@@ -138,7 +138,7 @@ class WeightsSegment:
         return int(struct.unpack_from("<q", self.memory, self.place(index) + _PUBLISHED)[0])
 
     def digest(self, index: int) -> bytes:
-        """Says which bytes the generation in place ``index`` has: SHA-256 of the manifest's fingerprint and the sums."""
+        """Which bytes the generation in place ``index`` has: SHA-256 of the manifest's fingerprint and the sums."""
         at = self.place(index) + _DIGEST
         return bytes(self.memory[at : at + 32])
 
@@ -182,8 +182,8 @@ class Pins:
             if before != 0:
                 raise FormatError(f"place {newest.place} holds generation {newest.generation}, but {before} is pinned")
             words[newest.place] = newest.generation
-            # edge(pin): release - whoever takes the place after this store sees the pin. A full fence: the daemon stores 0
-            # to the place's generation before it loads the pins, so either it sees this pin, or this side sees the 0.
+            # edge(pin): release - whoever takes the place after this store sees the pin. A full fence: the daemon
+            # stores 0 to the place's generation before it loads the pins: it sees this pin, or this side sees the 0.
             # edge(place): acquire - if this is still the generation, its bytes are whole.
             self.fence()
             if segment.generation(newest.place) == newest.generation:
