@@ -186,6 +186,7 @@ class LocalSource:
         self._led = False
         self._bell = _io.Bell()
         self._closed = False
+        self._forks = _io.forks()
         with contextlib.suppress(NoGeneration):
             self._attach(False, until)
 
@@ -276,6 +277,8 @@ class LocalSource:
     @contextlib.contextmanager
     def _leading(self) -> Iterator[bool]:
         """Whether this thread is the one that looks after the socket meanwhile."""
+        if self._forks != _io.forks():
+            raise Closed("this subscription belongs to the parent process; subscribe after the fork")
         with self._state:
             if self._closed:
                 raise Closed("the subscription is closed")
