@@ -15,6 +15,10 @@ var Names = []string{
 	"client/filler/copying",
 	"client/filler/filled",
 	"client/filler/handed",
+	"client/publisher/begun",
+	"client/publisher/copied",
+	"client/publisher/summed",
+	"client/publisher/written",
 	"drainer/settle/committed",
 	"drainer/settle/copying",
 	"drainer/visit/committed",
@@ -62,6 +66,9 @@ var Names = []string{
 	"tcpingest/receive/staged",
 	"tcpingest/reserve/taken",
 	"tcpingest/scatter/leaf",
+	"weights/commit/shown",
+	"weights/commit/stated",
+	"weights/commit/written",
 }
 
 // point is what the variable says.

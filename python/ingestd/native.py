@@ -225,7 +225,7 @@ def _decoded(raw: NDArray[np.uint8], kind: str, scale: float) -> Floats:
         return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     if kind == "f16":
         return raw.view(np.float16).astype(np.float32)
-    values: NDArray[Any] = f8_values(kind) * np.float32(scale)
+    values: Floats = f8_values(kind) * np.float32(scale)
     found: Floats = values[raw]
     return found
 
@@ -242,7 +242,8 @@ def f8_values(kind: str) -> Floats:
         values[(bits & 127) == 127] = np.nan
     else:
         values[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
-    return np.copysign(values, np.where(bits & 128, -1, 1)).astype(np.float32)
+    signed: Floats = np.copysign(values, np.where(bits & 128, -1, 1).astype(np.float32))
+    return signed
 
 
 def _encoded(values: Floats, kind: str, scale: float) -> NDArray[Any]:
