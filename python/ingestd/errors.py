@@ -245,10 +245,12 @@ class Pin(NamedTuple):
     pid: int = 0
     generation: int = 0
     since: int = 0
+    addr: str = ""  # of a reader elsewhere
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since // 10**9))
-        who = f"reader {self.reader} ({self.client!r}{f', pid {self.pid}' if self.pid else ''})"
+        where = f", pid {self.pid}" if self.pid else f" at {self.addr}" if self.addr else ""
+        who = f"reader {self.reader} ({self.client!r}{where})"
         return f"{who} holds generation {self.generation} since {since}"
 
 

@@ -74,6 +74,13 @@ def _references(held: list[Array]) -> int:
 _ALONE = _references([np.empty(0)])
 
 
+class Turn:
+    """One place that the daemon gave, for one generation."""
+
+    def __init__(self, generation: int, place: int) -> None:
+        self.generation, self.place = generation, place
+
+
 class Draft:
     """A generation that is being written; readers see nothing of it before the commit.
 
@@ -83,13 +90,13 @@ class Draft:
     that were kept: a ResourceWarning names them.
     """
 
-    def __init__(self, publisher: Publisher, generation: int, place: int, memory: Any, offset: int) -> None:
+    def __init__(self, publisher: Publisher, turn: Turn, memory: Any, offset: int) -> None:
         #: number that it will have
-        self.generation = generation
+        self.generation = turn.generation
         #: what came of it, after the commit
         self.published: Published | None = None
         self._publisher = publisher
-        self._place = place
+        self._turn = turn  # while the publisher has the same one, this is what is being written
         self._memory, self._offset = memory, offset
         self._manifest = publisher.manifest
         self._roots: dict[int, Array] = {}
@@ -261,7 +268,7 @@ class Publisher:
         self._client = client
         self._forks = _io.forks()
         self._turn = threading.RLock()
-        self._draft: Draft | None = None
+        self._writing: Turn | None = None
         self._segment: WeightsSegment | None = None
         self._memory: Any = None  # the segment's, or where what is sent is put together
         self._dial(_io.deadline_of(deadline))
@@ -322,11 +329,15 @@ class Publisher:
 
     def _dial(self, until: Deadline) -> None:
         """Connects; waits for the publisher before this one, or a daemon that is not there yet, until the deadline."""
-        began = time.monotonic()
+        began, refused = time.monotonic(), None  # the last refusal that another try may overcome
         while True:
             try:
                 self._connect(until)
                 return
+            except Timeout:
+                if refused is not None:
+                    raise refused from None
+                raise
             except Error as e:
                 if isinstance(e, Refused) and self.in_place and self._may_stream and e.code == "not_permitted":
                     self.in_place = False
@@ -336,6 +347,7 @@ class Publisher:
                 again = isinstance(e, Refused) and (e.code == "publisher_active" or retried(e))
                 if not again or (left is not None and left <= pause):
                     raise
+                refused = e
             time.sleep(pause)
 
     def _connect(self, until: Deadline) -> None:
@@ -371,7 +383,7 @@ class Publisher:
             raise FormatError("the segment's manifest is not the one that this publisher gave")
 
     def _drop(self) -> None:
-        line, self._line, self._draft = self._line, None, None
+        line, self._line, self._writing = self._line, None, None
         if line is not None:
             line.close()
 
@@ -404,8 +416,8 @@ class Publisher:
     # -- generations ----------------------------------------------------------------------------------------------
 
     def _begin(self, until: Deadline, generation: int | None) -> Draft:
-        if self._draft is not None:
-            raise Error(f"generation {self._draft.generation} is being written: commit or abort it first")
+        if self._writing is not None:
+            raise Error(f"generation {self._writing.generation} is being written: commit or abort it first")
         if self._line is None:
             self._dial(until)
         while True:
@@ -419,8 +431,8 @@ class Publisher:
         if not self.in_place:
             if self._memory is None:
                 self._memory = mmap.mmap(-1, max(self.manifest.data_bytes, mmap.PAGESIZE))
-            self._draft = Draft(self, number, place, self._memory, 0)
-            return self._draft
+            self._writing = turn = Turn(number, place)
+            return Draft(self, turn, self._memory, 0)
         segment = self._segment
         assert segment is not None
         try:
@@ -430,8 +442,8 @@ class Publisher:
         except FormatError:
             self._drop()
             raise
-        self._draft = Draft(self, number, place, self._memory, offset)
-        return self._draft
+        self._writing = turn = Turn(number, place)
+        return Draft(self, turn, self._memory, offset)
 
     def _ask_for_place(self, until: Deadline, generation: int | None) -> dict[str, Any]:
         left = until.left()
@@ -459,7 +471,7 @@ class Publisher:
     def _commit(self, draft: Draft, until: Deadline, sources: dict[int, Array] | None = None) -> Published:
         """Publishes what was written; over the socket from ``sources``, or from where the draft was put together."""
         with self._calling(until):
-            if self._draft is not draft:
+            if self._writing is not draft._turn:
                 raise PeerClosed(f"the connection on which generation {draft.generation} was begun is gone")
             try:
                 with self._saying() as line:
@@ -479,14 +491,14 @@ class Publisher:
                         return Published(draft.generation, str(answer.get("digest", "")))
                 raise _failure(answer)
             finally:
-                self._draft = None
+                self._writing = None
 
     def _abort(self, draft: Draft) -> None:
-        if self._draft is not draft or self._forks != _io.forks():
+        if self._writing is not draft._turn or self._forks != _io.forks():
             return
         until = Deadline(_GRACE_S)
         with self._turn:
-            self._draft = None
+            self._writing = None
             with self._saying() as line:
                 line.send([message({"op": "abort"})], until, "giving a generation up")
                 answer = line.hear(until, "giving a generation up")
@@ -496,7 +508,7 @@ class Publisher:
     def _write_sums(self, draft: Draft) -> None:
         assert self._segment is not None
         sums = draft._finish()
-        self._segment.sums(draft._place)[:] = [sums[i] for i in range(len(self.manifest))]
+        self._segment.sums(draft._turn.place)[:] = [sums[i] for i in range(len(self.manifest))]
 
     def _stream(self, line: Line, draft: Draft, sources: dict[int, Array] | None, until: Deadline) -> None:
         doing = f"sending generation {draft.generation}"

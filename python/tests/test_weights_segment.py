@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,33 @@ def test_reads_what_the_document_says() -> None:
     at = segment.data(1)
     assert bytes(segment.memory[at : at + segment.data_bytes]) == flat(tensors(7))
     assert at % 4096 == 0
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "weights.md"
+
+
+def test_golden_bytes() -> None:
+    """The example of docs/weights.md, which weights/golden_test.go makes with the daemon's code."""
+    text = DOCUMENT.read_text()
+    example = text[text.index("## Example") :]
+    memory = bytearray(24_576)
+    for offset, line in re.findall(r"^([0-9a-f]{5})  ([0-9a-f]{32})$", example, re.MULTILINE):
+        memory[int(offset, 16) : int(offset, 16) + 16] = bytes.fromhex(line)
+    segment = WeightsSegment(memory)
+    assert str(segment.manifest["w"]) == "w:F32[2]" and str(segment.manifest["b"]) == "b:U8[3]"
+    assert (segment.places, segment.segment_bytes, segment.newest()) == (2, 24_576, Newest(7, 0))
+    assert [segment.generation(0), segment.generation(1)] == [7, 0]
+    at, (w, b) = segment.data(0), segment.manifest.offsets
+    assert np.frombuffer(memory, np.float32, 2, at + w).tolist() == [1, -2]
+    assert np.frombuffer(memory, np.uint8, 3, at + b).tolist() == [1, 2, 3]
+    sums = [crc32c(struct.pack("<2f", 1, -2)), crc32c(bytes([1, 2, 3]))]
+    assert segment.sums(0).tolist() == sums
+    assert segment.digest(0).hex() in example and segment.digest(0) == digest_of(sums, segment.manifest)
+    maker = WeightsMaker(segment.manifest, places=2)
+    maker.publish(7, {"w": np.array([1, -2], np.float32), "b": np.array([1, 2, 3], np.uint8)}, place=0)
+    maker.memory[maker.place(0) + 8 : maker.place(0) + 16] = memory[segment.place(0) + 8 : segment.place(0) + 16]
+    maker.word(maker.place(0) + 48, segment.publisher(0))
+    assert bytes(maker.memory) == bytes(memory), "the maker of the other tests lays out the same"
 
 
 def rewritten(field: int, value: int) -> Callable[[WeightsMaker], None]:
@@ -175,5 +203,3 @@ def test_a_segment_without_bytes() -> None:
     maker.publish(1, {"a": np.zeros((0, 3), np.float32)})
     segment = WeightsSegment(maker.memory)
     assert segment.data_bytes == 0 and segment.newest() == Newest(1, 1)
-
-

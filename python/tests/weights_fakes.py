@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
+import socket
 import struct
 import threading
 from collections.abc import Mapping
@@ -176,10 +178,8 @@ class Attached:
         peer.reply(body, fds=self.fds)
         self._peer = peer
         self._ready.set()
-        try:
+        with contextlib.suppress(ConnectionResetError):  # it went away before it had read everything
             assert peer.sock.recv(1) == b"", "a reader writes nothing after its hello"
-        except ConnectionResetError:
-            pass  # it went away before it had read everything
         self.detached.set()
         if not self._end.is_set():
             self._end.wait(PATIENCE)
@@ -195,8 +195,6 @@ class Attached:
 
     def hang_up(self) -> None:
         """The daemon's end of the connection, both ways."""
-        import socket
-
         self.peer.sock.shutdown(socket.SHUT_RDWR)
         self.end()
 
@@ -225,8 +223,6 @@ def end(peer: Peer, code: str, reason: str = "because") -> None:
 
 def hear_chunk(peer: Peer, manifest: Manifest, generation: int, publisher: int, into: bytearray) -> int:
     """Takes one chunk and returns its bytes; 0 where a message comes instead, which is left."""
-    import socket
-
     peek = b""
     while len(peek) < 4:
         peek = peer.sock.recv(4, socket.MSG_PEEK)
