@@ -61,16 +61,16 @@ func (m *storeModel) begin() bool {
 
 // life runs random publishers and readers against a store and the storeModel, and compares all that can be seen after each step.
 type life struct {
-	t         *testing.T
-	rng       *rand.Rand
-	store     *Store
-	storeModel     *storeModel
-	manifests []*tensor.Manifest
-	readers   []*modelReader
-	p         *Publishing
-	place     *Place
-	own       int // which manifest p publishes; what of the newest segment is
-	current   int
+	t          *testing.T
+	rng        *rand.Rand
+	store      *Store
+	storeModel *storeModel
+	manifests  []*tensor.Manifest
+	readers    []*modelReader
+	p          *Publishing
+	place      *Place
+	own        int // which manifest p publishes; what of the newest segment is
+	current    int
 }
 
 func TestModel(t *testing.T) {
@@ -79,8 +79,8 @@ func TestModel(t *testing.T) {
 			places := 2 + int(seed%3)
 			l := &life{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), store: heapStore(t, places), current: -1,
-				manifests: []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
-				storeModel:     &storeModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+				manifests:  []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
+				storeModel: &storeModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
 			}
 			for step := 0; step < 400 && !t.Failed(); step++ {
 				l.step()
