@@ -49,8 +49,8 @@ func gradManifest(t *testing.T, elements int64) *tensor.Manifest {
 	return m
 }
 
-// TestTableOfTensors: a stream of it needs a manifest and a session, and is announced until it has drained; an end that comes while the ring is full is said when
-// the table closes.
+// TestTableOfTensors: a stream of it needs a manifest and a session, and is announced until it has drained; an end that comes while the ring is full is said
+// when the table closes.
 func TestTableOfTensors(t *testing.T) {
 	table, end := gradTable(t, 2)
 	defer end()

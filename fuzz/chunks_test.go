@@ -74,8 +74,9 @@ type piece struct {
 	length, sum uint32
 }
 
-// FuzzChunks lets a producer of tensors send headers as the input says, most of them nearly right, over a real connection. The daemon takes exactly the chunks that a
-// simple model takes, marks those that it refuses, tells of them before their ack, and ends at the first bad one; only its own chunks say who comes and goes.
+// FuzzChunks lets a producer of tensors send headers as the input says, most of them nearly right, over a real connection. The daemon takes exactly the chunks
+// that a simple model takes, marks those that it refuses, tells of them before their ack, and ends at the first bad one; only its own chunks say who comes and
+// goes.
 func FuzzChunks(f *testing.F) {
 	whole := []byte{1, 5, 0, 0, 4, 0, 64, 0, 0, 5, 2, 0, 3, 0, 64, 0}
 	f.Add(whole)

@@ -57,8 +57,8 @@ type Keeper struct {
 // awayMax bounds what is remembered of producers that went away inside a step, in case they go on with it.
 const awayMax = 64
 
-// New returns the keeper of a table. found is what its ring was recovered from, nil if it was made anew: the producers that have unread chunks there are announced as
-// gone until they come back. A file of manifests that cannot be read is logged and left out.
+// New returns the keeper of a table. found is what its ring was recovered from, nil if it was made anew: the producers that have unread chunks there are
+// announced as gone until they come back. A file of manifests that cannot be read is logged and left out.
 func New(r *ring.Ring, cfg Config, found *ring.Recovery) *Keeper {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -157,8 +157,8 @@ func (k *Keeper) save() {
 	}
 }
 
-// Open makes the checker of a stream that was opened for a producer that was admitted, and announces it. The producer of that name before was closed. The error is a
-// *MismatchError: another one came first.
+// Open makes the checker of a stream that was opened for a producer that was admitted, and announces it. The producer of that name before was closed. The error
+// is a *MismatchError: another one came first.
 func (k *Keeper) Open(name string, stream uint64, m *tensor.Manifest) (*Producer, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

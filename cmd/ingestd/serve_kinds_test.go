@@ -13,7 +13,8 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// TestServeKinds: tables of tensors and of weights are made by flags and file, say how they are used, and show in the status who is at which step and who publishes.
+// TestServeKinds: tables of tensors and of weights are made by flags and file, say how they are used, and show in the status who is at which step and who
+// publishes.
 func TestServeKinds(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c.yaml")
 	if err := os.WriteFile(path, []byte("tables: [{name: model, kind: weights, capacity: 64MiB}]\n"), 0o600); err != nil {
