@@ -35,7 +35,6 @@ type stepDaemon struct {
 	tx       *stepSeen            // of the stream, that is coming in
 	complete map[uint64]*stepSeen // ever, by step
 	aborted  map[uint64]int
-	resent   int
 }
 
 // stepSeen is a transaction as it came.
