@@ -40,12 +40,12 @@ type gradProducer struct {
 	numbered bool
 	next     uint64 // number of its next sample
 
-	tx       *gradTx            // that is coming in; nil: none
-	ends     map[uint64]gradEnd // by step
-	newest   uint64             // the last step that it began
-	began    bool
-	damaged  string // why the last chunk of unknown step was dropped
-	manifest uint64 // of the last chunk that told
+	tx      *gradTx            // that is coming in; nil: none
+	ends    map[uint64]gradEnd // by step
+	newest  uint64             // the last step that it began
+	began   bool
+	damaged string      // why the last chunk of unknown step was dropped
+	layout  *gradLayout // of its last chunk, or of when it came; nil: not known
 }
 
 // gradCore takes chunks and keeps track of producers and their steps. It belongs to one goroutine, and neither waits nor does it know where chunks come from.
@@ -143,13 +143,13 @@ func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64
 		c.damaged(stream, number, err)
 		return nil
 	case herald:
-		c.comesOrGoes(p, &h)
+		c.comesOrGoes(p, &h, layout)
 		return nil
 	}
 	if !c.inOrder(p, number) {
 		return nil
 	}
-	c.alive(p, h.Manifest)
+	c.alive(p, layout)
 	c.chunk(b, p, layout, &h, data)
 	return nil
 }
@@ -170,9 +170,9 @@ func (c *gradCore) damaged(stream, number uint64, err error) {
 }
 
 // comesOrGoes deals with what the daemon says of a producer.
-func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header) {
+func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header, layout *gradLayout) {
 	if h.Flags&tensor.FlagOpened != 0 {
-		c.alive(p, h.Manifest)
+		c.alive(p, layout)
 		return
 	}
 	p.live, p.left = false, c.now()
@@ -180,10 +180,10 @@ func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header) {
 }
 
 // alive notes that a producer is there.
-func (c *gradCore) alive(p *gradProducer, manifest uint64) {
-	if !p.live || p.manifest != manifest {
-		p.live, p.manifest = true, manifest
-		c.newest = manifest // all that are there at one time have the same
+func (c *gradCore) alive(p *gradProducer, layout *gradLayout) {
+	if !p.live || p.layout.m.ID() != layout.m.ID() {
+		p.live, p.layout = true, layout
+		c.newest = layout.m.ID() // all that are there at one time have the same
 		c.changed = true
 	}
 }
@@ -376,7 +376,7 @@ func (c *gradCore) why(p *gradProducer, step uint64) string {
 	case p.tx != nil && p.tx.step == step:
 		return p.tx.progress()
 	case p.began && p.newest > step:
-		return fmt.Sprintf("incomplete: 0 bytes, it is at step %d", p.newest)
+		return fmt.Sprintf("incomplete: 0 of %d bytes, and it is at step %d", p.layout.all(), p.newest)
 	}
-	return "incomplete: 0 bytes"
+	return fmt.Sprintf("incomplete: 0 of %d bytes", p.layout.all())
 }
