@@ -54,8 +54,11 @@ type Keeper struct {
 	away   []transaction        // what producers left unfinished, the latest at the end; at most awayMax
 }
 
-// awayMax bounds what is remembered of producers that went away inside a step, in case they go on with it.
-const awayMax = 64
+// What is remembered of producers that went away inside a step, in case they go on with it: the steps of so many, each of at most so many chunks (12 bytes each).
+const (
+	awayMax       = 64
+	awayChunksMax = 1 << 16
+)
 
 // New returns the keeper of a table. found is what its ring was recovered from, nil if it was made anew: the producers that have unread chunks there are
 // announced as gone until they come back. A file of manifests that cannot be read is logged and left out.
@@ -200,10 +203,12 @@ func (k *Keeper) close(p *Producer) {
 		if came {
 			k.counts.cutShort.Add(1)
 		}
-		if len(k.away) == awayMax {
-			k.away = slices.Delete(k.away, 0, 1)
+		if p.at.came.Chunks() <= awayChunksMax {
+			if len(k.away) == awayMax {
+				k.away = slices.Delete(k.away, 0, 1)
+			}
+			k.away = append(k.away, p.at)
 		}
-		k.away = append(k.away, p.at)
 	}
 	p.entry.users--
 	k.known.trim()
