@@ -495,17 +495,19 @@ func TestSpoiltTensor(t *testing.T) {
 func TestLatestCostsTheSame(t *testing.T) {
 	allocations := map[int]float64{}
 	for _, tensors := range []int{1, 10_000} {
-		d := serveWeights(t, "unix", weights.ServerConfig{}, weights.StoreConfig{})
-		p := inPlace(t, d.addr, vectors(t, make([]int64, tensors)...))
-		publishVersion(t, p, 1)
-		s := mappedOf(t, d.addr, SubscribeConfig{})
-		allocations[tensors] = testing.AllocsPerRun(100, func() {
-			w, err := s.Latest()
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = w.At(0)
-			w.Release()
+		t.Run(fmt.Sprint(tensors), func(t *testing.T) {
+			d := serveWeights(t, "unix", weights.ServerConfig{}, weights.StoreConfig{})
+			p := inPlace(t, d.addr, vectors(t, make([]int64, tensors)...))
+			publishVersion(t, p, 1)
+			s := mappedOf(t, d.addr, SubscribeConfig{})
+			allocations[tensors] = testing.AllocsPerRun(100, func() {
+				w, err := s.Latest()
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = w.At(0)
+				w.Release()
+			})
 		})
 	}
 	if allocations[1] != allocations[10_000] || allocations[1] > 6 {
