@@ -36,8 +36,8 @@ const answerLead = 50 * time.Millisecond
 // begin takes a place. ctx bounds the wait for one.
 func (d *dialog) begin(ctx context.Context, want uint64) (generation uint64, place int, err error) {
 	for {
-		if err := context.Cause(ctx); err != nil {
-			return 0, 0, err
+		if ctx.Err() != nil {
+			return 0, 0, &waitError{ctx, "begin a generation"}
 		}
 		a, err := d.tryBegin(ctx, want)
 		switch {
