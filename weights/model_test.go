@@ -9,8 +9,8 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// model is a table as it should be: plain values and no memory.
-type model struct {
+// tableModel is a table as it should be: plain values and no memory.
+type tableModel struct {
 	places  int
 	newest  uint64
 	whole   map[uint64]bool               // generations of the newest segment that are there
@@ -33,7 +33,7 @@ type modelHeld struct {
 }
 
 // pinned tells whether a reader holds a generation of the newest segment.
-func (m *model) pinned(generation uint64) bool {
+func (m *tableModel) pinned(generation uint64) bool {
 	for r, all := range m.held {
 		for _, h := range all {
 			if r.segment == m.segment && h.generation == generation {
@@ -45,7 +45,7 @@ func (m *model) pinned(generation uint64) bool {
 }
 
 // begin tells whether there is a place for one more generation: one that holds nothing, or an old generation's that nobody pins. It takes the oldest of those.
-func (m *model) begin() bool {
+func (m *tableModel) begin() bool {
 	if len(m.whole) < m.places {
 		return true
 	}
@@ -64,7 +64,7 @@ type life struct {
 	t         *testing.T
 	rng       *rand.Rand
 	store     *Store
-	model     *model
+	model     *tableModel
 	manifests []*tensor.Manifest
 	readers   []*modelReader
 	p         *Publishing
@@ -80,7 +80,7 @@ func TestModel(t *testing.T) {
 			l := &life{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), store: heapStore(t, places), current: -1,
 				manifests: []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
-				model:     &model{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+				model:     &tableModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
 			}
 			for step := 0; step < 400 && !t.Failed(); step++ {
 				l.step()
