@@ -24,8 +24,8 @@ array that they are given, so what they make must be used before the release, or
 from .batch import Batch
 from .errors import (
     AllHeld,
-    ChunkError,
     BadSum,
+    ChunkError,
     Closed,
     Difference,
     Ended,
