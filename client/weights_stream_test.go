@@ -84,7 +84,8 @@ func tensorBytesOf(m *tensor.Manifest) (n int64) {
 	return n
 }
 
-// TestStreamedPinned: who finds all places held is told by whom when the deadline passes, and goes on when one is let go; one whose context is cancelled can go on, too.
+// TestStreamedPinned: who finds all places held is told by whom when the deadline passes, and goes on when one is let go; one whose context is cancelled can
+// go on, too.
 func TestStreamedPinned(t *testing.T) {
 	m := vectors(t, 1000)
 	d := serveWeights(t, "tcp", weights.ServerConfig{}, weights.StoreConfig{Generations: 2})
@@ -122,11 +123,12 @@ func TestStreamedBreaks(t *testing.T) {
 	m := vectors(t, 8<<20)
 	d := serveWeights(t, "tcp", weights.ServerConfig{}, weights.StoreConfig{})
 	var last net.Conn
-	p, err := OpenPublisher(patient(t), d.addr, PublisherConfig{Table: "w", Manifest: m, Dialer: func(ctx context.Context, network, address string) (net.Conn, error) {
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		last = conn
 		return conn, err
-	}})
+	}
+	p, err := OpenPublisher(patient(t), d.addr, PublisherConfig{Table: "w", Manifest: m, Dialer: dial})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -551,7 +551,8 @@ func TestAnnouncementCheck(t *testing.T) {
 	part := *whole
 	part.From = 1280
 	for _, a := range []*Announcement{
-		whole, &part, good(), good(Range{0, 512}), good(Range{0, 812}), good(Range{0, 1024}), good(Range{512, 300}, Range{1024, 256}), good(Range{512, 400}), good(Range{0, 1280}),
+		whole, &part, good(), good(Range{0, 512}), good(Range{0, 812}), good(Range{0, 1024}), good(Range{512, 300}, Range{1024, 256}),
+		good(Range{512, 400}), good(Range{0, 1280}),
 	} {
 		if err := a.Check(m); err != nil {
 			t.Errorf("%+v: %v", a, err)

@@ -84,7 +84,8 @@ func (o *sentModel) whole() bool {
 	return true
 }
 
-// FuzzPublisher lives a whole life of a streamed publisher: what it publishes is what it sent, and it is ended where it breaks the rules, as a plain model says.
+// FuzzPublisher lives a whole life of a streamed publisher: what it publishes is what it sent, and it is ended where it breaks the rules, as a plain model
+// says.
 func FuzzPublisher(f *testing.F) {
 	whole := []byte{0, 3, 0, 3, 3, 1, 3, 6, 1, 1}
 	f.Add(whole)

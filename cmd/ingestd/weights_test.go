@@ -129,8 +129,9 @@ func TestWeightsSelect(t *testing.T) {
 	if _, err := os.Stat(out + "2"); err == nil {
 		t.Error("a get that failed left a file")
 	}
-	modelFile(t, filepath.Join(folder, "other.safetensors"), 2, modelShapes...)
-	ingestd(t, "", "weights", "verify", "--addr", s.Unix, "--table", "model", filepath.Join(folder, "other.safetensors")).want(t, exitData, "differs from generation 1 in 4 of 5")
+	other := filepath.Join(folder, "other.safetensors")
+	modelFile(t, other, 2, modelShapes...)
+	ingestd(t, "", "weights", "verify", "--addr", s.Unix, "--table", "model", other).want(t, exitData, "differs from generation 1 in 4 of 5")
 }
 
 // TestWeightsSharded: the index of a sharded file is published as one generation.
@@ -231,7 +232,8 @@ func TestWeightsWatch(t *testing.T) {
 		t.Errorf("watch printed %+v", r)
 	}
 	ingestd(t, "", "weights", "watch", "--addr", s.Unix, "--table", "model", "--newer-than", "2", "--deadline", "30ms").want(t, exitTimeout)
-	ingestd(t, "", "weights", "get", "--addr", s.TCP, "--table", "model", "--newer-than", "2", "--deadline", "30ms", "-o", filepath.Join(folder, "x")).want(t, exitTimeout, "newer than 2")
+	get := []string{"weights", "get", "--addr", s.TCP, "--table", "model", "--newer-than", "2", "--deadline", "30ms"}
+	ingestd(t, "", append(get, "-o", filepath.Join(folder, "x"))...).want(t, exitTimeout, "newer than 2")
 	forever := background(t, "weights", "watch", "--addr", s.Unix, "--table", "model", "--newer-than", "2")
 	forever.signal(t, syscall.SIGTERM)
 	if r := forever.wait(t); r.code != exitInterrupted && r.code != -1 { // the signal may come before the command has begun
