@@ -89,7 +89,9 @@ func (d *dialog) tryBegin(ctx context.Context, want uint64) (*weights.Answer, er
 		}
 		<-aborted
 		if err == nil && a.Op != weights.OpAborted { // the answer to the begin came first
-			pins = append(pins, a.Pins...)
+			if len(a.Pins) > 0 {
+				pins = a.Pins
+			}
 			a, err = d.hear(d.timeout)
 		}
 		switch {

@@ -235,7 +235,12 @@ func TestRemoteDamaged(t *testing.T) {
 	}
 	publish(1, 1)
 	s := subscribed(t, d.addr, SubscribeConfig{})
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for remoteStats(t, s).BadSums < 2 {
+		<-tick.C
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	if _, err := s.Wait(ctx, 0); !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "layers.1.w") {
 		t.Fatalf("got %v", err)

@@ -9,8 +9,13 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
+<<<<<<< HEAD
 // storeModel is a table as it should be: plain values and no memory.
 type storeModel struct {
+=======
+// tableModel is a table as it should be: plain values and no memory.
+type tableModel struct {
+>>>>>>> weights
 	places  int
 	newest  uint64
 	whole   map[uint64]bool               // generations of the newest segment that are there
@@ -33,7 +38,11 @@ type modelHeld struct {
 }
 
 // pinned tells whether a reader holds a generation of the newest segment.
+<<<<<<< HEAD
 func (m *storeModel) pinned(generation uint64) bool {
+=======
+func (m *tableModel) pinned(generation uint64) bool {
+>>>>>>> weights
 	for r, all := range m.held {
 		for _, h := range all {
 			if r.segment == m.segment && h.generation == generation {
@@ -45,7 +54,11 @@ func (m *storeModel) pinned(generation uint64) bool {
 }
 
 // begin tells whether there is a place for one more generation: one that holds nothing, or an old generation's that nobody pins. It takes the oldest of those.
+<<<<<<< HEAD
 func (m *storeModel) begin() bool {
+=======
+func (m *tableModel) begin() bool {
+>>>>>>> weights
 	if len(m.whole) < m.places {
 		return true
 	}
@@ -61,6 +74,7 @@ func (m *storeModel) begin() bool {
 
 // life runs random publishers and readers against a store and the storeModel, and compares all that can be seen after each step.
 type life struct {
+<<<<<<< HEAD
 	t          *testing.T
 	rng        *rand.Rand
 	store      *Store
@@ -71,6 +85,18 @@ type life struct {
 	place      *Place
 	own        int // which manifest p publishes; what of the newest segment is
 	current    int
+=======
+	t         *testing.T
+	rng       *rand.Rand
+	store     *Store
+	model     *tableModel
+	manifests []*tensor.Manifest
+	readers   []*modelReader
+	p         *Publishing
+	place     *Place
+	own       int // which manifest p publishes; what of the newest segment is
+	current   int
+>>>>>>> weights
 }
 
 func TestModel(t *testing.T) {
@@ -79,8 +105,13 @@ func TestModel(t *testing.T) {
 			places := 2 + int(seed%3)
 			l := &life{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), store: heapStore(t, places), current: -1,
+<<<<<<< HEAD
 				manifests:  []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
 				storeModel: &storeModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+=======
+				manifests: []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
+				model:     &tableModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+>>>>>>> weights
 			}
 			for step := 0; step < 400 && !t.Failed(); step++ {
 				l.step()
