@@ -22,6 +22,12 @@
 // copied at their Commit. Its acks are always committed ones. One goroutine uses a Filler, and Abort, Committed, Held, Accepted and Stats are for any; it has
 // two of its own, until Close or Abort: one watches the socket, one attaches anew and copies.
 //
+// Weights: a Publisher makes generations of named tensors visible, each whole or not at all, and a Subscription reads the newest one, which stays as it is until its Weights are
+// released. Over a unix socket both use the daemon's own memory; over a connection a Publisher sends the caller's memory in chunks, borrowed until Commit returns, and a Subscription
+// receives into memory of its own, verifies every sum before it shows anything, and makes another connection by itself when one breaks: a transfer goes on where it was. Its memory is that of
+// two generations, and one more for each that callers hold, up to SubscribeConfig.Generations; when they hold all of it, it lets the daemon go and comes back when one is released. A Publisher
+// whose connection broke makes another at the next Begin; what was under way is gone. A Subscription over a connection has one goroutine, until Close.
+//
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.
