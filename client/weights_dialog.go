@@ -16,8 +16,8 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// dialog is what a publisher and the daemon say after the handshake. After an error that is not one of its answers the connection is of no use any more. One goroutine at a time
-// uses it.
+// dialog is what a publisher and the daemon say after the handshake. After an error that is not one of its answers the connection is of no use any more. One
+// goroutine at a time uses it.
 type dialog struct {
 	conn    net.Conn
 	timeout time.Duration // for an answer that is not waited for
