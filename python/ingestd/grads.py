@@ -200,6 +200,7 @@ class GradReader:
                 plan.advance(intake.members(step))
             if not seen and (intake.news or batch is None):
                 intake.news = False
+                self._tidy()
                 have = intake.complete(step)
                 if len(have) >= quorum and (until.passed() or self._ended is not None or not intake.awaited(step)):
                     return plan
@@ -208,7 +209,6 @@ class GradReader:
                 if until.passed():
                     raise StepTimeout(step, until.seconds or 0.0, quorum, list(have), intake.missing(step))
             if batch is None:
-                self._tidy()
                 batch = self._next(self._soon(until))
                 if batch is not None:
                     self._take(batch)
