@@ -9,6 +9,9 @@
 :class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
 :class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
 :class:`GradReader`    reads the steps of all producers, and sums them from where they lie
+:class:`Publisher`     publishes generations of a model's tensors
+:class:`Subscription`  reads the newest one, mapped over ``unix://`` or received over ``tcp://``
+:class:`Weights`       one generation, pinned: read-only arrays by name, which keep the pin
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -21,6 +24,7 @@ array that they are given, so what they make must be used before the release, or
 from .batch import Batch
 from .errors import (
     AllHeld,
+    BadSum,
     ChunkError,
     Closed,
     Difference,
@@ -31,8 +35,13 @@ from .errors import (
     Full,
     Lost,
     LostBatches,
+    NoGeneration,
     Note,
+    NotWritten,
+    OldGeneration,
     PeerClosed,
+    Pin,
+    Pinned,
     Refused,
     Released,
     SessionTaken,
@@ -53,13 +62,16 @@ from .reader import Reader
 from .spec import Leaf, Spec, diff
 from .steps import StepProducer, StepTx
 from .version import __version__
+from .weights import Draft, Published, Publisher, Subscription, Weights, subscribe
 
 __all__ = [
     "AllHeld",
+    "BadSum",
     "Batch",
     "ChunkError",
     "Closed",
     "Difference",
+    "Draft",
     "EndOfStream",
     "Ended",
     "Error",
@@ -73,9 +85,16 @@ __all__ = [
     "Lost",
     "LostBatches",
     "Manifest",
+    "NoGeneration",
+    "NotWritten",
     "Note",
+    "OldGeneration",
     "PeerClosed",
+    "Pin",
+    "Pinned",
     "Producer",
+    "Published",
+    "Publisher",
     "Reader",
     "Refused",
     "Released",
@@ -90,9 +109,12 @@ __all__ = [
     "StepRefused",
     "StepTimeout",
     "StepTx",
+    "Subscription",
     "Tensor",
     "TensorMismatch",
     "Timeout",
+    "Weights",
     "__version__",
     "diff",
+    "subscribe",
 ]
