@@ -671,7 +671,7 @@ def test_what_sums_go_into(make: Make) -> None:
 
 def test_the_end_of_the_table(make: Make) -> None:
     d = make()
-    with attach(d) as r:
+    with attach(d, reconnect=0) as r:
         d.opened("a")
         d.opened("b")
         d.step("a", 1, gradients(1, 1))
@@ -682,6 +682,20 @@ def test_the_end_of_the_table(make: Make) -> None:
         assert r.held == 0
         with pytest.raises(EndOfStream):
             r.step(2, deadline=PATIENCE)
+
+
+def test_a_daemon_that_stopped_and_does_not_come_back(make: Make) -> None:
+    d = make(SMALL)
+    with attach(d, reconnect=1e-9) as r:
+        d.opened("a")
+        d.step("a", 2, small(2))
+        with pytest.raises(StepTimeout):
+            r.step(1, deadline=0)
+        d.listener.sock.close()
+        d.channel.close()
+        with pytest.raises(EndOfStream):
+            r.step(1, deadline=PATIENCE)
+        assert r.held == 0 and r.stats.spilled_bytes == 24
 
 
 def test_a_daemon_that_goes_away_for_good(make: Make) -> None:
