@@ -314,6 +314,8 @@ class RemoteSource:
         with self._locked():
             self._sock = sock
         try:
+            if self._closed:  # it was before there was a socket to shut down
+                raise _Stopped
             self._agree(handshake(sock, hello("subscribe", self._table, **options), answered))
         except Timeout as e:
             self._disconnect()
@@ -378,8 +380,10 @@ class RemoteSource:
             self._send(_DAMAGED)
             self._pause(random.uniform(0, longest_pause(time.monotonic() - self._outage)))
             return
-        self._show(transfer, base is not None)
-        self._send(_SHOWN)
+        try:
+            self._send(_SHOWN)
+        finally:
+            self._show(transfer, base is not None)
 
     def _prepare(self, announced: Announcement, manifest: Manifest) -> tuple[Buffer | None, Buffer | None]:
         """What the generation differs from, and memory for it; that is None where a part of it is here."""
