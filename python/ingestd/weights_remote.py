@@ -304,9 +304,10 @@ class RemoteSource:
 
     def _connect(self, wait: bool, until: Deadline, answered: Deadline) -> None:
         options: dict[str, Any] = {"wait": wait, "stream": self._address.kind == "unix", "client": self._client}
+        options["delta"] = self._delta
         latest, partial = self._latest, self._partial
         if latest is not None:
-            options.update(have=latest.generation, have_digest=latest.digest.hex(), delta=self._delta)
+            options.update(have=latest.generation, have_digest=latest.digest.hex())
         if partial is not None:
             of = partial.announced
             options.update(resume=of.generation, resume_digest=of.digest.hex(), resume_offset=partial.came)

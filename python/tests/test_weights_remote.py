@@ -70,7 +70,14 @@ def test_generations(listener: Listener) -> None:
     def script(peer: Peer) -> None:
         hello = accept(peer)
         unix = {"stream": True} if listener.address.startswith("unix") else {}
-        assert hello == {"role": "subscribe", "table": "w", "byte_order": "little", **unix, "client": "me"}
+        assert hello == {
+            "role": "subscribe",
+            "table": "w",
+            "byte_order": "little",
+            "delta": True,
+            **unix,
+            "client": "me",
+        }
         give(peer, 3)
         steps.wait("first")
         give(peer, 4)
@@ -127,7 +134,7 @@ def test_what_differs_alone_is_sent(tcp: Listener) -> None:
         return [[MANIFEST.offsets[MANIFEST.index(n)], MANIFEST[n].encoded_bytes] for n in names]
 
     def script(peer: Peer) -> None:
-        assert "delta" not in accept(peer)
+        assert accept(peer)["delta"] is True
         peer.sock.sendall(announce(peer, 1, first))
         assert peer.exactly(1) == SHOWN
         for generation, arrays, names in ((2, second, ["layers.0.b", "step"]), (3, third, [])):
