@@ -9,8 +9,8 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// model is a table as it should be: plain values and no memory.
-type model struct {
+// storeModel is a table as it should be: plain values and no memory.
+type storeModel struct {
 	places  int
 	newest  uint64
 	whole   map[uint64]bool               // generations of the newest segment that are there
@@ -33,7 +33,7 @@ type modelHeld struct {
 }
 
 // pinned tells whether a reader holds a generation of the newest segment.
-func (m *model) pinned(generation uint64) bool {
+func (m *storeModel) pinned(generation uint64) bool {
 	for r, all := range m.held {
 		for _, h := range all {
 			if r.segment == m.segment && h.generation == generation {
@@ -45,7 +45,7 @@ func (m *model) pinned(generation uint64) bool {
 }
 
 // begin tells whether there is a place for one more generation: one that holds nothing, or an old generation's that nobody pins. It takes the oldest of those.
-func (m *model) begin() bool {
+func (m *storeModel) begin() bool {
 	if len(m.whole) < m.places {
 		return true
 	}
@@ -59,18 +59,18 @@ func (m *model) begin() bool {
 	return oldest != 0
 }
 
-// life runs random publishers and readers against a store and the model, and compares all that can be seen after each step.
+// life runs random publishers and readers against a store and the storeModel, and compares all that can be seen after each step.
 type life struct {
-	t         *testing.T
-	rng       *rand.Rand
-	store     *Store
-	model     *model
-	manifests []*tensor.Manifest
-	readers   []*modelReader
-	p         *Publishing
-	place     *Place
-	own       int // which manifest p publishes; what of the newest segment is
-	current   int
+	t          *testing.T
+	rng        *rand.Rand
+	store      *Store
+	storeModel *storeModel
+	manifests  []*tensor.Manifest
+	readers    []*modelReader
+	p          *Publishing
+	place      *Place
+	own        int // which manifest p publishes; what of the newest segment is
+	current    int
 }
 
 func TestModel(t *testing.T) {
@@ -79,8 +79,8 @@ func TestModel(t *testing.T) {
 			places := 2 + int(seed%3)
 			l := &life{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), store: heapStore(t, places), current: -1,
-				manifests: []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
-				model:     &model{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+				manifests:  []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
+				storeModel: &storeModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
 			}
 			for step := 0; step < 400 && !t.Failed(); step++ {
 				l.step()
@@ -108,7 +108,7 @@ func (l *life) step() {
 	case n < 40:
 		l.place.Abort()
 		l.place = nil
-	case n < 45 && l.model.newest > 0 && len(l.readers) < 5:
+	case n < 45 && l.storeModel.newest > 0 && len(l.readers) < 5:
 		l.open()
 	case len(l.readers) == 0:
 	case n < 50:
@@ -121,15 +121,15 @@ func (l *life) step() {
 }
 
 func (l *life) begin() {
-	ok := l.own != l.current || l.model.begin() // a segment that nothing was published of has place
+	ok := l.own != l.current || l.storeModel.begin() // a segment that nothing was published of has place
 	place, err := l.p.TryBegin(0)
 	if busy := (*PinnedError)(nil); ok != (err == nil) || err != nil && !errors.As(err, &busy) {
-		l.t.Fatalf("begin: %v; the model says %v", err, ok)
+		l.t.Fatalf("begin: %v; the storeModel says %v", err, ok)
 	}
 	if err == nil {
 		l.place = place
-		if place.Generation() != l.model.newest+1 {
-			l.t.Fatalf("generation %d after %d", place.Generation(), l.model.newest)
+		if place.Generation() != l.storeModel.newest+1 {
+			l.t.Fatalf("generation %d after %d", place.Generation(), l.storeModel.newest)
 		}
 		write(place)
 	}
@@ -138,17 +138,17 @@ func (l *life) begin() {
 func (l *life) commit() {
 	must(l.place.Commit())(l.t)
 	if l.own != l.current {
-		l.model.whole = map[uint64]bool{}
-		l.model.segment++
+		l.storeModel.whole = map[uint64]bool{}
+		l.storeModel.segment++
 		l.current = l.own
 	}
-	l.model.newest = l.place.Generation()
-	l.model.whole[l.model.newest] = true
+	l.storeModel.newest = l.place.Generation()
+	l.storeModel.whole[l.storeModel.newest] = true
 	l.place = nil
 }
 
 func (l *life) open() {
-	r := &modelReader{segment: l.model.segment}
+	r := &modelReader{segment: l.storeModel.segment}
 	if l.rng.IntN(2) == 0 {
 		r.inside = must(l.store.OpenReader(Who{}))(l.t)
 	} else {
@@ -161,14 +161,14 @@ func (l *life) open() {
 func (l *life) close(i int) {
 	r := l.readers[i]
 	if r.inside != nil {
-		for _, h := range l.model.held[r] {
+		for _, h := range l.storeModel.held[r] {
 			h.held.Release()
 		}
 		check(l.t, r.inside.Close())
 	} else {
 		check(l.t, r.page.Close())
 	}
-	delete(l.model.held, r)
+	delete(l.storeModel.held, r)
 	l.readers = append(l.readers[:i], l.readers[i+1:]...)
 }
 
@@ -182,14 +182,14 @@ func (l *life) pin(r *modelReader) {
 	} else {
 		h.generation, h.place, ok = r.pins.Pin(r.view, 0)
 	}
-	if !ok || r.segment == l.model.segment && h.generation != l.model.newest {
-		l.t.Fatalf("pinned generation %d (%v), the newest is %d", h.generation, ok, l.model.newest)
+	if !ok || r.segment == l.storeModel.segment && h.generation != l.storeModel.newest {
+		l.t.Fatalf("pinned generation %d (%v), the newest is %d", h.generation, ok, l.storeModel.newest)
 	}
-	l.model.held[r] = append(l.model.held[r], h)
+	l.storeModel.held[r] = append(l.storeModel.held[r], h)
 }
 
 func (l *life) release(r *modelReader) {
-	all := l.model.held[r]
+	all := l.storeModel.held[r]
 	if len(all) == 0 {
 		return
 	}
@@ -199,7 +199,7 @@ func (l *life) release(r *modelReader) {
 	} else {
 		r.pins.Unpin(all[i].place)
 	}
-	l.model.held[r] = append(all[:i], all[i+1:]...)
+	l.storeModel.held[r] = append(all[:i], all[i+1:]...)
 }
 
 // compare looks at all that can be seen.
@@ -208,14 +208,14 @@ func (l *life) compare() {
 	there := map[uint64]bool{}
 	for _, g := range st.Generations {
 		there[g.Generation] = true
-		if (len(g.Pins) > 0) != l.model.pinned(g.Generation) {
-			l.t.Errorf("generation %d has pins %v, the model says %v", g.Generation, g.Pins, l.model.pinned(g.Generation))
+		if (len(g.Pins) > 0) != l.storeModel.pinned(g.Generation) {
+			l.t.Errorf("generation %d has pins %v, the storeModel says %v", g.Generation, g.Pins, l.storeModel.pinned(g.Generation))
 		}
 	}
-	if st.Newest != l.model.newest || fmt.Sprint(there) != fmt.Sprint(l.model.whole) {
-		l.t.Errorf("newest %d of %v, the model has %d of %v", st.Newest, there, l.model.newest, l.model.whole)
+	if st.Newest != l.storeModel.newest || fmt.Sprint(there) != fmt.Sprint(l.storeModel.whole) {
+		l.t.Errorf("newest %d of %v, the storeModel has %d of %v", st.Newest, there, l.storeModel.newest, l.storeModel.whole)
 	}
-	for r, all := range l.model.held {
+	for r, all := range l.storeModel.held {
 		for _, h := range all {
 			view := r.view
 			if r.inside != nil {
