@@ -29,7 +29,7 @@ from .dtypes import ITEMSIZE
 from .errors import Closed, SpecError
 from .manifest import Manifest, read_safetensors_header, read_safetensors_index
 from .spec import Array
-from .weights_publish import bytes_of
+from .weights_draft import bytes_of
 
 __all__ = ["SafeTensors", "write"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ingestd import (
+    Manifest,
     NoGeneration,
     NotWritten,
     OldGeneration,
@@ -128,7 +129,7 @@ def test_arrays_keep_the_pin(start: Start) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             with sub.latest() as w:
-                row, exported = w["layers.0.w"][2], np.from_dlpack(w.dlpack("layers.1.w"))
+                row, exported = w["layers.0.w"][2], w.dlpack("layers.1.w").array()
         pub.publish(tensors(2))
         with pytest.raises(Pinned):
             pub.publish(tensors(3), deadline=0)
@@ -327,6 +328,24 @@ def test_a_publisher_that_is_faster(start: Start, reader: str) -> None:
             pub.publish(tensors(k), deadline=PATIENCE)
         thread.join(PATIENCE)
     assert seen == sorted(set(seen)) and seen[-1] == 200
+
+
+@pytest.mark.parametrize("publisher", PUBLISHERS)
+def test_encoded_tensors(start: Start, publisher: str) -> None:
+    d = start()
+    values = {name: np.linspace(-2, 2, 999, dtype=np.float32) for name in ("bf16", "f16", "f8_e4m3", "f8_e5m2", "none")}
+    manifest = Manifest.from_arrays(values, {name: name for name in values if name != "none"})
+    with Publisher(table="w", tensors=manifest, **PUBLISHERS[publisher](d)) as pub:
+        pub.publish(values)
+        with subscribe(d.unix, "w") as sub, sub.latest() as w:
+            w.verify()
+            for name, near in (("bf16", 2**-8), ("f16", 2**-11), ("f8_e4m3", 0.07), ("f8_e5m2", 0.13), ("none", 0)):
+                assert np.allclose(w.decoded(name), values[name], rtol=near, atol=1e-2 if near else 0)
+            with pub.begin() as draft:  # as they are stored
+                for name in w:
+                    draft.put(name, w[name])
+        with subscribe(d.tcp, "w") as sub, sub.wait(newer_than=1, deadline=PATIENCE) as w:
+            assert w["none"].tolist() == values["none"].tolist() and w["f8_e4m3"].shape == (256 + 999,)
 
 
 def test_waiting(start: Start) -> None:
