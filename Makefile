@@ -13,7 +13,7 @@ SEED     ?= 0
 BENCH    ?=
 
 # What the Python tests need, and what lint needs. The linters are pinned: a new version has new opinions, and those come as a change of this line.
-PYTHON_TOOLS := numpy pytest ml_dtypes
+PYTHON_TOOLS := numpy pytest ml_dtypes safetensors
 LINT_TOOLS   := mypy==2.4.1 ruff==0.17.6
 
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
