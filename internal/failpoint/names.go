@@ -62,6 +62,9 @@ var Names = []string{
 	"tcpingest/receive/staged",
 	"tcpingest/reserve/taken",
 	"tcpingest/scatter/leaf",
+	"weights/commit/shown",
+	"weights/commit/stated",
+	"weights/commit/written",
 }
 
 // point is what the variable says.
