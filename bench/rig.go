@@ -92,7 +92,7 @@ func (g *rig) startSender(address, layout string) error {
 	args := []string{
 		"_sender", "--address", address, "--table", tableName, "--spec", layout,
 		"--connections", strconv.Itoa(g.c.Connections), "--write-bytes", strconv.Itoa(g.opt.WriteBytes),
-		"--send-buffer", strconv.Itoa(g.opt.SendBuffer),
+		"--send-buffer", strconv.Itoa(g.opt.SendBuffer), "--source-bytes", strconv.Itoa(g.opt.SourceBytes),
 		"--window-samples", strconv.FormatInt(g.opt.AskSamples, 10), "--window-bytes", strconv.FormatInt(g.opt.AskBytes, 10),
 	}
 	if g.opt.Client {
