@@ -56,6 +56,7 @@ const (
 	valueTook       = "took"
 	valueBegan      = "began" // CLOCK_MONOTONIC
 	valueGeneration = "generation"
+	valueFirst      = "first"   // byte of the tensor that readers look at
 	valueSeen       = "seen"    // CLOCK_MONOTONIC
 	valueView       = "view"    // from being awake to the first byte of a tensor
 	valueShown      = "shown"   // from the daemon's stamp of publication to being seen

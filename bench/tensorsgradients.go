@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/reduce"
+	"github.com/ingestd/ingestd/tensor"
 )
 
 // Contenders of the case gradients. Each has a figure of its name, in GB/s of gradients, and those over sockets have some of their costs.
@@ -129,7 +130,7 @@ func (r *tensorRunner) gradientsOne(ctx context.Context, c *TensorCase, name str
 }
 
 // chunkSampleBytes is what a chunk is in the ring and on the wire: a header of 64 bytes, and the data.
-func chunkSampleBytes(c *TensorCase) int64 { return tensorHeaderBytes + c.ChunkBytes }
+func chunkSampleBytes(c *TensorCase) int64 { return tensor.HeaderBytes + c.ChunkBytes }
 
 // bareCase is the load of the bare loop: samples of a chunk's size, and memory of the ring's.
 func bareCase(c *TensorCase) Case {

@@ -111,16 +111,19 @@ func (r *tensorRunner) startWeights(ctx context.Context, c TensorCase, readers i
 
 // once publishes a generation and waits until every reader has seen it.
 func (g *weightsRig) once() (*publication, error) {
-	told, err := g.publisher.values(request{Do: doPublish}, valueBegan, valueGeneration)
+	told, err := g.publisher.values(request{Do: doPublish}, valueBegan, valueGeneration, valueFirst)
 	if err != nil {
 		return nil, err
 	}
 	p := new(publication)
 	var views []float64
 	for _, reader := range g.readers {
-		seen, err := reader.values(request{Do: doSeen, Upto: uint64(told[valueGeneration])}, valueSeen, valueView, valueShown)
+		seen, err := reader.values(request{Do: doSeen, Upto: uint64(told[valueGeneration])}, valueSeen, valueView, valueShown, valueFirst)
 		if err != nil {
 			return nil, err
+		}
+		if seen[valueFirst] != told[valueFirst] {
+			return nil, reader.fail(fmt.Errorf("generation %d begins with %#x, not %#x", told[valueGeneration], seen[valueFirst], told[valueFirst]))
 		}
 		p.all = max(p.all, time.Duration(seen[valueSeen]-told[valueBegan]))
 		p.visible = max(p.visible, time.Duration(seen[valueShown]))

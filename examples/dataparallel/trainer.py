@@ -24,7 +24,7 @@ from timings import Timings
 
 def publish(publisher: ingestd.Publisher, parameters: mlp.Arrays, patience: float) -> int:
     """Makes the parameters the newest generation; returns its number."""
-    return publisher.publish(parameters, deadline=patience)
+    return publisher.publish(parameters, deadline=patience).generation
 
 
 def train(options: argparse.Namespace) -> dict[str, object]:
