@@ -87,10 +87,11 @@ def train(children: processes.Processes, options: argparse.Namespace, folder: Pa
     )  # fmt: skip
     progress = Progress(trainer, children, options.steps, killed)
     workers = [shards.name_of(worker) for worker in range(options.workers)]
-    for worker, name in enumerate(workers):  # gradients: half over TCP; weights: one as from another machine
+    ways = [addresses["tcp"], addresses["unix"], addresses["tcp"], addresses["unix"].replace("unix://", "shm://")]
+    for worker, name in enumerate(workers):  # gradients by every transport; weights: one as from another machine
         children.start(
             name, sys.executable, str(HERE / "worker.py"), "--worker", str(worker), *common,
-            "--gradients", addresses["unix" if worker % 2 else "tcp"],
+            "--gradients", ways[worker % len(ways)],
             "--weights", addresses["tcp" if worker == 0 else "unix"], stdout=subprocess.PIPE,
         )  # fmt: skip
     progress.start()

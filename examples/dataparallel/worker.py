@@ -49,7 +49,9 @@ def work(options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compute gradients of one shard and push them to ingestd.")
-    parser.add_argument("--gradients", required=True, help="where to push: tcp://host:port or unix:///path")
+    parser.add_argument(
+        "--gradients", required=True, help="where to push: tcp://host:port, unix:///path or shm:///path"
+    )
     parser.add_argument("--weights", required=True, help="where to read weights: unix:///path, or tcp://host:port")
     parser.add_argument("--worker", type=int, default=0, help="which worker, from 0")
     parser.add_argument("--workers", type=int, default=4, help="how many there are")
