@@ -62,7 +62,8 @@ func (d *fillTable) Table(name string) (shm.Table, bool) {
 	return shm.Table{Name: "t", Spec: d.spec, View: &d.ring.View, Memory: d.memory, Fill: d.open, Holder: d.holder}, name == "t"
 }
 
-func (d *fillTable) open(ctx context.Context, name string, taken func()) (*drainer.Lender, error) {
+func (d *fillTable) open(ctx context.Context, hello *wire.Hello, taken func()) (*drainer.Lender, error) {
+	name := hello.Session
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if name == "" {

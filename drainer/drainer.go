@@ -62,6 +62,9 @@ type StreamConfig struct {
 
 	FlushAtEnd bool // the end of the stream publishes the batch being filled
 
+	// Check, if not nil, looks at the samples before they are pushed.
+	Check Checker
+
 	// Full, if not nil, makes of the error of a Reserve that ran out of time one that says whom it waited for.
 	Full func(error) error
 }
@@ -84,6 +87,9 @@ func (p *Pool) Open(r *ring.Ring, cfg StreamConfig) *Stream {
 	}
 	if cfg.Session != nil {
 		s.held = cfg.Session.Held()
+	}
+	if cfg.Check != nil {
+		s.columns = make([][]byte, len(r.Layout().Columns))
 	}
 	s.next = s.held
 	s.pushed.Store(s.held)

@@ -20,6 +20,9 @@ type LenderID struct {
 	// FlushAtEnd publishes the batch being filled when the stream ends and some of its samples were copied there.
 	FlushAtEnd bool
 
+	// Check, if not nil, looks at rows that are called complete before they are committed.
+	Check Checker
+
 	// Resumed, if set, is called when the producer says that it needs nothing of what an earlier connection of its session had filled.
 	Resumed func()
 }
@@ -36,8 +39,9 @@ type Lender struct {
 	next     uint64
 	before   uint64 // openings below it may hold samples of the stream that came by another way; 0: none
 	shared   sharedSpot
-	stay     bool // StayLent was called
-	behind   int  // complete places that were copied in a row, since an earlier sample was not published yet
+	stay     bool     // StayLent was called
+	behind   int      // complete places that were copied in a row, since an earlier sample was not published yet
+	columns  [][]byte // what a Checker is given; nil without one
 	seat     *park.Waiter
 	lendSeat *park.Waiter
 
@@ -103,6 +107,9 @@ func NewLender(r *ring.Ring, id LenderID) *Lender {
 	if id.Session != nil {
 		l.next = id.Session.Held()
 		l.held.Store(l.next)
+	}
+	if id.Check != nil {
+		l.columns = make([][]byte, len(r.Layout().Columns))
 	}
 	if l.next > 0 { // the last of them may lie in any batch that was opened up to now
 		l.before = (r.Reserved() + uint64(l.size) - 1) / uint64(l.size)
@@ -177,7 +184,8 @@ func (l *Lender) drop() {
 }
 
 // Commit takes so many further rows of a lease as complete at arrival (Unix nanoseconds): they are in the ring when it returns. full says that they
-// were the place's last; then Publish or Settle comes next. The error is a *LeaseError, and then nothing was taken.
+// were the place's last; then Publish or Settle comes next. The error is a *LeaseError, and then nothing was taken, or a *CheckError, and then the rows before
+// the one that the Checker turned down were.
 func (l *Lender) Commit(lease uint64, rows int, arrival uint64) (full bool, err error) {
 	t := l.current()
 	switch {
@@ -185,6 +193,11 @@ func (l *Lender) Commit(lease uint64, rows int, arrival uint64) (full bool, err 
 		return false, &LeaseError{Lease: lease, Rows: rows}
 	case lease != t.lease || rows < 1 || rows > l.size-t.rows:
 		return false, &LeaseError{Lease: lease, Due: t.lease, Rows: rows, Left: l.size - t.rows}
+	}
+	if l.id.Check != nil {
+		if rows, err = l.check(t, rows); rows == 0 {
+			return false, err
+		}
 	}
 	if t.rows == 0 {
 		t.first = l.next
@@ -199,7 +212,7 @@ func (l *Lender) Commit(lease uint64, rows int, arrival uint64) (full bool, err 
 	l.held.Store(l.next)
 	l.committed.Store(l.committed.Load() + uint64(rows))
 	if t.rows < l.size {
-		return false, nil
+		return false, err
 	}
 	l.mu.Lock()
 	if len(l.places) == 1 {
@@ -207,6 +220,27 @@ func (l *Lender) Commit(lease uint64, rows int, arrival uint64) (full bool, err 
 	}
 	l.mu.Unlock()
 	return true, nil
+}
+
+// check returns how many of the rows may be committed.
+func (l *Lender) check(t *lent, rows int) (int, error) {
+	columns := l.ring.Layout().Columns
+	for leaf, bytes := range columns {
+		l.columns[leaf] = l.ring.PlaceColumn(t.place, leaf)[int64(t.rows)*bytes : int64(t.rows+rows)*bytes]
+	}
+	good, err := l.id.Check.Check(l.columns)
+	if err != nil {
+		err = &CheckError{err}
+	}
+	return good, err
+}
+
+// AppendNotes appends what the Checker has for the producer, to be written before it is told that its rows were taken.
+func (l *Lender) AppendNotes(dst []byte) []byte {
+	if l.id.Check == nil {
+		return dst
+	}
+	return l.id.Check.AppendNotes(dst)
 }
 
 // TryPublish publishes the place being filled, which is full, as it is. It returns false when that would break the stream's order, or part of the place was

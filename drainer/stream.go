@@ -22,6 +22,7 @@ type Stream struct {
 	drainer *drainer
 	seat    *park.Waiter // the sender's
 	next    uint64       // number of the sender's next sample; the sender's own
+	columns [][]byte     // what a Checker is given; the sender's own, nil without one
 
 	pushed       atomic.Uint64 // number of the next sample to be pushed; written by the sender
 	abandoned    atomic.Uint64 // slots given back unfilled; written by the sender
@@ -72,9 +73,15 @@ func (s *Stream) Reserve(ctx context.Context, n int) (ring.Run, error) {
 func (s *Stream) Column(run ring.Run, leaf int) []byte { return s.ring.RunColumn(run, leaf) }
 
 // Push hands filled slots on, in the order of the samples, and commits them itself if the drainer is at rest; arrival is when the last byte of the last of
-// them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round.
+// them was read. It waits while the queue is full, which lasts no longer than a drainer needs for its round. It returns how many it took: all, or with a
+// *CheckError those before the sample that the stream's Checker turned down; the slots after them are still the caller's, to be abandoned.
 // Pushing after Close panics.
-func (s *Stream) Push(run ring.Run, arrival time.Time) {
+func (s *Stream) Push(run ring.Run, arrival time.Time) (pushed int, err error) {
+	if s.cfg.Check != nil {
+		if run, err = s.check(run); run.N == 0 {
+			return 0, err
+		}
+	}
 	f := [1]filled{{run: run, first: s.next, arrival: uint64(arrival.UnixNano())}}
 	// The pool commits without ever waiting, so this wait ends as long as the pool runs, and the pool outlives the streams.
 	s.next += uint64(run.N)
@@ -86,6 +93,28 @@ func (s *Stream) Push(run ring.Run, arrival time.Time) {
 		}
 	}
 	s.drainer.help(s)
+	return int(run.N), err
+}
+
+// check returns the part of the run that may be committed.
+func (s *Stream) check(run ring.Run) (ring.Run, error) {
+	for leaf := range s.columns {
+		s.columns[leaf] = s.ring.RunColumn(run, leaf)
+	}
+	good, err := s.cfg.Check.Check(s.columns)
+	if err != nil {
+		err = &CheckError{err}
+	}
+	run, _ = run.Split(good)
+	return run, err
+}
+
+// AppendNotes appends what the stream's Checker has for the producer, to be written before the acks of what was pushed.
+func (s *Stream) AppendNotes(dst []byte) []byte {
+	if s.cfg.Check == nil {
+		return dst
+	}
+	return s.cfg.Check.AppendNotes(dst)
 }
 
 // Abandon gives slots back unfilled: their samples never came whole.

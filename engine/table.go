@@ -2,7 +2,9 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"sort"
 	"sync"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/steps"
 )
 
 // Memory is where a table's segment lies.
@@ -45,6 +48,10 @@ type Config struct {
 	DefaultGroup sampler.GroupConfig
 	GroupKeep    time.Duration
 
+	// Steps makes it a table of kind tensors, whose Spec is steps.Spec of its ChunkBytes: the samples are chunks, their headers are checked, and the herald says in the
+	// ring who is there, which needs Run. Nil: a table of samples.
+	Steps *steps.Config
+
 	// Memory makes the segment's memory; nil takes it from the heap.
 	Memory func(size int64) (Memory, error)
 
@@ -60,6 +67,7 @@ type Table struct {
 	cfg     Config
 	ring    *ring.Ring
 	sampler *sampler.FIFO
+	steps   *steps.Keeper // nil: its samples are no chunks
 	memory  Memory
 	found   *ring.Recovery // nil: the segment was made anew
 
@@ -107,6 +115,11 @@ func New(cfg Config) (*Table, error) {
 	if cfg.Spec == nil || cfg.Drainers == nil {
 		return nil, fmt.Errorf("table %q: Config.Spec and Config.Drainers are required", cfg.Name)
 	}
+	if cfg.Steps != nil {
+		if s, err := steps.Spec(cfg.Steps.ChunkBytes); err != nil || !s.Equal(cfg.Spec) {
+			return nil, fmt.Errorf("table %q: Config.Spec is %s, which is not that of chunks of %d bytes", cfg.Name, cfg.Spec.Text(), cfg.Steps.ChunkBytes)
+		}
+	}
 	if cfg.SessionTTL < 0 {
 		return nil, fmt.Errorf("table %q: Config.SessionTTL is %v, must not be negative", cfg.Name, cfg.SessionTTL)
 	}
@@ -145,6 +158,9 @@ func (t *Table) makeRing(l ring.Layout) (err error) {
 	if err != nil {
 		return err
 	}
+	if t.cfg.Steps != nil {
+		t.steps = steps.New(t.ring, *t.cfg.Steps, t.found)
+	}
 	var found []ring.Recovered
 	if t.found != nil {
 		found = t.found.Batches
@@ -162,6 +178,9 @@ func (t *Table) Name() string { return t.cfg.Name }
 // Spec returns the layout of a sample.
 func (t *Table) Spec() *spec.Spec { return t.cfg.Spec }
 
+// Steps returns what the table knows of the producers of tensors; nil of a table of samples.
+func (t *Table) Steps() *steps.Keeper { return t.steps }
+
 // CommittedAcks tells whether Config says that transports ack only what is in the ring.
 func (t *Table) CommittedAcks() bool { return t.cfg.CommittedAcks }
 
@@ -175,7 +194,15 @@ func (t *Table) Sampler() *sampler.FIFO { return t.sampler }
 func (t *Table) Memory() Memory { return t.memory }
 
 // Run runs what the table does by the clock, until ctx ends.
-func (t *Table) Run(ctx context.Context) error { return t.sampler.Run(ctx) }
+func (t *Table) Run(ctx context.Context) error {
+	var herald sync.WaitGroup
+	if t.steps != nil {
+		herald.Go(func() { _ = t.steps.Run(ctx) })
+	}
+	err := t.sampler.Run(ctx)
+	herald.Wait()
+	return err
+}
 
 // Close ends the table for producers: no new streams; when the open ones, which their owners close, are drained, the batch being filled is published short,
 // and trainers get io.EOF after the last batch. If ctx ends before the streams do, Close goes on without them and returns its error.
@@ -196,6 +223,11 @@ func (t *Table) Close(ctx context.Context) error {
 	case <-drained:
 	case <-ctx.Done():
 		err = fmt.Errorf("table %q: streams were not drained: %w", t.cfg.Name, park.ContextError(ctx))
+	}
+	if t.steps != nil { // who has gone is said before the end
+		if flushed := t.steps.Flush(ctx); err == nil && flushed != nil && !errors.Is(flushed, os.ErrClosed) {
+			err = fmt.Errorf("table %q: readers were not told of all ends: %w", t.cfg.Name, flushed)
+		}
 	}
 	t.ring.Flush()
 	t.ring.Close()
@@ -223,6 +255,7 @@ type Stats struct {
 	Streams   []drainer.StreamStats
 	Lenders   []drainer.LenderStats // producers that fill places themselves; they count as streams above
 	Sampler   sampler.Stats
+	Steps     *steps.Stats // nil: a table of samples
 }
 
 // Stats returns a snapshot; its parts may belong to slightly different moments.
@@ -237,6 +270,10 @@ func (t *Table) Stats() Stats {
 		Places:    map[string]int{},
 		Sessions:  len(t.ring.Sessions()),
 		Sampler:   t.sampler.Stats(),
+	}
+	if t.steps != nil {
+		of := t.steps.Stats()
+		st.Steps = &of
 	}
 	for i := range t.ring.Batches() {
 		st.Places[t.ring.BatchState(i).State.String()]++

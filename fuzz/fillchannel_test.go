@@ -42,7 +42,7 @@ type fillHost struct {
 }
 
 func (h *fillHost) Table(name string) (shm.Table, bool) {
-	fill := func(context.Context, string, func()) (*drainer.Lender, error) {
+	fill := func(context.Context, *wire.Hello, func()) (*drainer.Lender, error) {
 		h.lender = drainer.NewLender(h.ring, drainer.LenderID{Stream: h.ring.NextStream()})
 		return h.lender, nil
 	}

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sort"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +14,7 @@ import (
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/steps"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -34,6 +33,8 @@ type Table interface {
 	// OpenStream makes the queue of one producer, waiting, until ctx ends, for the one before of its session. The transport closes it. Errors are those of
 	// engine.Table.
 	OpenStream(ctx context.Context, cfg engine.StreamConfig) (*drainer.Stream, error)
+	// Steps returns what is known of the producers of a table of kind tensors; nil of one of samples.
+	Steps() *steps.Keeper
 	// CommittedAcks tells whether no sample is acked before it is in the ring, whatever a producer asks for.
 	CommittedAcks() bool
 	// Holder returns whom writers wait for when the ring is full; false where nobody is to blame.
@@ -42,8 +43,9 @@ type Table interface {
 
 // Tables finds tables by name.
 type Tables interface {
-	Lookup(name string) (Table, bool)
-	Names() []string
+	Lookup(name string) (Table, bool) // of kinds samples and tensors
+	Names() []string                  // of all
+	Kind(name string) Kind            // "": there is no such table
 }
 
 // Window bounds what a producer may have under way without an ack.
@@ -65,16 +67,21 @@ func (w Window) bytes(asked, sample int64) int64 {
 // Where another connection has the session, it is ended by its taken, and OpenPush waits for that until ctx ends. taken is called once, from any goroutine,
 // when this one's turn has come to be ended; it must not wait.
 func OpenPush(ctx context.Context, tables Tables, h *wire.Hello, limit Window, taken func()) (Table, *drainer.Stream, *wire.AcceptedPush, *wire.Refusal) {
+	if r := CheckKind(tables, h); r != nil {
+		return nil, nil, nil, r
+	}
 	t, ok := tables.Lookup(h.Table)
 	if !ok {
-		names := tables.Names()
-		sort.Strings(names)
-		return nil, nil, nil, wire.Refuse(wire.CodeUnknownTable, "there is no table %q; the tables here are: %s", h.Table, strings.Join(names, ", "))
+		return nil, nil, nil, unknownTable(tables, h)
 	}
 	if r := h.CheckSpec(t.Spec()); r != nil {
 		return nil, nil, nil, r
 	}
-	s, err := t.OpenStream(ctx, engine.StreamConfig{Session: h.Session, Taken: taken})
+	m, r := ReadManifest(h)
+	if r != nil {
+		return nil, nil, nil, r
+	}
+	s, err := t.OpenStream(ctx, engine.StreamConfig{Session: h.Session, Manifest: m, Taken: taken})
 	if err != nil {
 		return nil, nil, nil, RefuseStream(h, err)
 	}
@@ -82,7 +89,7 @@ func OpenPush(ctx context.Context, tables Tables, h *wire.Hello, limit Window, t
 	if t.CommittedAcks() {
 		ack = wire.AckCommitted
 	}
-	return t, s, &wire.AcceptedPush{
+	accepted := &wire.AcceptedPush{
 		Table:         t.Name(),
 		Fingerprint:   t.Spec().Fingerprint(),
 		Stream:        s.ID(),
@@ -90,13 +97,23 @@ func OpenPush(ctx context.Context, tables Tables, h *wire.Hello, limit Window, t
 		WindowSamples: within(h.WindowSamples, limit.Samples),
 		WindowBytes:   limit.bytes(h.WindowBytes, t.Spec().SampleBytes()),
 		Held:          s.Held(),
-	}, nil
+	}
+	if k := t.Steps(); k != nil {
+		accepted.ChunkBytes = int64(k.ChunkBytes())
+	}
+	return t, s, accepted, nil
 }
 
 // RefuseStream turns an error of a table's OpenStream into what the peer is told.
 func RefuseStream(h *wire.Hello, err error) *wire.Refusal {
 	var full *ring.SessionsFullError
+	var mismatch *steps.MismatchError
 	switch {
+	case errors.As(err, &mismatch):
+		r := wire.Refuse(wire.CodeManifestMismatch, "table %q: %v; all producers of a table that are connected have one manifest: end the others first, or use another table",
+			h.Table, mismatch)
+		r.Diff = mismatch.Diff
+		return r
 	case errors.Is(err, os.ErrClosed):
 		return wire.Refuse(wire.CodeShuttingDown, "table %q takes no new streams: %v", h.Table, err)
 	case errors.Is(err, engine.ErrSessionTaken):

@@ -192,7 +192,7 @@ func (s *Server) fillStats() FillStats {
 
 // openLender opens the stream, and makes a refusal of what went wrong with it.
 func (f *filler) openLender(ctx context.Context, hello *wire.Hello) error {
-	lender, err := f.table.Fill(ctx, hello.Session, func() {
+	lender, err := f.table.Fill(ctx, hello, func() {
 		f.cut(wireNotice(wire.CodeSessionTaken, "another connection has opened session %q", hello.Session))
 	})
 	if err == nil {

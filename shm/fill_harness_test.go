@@ -57,7 +57,8 @@ func (h *fillHost) Table(name string) (Table, bool) {
 func (h *fillHost) Names() []string { return []string{testTable} }
 
 // open opens a stream as a daemon does.
-func (h *fillHost) open(ctx context.Context, name string, taken func()) (*drainer.Lender, error) {
+func (h *fillHost) open(ctx context.Context, hello *wire.Hello, taken func()) (*drainer.Lender, error) {
+	name := hello.Session
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.refuse; err != nil {

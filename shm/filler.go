@@ -56,6 +56,7 @@ type filler struct {
 	last       bool // the attachment has ended: nothing more is lent
 	armed      bool
 	oldest     rowAge
+	said       []byte      // what a Checker has for the producer
 	settleDue  atomic.Bool // set by its timer
 	clock      *time.Timer
 
@@ -386,10 +387,15 @@ func (f *filler) handle(ctx context.Context, descs []spsc.Desc, arrival uint64) 
 			k++
 		}
 		full, err := f.lender.Commit(d.A, int(rows), arrival)
-		if err != nil {
+		var bad *drainer.CheckError
+		switch {
+		case errors.As(err, &bad):
+			return 0, wireNotice(wire.CodeBadChunk, "%v", bad)
+		case err != nil:
 			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: %v", err)
 		}
 		failpoint.Hit("shm/filler/committed")
+		f.tellChecked()
 		f.link.giveback.Done(k)
 		failpoint.Hit("shm/filler/acked")
 		if full {
@@ -482,7 +488,7 @@ func (r *rowAge) age(arrival, now time.Time) time.Duration {
 func (f *filler) end(cause error) error {
 	f.last = true
 	var notice *wire.Notice
-	bad := errors.As(cause, &notice) && notice.Code == wire.CodeBadPeer
+	bad := errors.As(cause, &notice) && (notice.Code == wire.CodeBadPeer || notice.Code == wire.CodeBadChunk)
 	for !bad {
 		n, err := f.take(f.ending)
 		var broke *wire.Notice
@@ -596,6 +602,22 @@ func (f *filler) sendNote() {
 	}
 	f.sentNotes.Add(1)
 	f.note.Reset(noteAgain)
+}
+
+// tellChecked writes what the stream's Checker has for the producer, before the rows that it is about are acked.
+func (f *filler) tellChecked() {
+	if f.said = f.lender.AppendNotes(f.said[:0]); len(f.said) == 0 || !f.notes {
+		return
+	}
+	f.noteMu.Lock()
+	defer f.noteMu.Unlock()
+	if f.mute {
+		return
+	}
+	_ = f.conn.SetWriteDeadline(time.Now().Add(f.server.cfg.WriteTimeout))
+	if _, err := f.conn.Write(f.said); err != nil {
+		f.mute = true
+	}
 }
 
 // farewell sends the closing notice; no note follows.

@@ -34,9 +34,12 @@ type Table struct {
 	// Prefetch is the batches a trainer that names no number may hold; 0 takes the server's.
 	Prefetch int
 
+	// PrefetchMax is the most batches one of its trainers may hold; 0 takes the server's.
+	PrefetchMax int
+
 	// Fill opens a stream for a producer that fills places in place; taken is called once, from any goroutine, when another connection opens the same session:
-	// the Lender is to end soon. Nil: that is not offered.
-	Fill func(ctx context.Context, session string, taken func()) (*drainer.Lender, error)
+	// the Lender is to end soon. Nil: that is not offered. A *wire.Refusal in the error is what the producer is told.
+	Fill func(ctx context.Context, hello *wire.Hello, taken func()) (*drainer.Lender, error)
 
 	// Holder tells whom a full ring waits for; false if nobody holds a batch. Nil: producers are not told.
 	Holder func() (wire.Note, bool)
@@ -276,8 +279,12 @@ func (s *Server) prefetch(hello *wire.Hello, table Table) (int, error) {
 	case want == 0:
 		want = max(prefetchLeast, prefetchBytes/(table.View.SampleBytes()*int64(table.View.BatchSize())))
 	}
+	most := s.cfg.PrefetchMax
+	if table.PrefetchMax > 0 {
+		most = min(table.PrefetchMax, prefetchLimit)
+	}
 	left := table.View.Batches() - 1 - s.granted[table.Name]
-	return int(min(want, int64(s.cfg.PrefetchMax), int64(left+1)/2)), nil
+	return int(min(want, int64(most), int64(left+1)/2)), nil
 }
 
 // add gives the trainer a number and its share of the table's batches.

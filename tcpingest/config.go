@@ -16,9 +16,9 @@ import (
 type Config struct {
 	Tables ingest.Tables // required
 
-	// Attach serves the roles other than push on unix sockets, until the attachment ends. The connection is its to close, and Shutdown does
-	// not wait for it. Nil refuses those roles.
-	Attach func(conn *net.UnixConn, hello *wire.Hello) error
+	// Attach serves the roles other than push and manifest, until the attachment ends: those that map memory on unix sockets, publish and subscribe on both. The
+	// connection is its to close, and Shutdown does not wait for it. Nil refuses those roles.
+	Attach func(conn net.Conn, hello *wire.Hello) error
 
 	MaxConnections   int           // at once, in any state; default 1024
 	HandshakeTimeout time.Duration // for the whole hello; default 10 s

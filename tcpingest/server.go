@@ -56,7 +56,7 @@ func New(cfg Config) (*Server, error) {
 // Serve accepts producers of the native protocol on l, TCP or unix, until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
 // Shutdown or ctx's end; connections live on until Shutdown.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	return s.accept(ctx, l, s.servePush)
+	return s.accept(ctx, l, s.serveHello)
 }
 
 // ServeEcho is Serve for echo's protocol; all producers push to table.
@@ -186,8 +186,8 @@ func (s *Server) remove(c *conn) {
 	}
 }
 
-// servePush serves one connection of the native protocol.
-func (s *Server) servePush(c *conn) {
+// serveHello serves one connection of the native protocol.
+func (s *Server) serveHello(c *conn) {
 	_ = c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	if c.stopping.Load() {
 		_ = c.SetReadDeadline(time.Unix(1, 0))
@@ -208,10 +208,18 @@ func (s *Server) servePush(c *conn) {
 		s.counters.Ended.Add(ingest.EndReset)
 		return
 	}
-	if hello.Role != wire.RolePush {
+	switch hello.Role {
+	case wire.RolePush:
+		s.push(c, hello)
+	case wire.RoleManifest:
+		s.manifest(c, hello)
+	default:
 		s.attach(c, hello)
-		return
 	}
+}
+
+// push serves a producer.
+func (s *Server) push(c *conn, hello *wire.Hello) {
 	opening, cancel := context.WithTimeout(c.ctx, s.cfg.HandshakeTimeout)
 	table, stream, accepted, refusal := ingest.OpenPush(opening, s.cfg.Tables, hello, s.window(), c.giveUp)
 	cancel()
@@ -230,6 +238,7 @@ func (s *Server) servePush(c *conn) {
 		return
 	}
 	ses := newSession(c, stream, newPlan(table.Spec()), accepted)
+	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
 	if reason == ingest.EndReset {
@@ -246,11 +255,31 @@ func (s *Server) window() ingest.Window {
 	return ingest.Window{Samples: s.cfg.WindowSamples, Bytes: s.cfg.WindowBytes, BytesMax: s.cfg.WindowBytesMax}
 }
 
+// manifest answers who asks for a manifest.
+func (s *Server) manifest(c *conn, hello *wire.Hello) {
+	accepted, refusal := ingest.Manifest(s.cfg.Tables, hello)
+	if refusal != nil {
+		s.refuse(c, refusal)
+		return
+	}
+	c.allowWrite(time.Now().Add(s.cfg.HandshakeTimeout))
+	if err := wire.WriteAccepted(c.netConn, accepted); err != nil {
+		s.counters.Ended.Add(ingest.EndReset)
+		return
+	}
+	s.counters.Ended.Add(ingest.EndClean)
+	c.dismiss(s.cut, nil)
+}
+
 // attach hands a connection of another role to whom it may concern. From then on it is none of this server's:
 // neither its limits nor Shutdown concern it.
 func (s *Server) attach(c *conn, hello *wire.Hello) {
-	uc, ok := c.netConn.(*net.UnixConn)
-	if !ok || s.cfg.Attach == nil {
+	if r := ingest.CheckKind(s.cfg.Tables, hello); r != nil {
+		s.refuse(c, r)
+		return
+	}
+	_, local := c.netConn.(*net.UnixConn)
+	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe; s.cfg.Attach == nil || !local && !anywhere {
 		s.refuse(c, wire.Refuse(wire.CodeWrongRole, "role %q is served on the daemon's unix socket only; connect to unix:///PATH, which `ingestd serve` prints at its start", hello.Role))
 		return
 	}
@@ -260,7 +289,7 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 	delete(s.conns, c)
 	s.mu.Unlock()
 	s.running.Done()
-	if err := s.cfg.Attach(uc, hello); err != nil {
+	if err := s.cfg.Attach(c.netConn, hello); err != nil {
 		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "err", err)
 	}
 }

@@ -20,6 +20,7 @@ type session struct {
 	*conn
 	to        target
 	committed bool // acks follow the commit
+	notes     bool // the peer reads notes
 
 	carry      []byte // the first part of a sample, when its slot is not reserved yet
 	runs       [runsMax]ring.Run
@@ -236,10 +237,12 @@ func (s *session) receive() error {
 	}
 	s.carry = s.carry[:0]
 	s.partial = done%s.to.plan.sample != 0
-	s.place(done)
+	bad := s.place(done)
 	s.lastLeft -= done
 	s.unyielded += done
 	switch {
+	case bad != nil:
+		return bad
 	case err == nil:
 		return nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -310,20 +313,23 @@ func (s *session) readSome() (int, error) {
 	return n, err
 }
 
-// place pushes the samples that are complete and gives back the slots of the others.
-func (s *session) place(done int64) {
+// place pushes the samples that are complete and gives back the slots of the others. The error is a *drainer.CheckError: one of the samples may not be pushed, so
+// that it and those after it were given back, too.
+func (s *session) place(done int64) (err error) {
 	now := time.Now()
-	whole := done / s.to.plan.sample
+	whole, pushed := done/s.to.plan.sample, int64(0)
 	s.count(whole)
 	left := whole
 	for i, run := range s.to.runs {
-		filled, rest := run.Split(int(min(left, int64(run.N))))
-		if filled.N > 0 {
-			s.to.stream.Push(filled, now)
+		filled, _ := run.Split(int(min(left, int64(run.N))))
+		left -= int64(filled.N)
+		n := 0
+		if filled.N > 0 && err == nil {
+			n, err = s.to.stream.Push(filled, now)
 			failpoint.Hit("tcpingest/place/pushed")
 		}
-		left -= int64(filled.N)
-		s.runs[i] = rest
+		pushed += int64(n)
+		_, s.runs[i] = run.Split(n)
 	}
 	// The last first: slots at the end of the ring go straight to the next sample.
 	for i := len(s.to.runs) - 1; i >= 0; i-- {
@@ -331,9 +337,14 @@ func (s *session) place(done int64) {
 			s.to.stream.Abandon(rest)
 		}
 	}
-	s.unacked += whole
+	if pushed < whole {
+		s.count(pushed - whole)
+	}
+	s.unacked += pushed
+	return err
 }
 
+// count adds to what was taken, or takes back what after all was not.
 func (s *session) count(samples int64) {
 	bytes := samples * s.to.plan.sample
 	s.samples.Store(s.samples.Load() + uint64(samples))
@@ -354,6 +365,10 @@ func (s *session) flushAcks() error {
 		}
 	}
 	failpoint.Hit("tcpingest/ack/due")
+	// What the stream has to say about samples goes out before their acks.
+	if s.notes {
+		s.watch.rest = s.to.stream.AppendNotes(s.watch.rest)
+	}
 	var err error
 	if s.unacked, err = s.ack(s.unacked); err != nil {
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -371,9 +386,12 @@ func (s *session) ending(err error) (string, *wire.Notice) {
 	notice := func(code wire.Code, reason string) (string, *wire.Notice) {
 		return string(code), &wire.Notice{Code: code, Reason: reason}
 	}
+	var bad *drainer.CheckError
 	switch {
 	case err == nil:
 		return ingest.EndClean, nil
+	case errors.As(err, &bad):
+		return notice(wire.CodeBadChunk, bad.Error())
 	case errors.Is(err, errInterrupted):
 		return notice(wire.CodeShuttingDown, "the daemon is stopping; every sample it acked is kept, send the others again later")
 	case errors.Is(err, errTaken):

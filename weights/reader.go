@@ -68,6 +68,16 @@ func (r *Reader) Manifest() *tensor.Manifest { return r.memory.view.manifest }
 // SegmentBytes returns the length of its segment.
 func (r *Reader) SegmentBytes() int64 { return r.memory.view.layout.SegmentBytes }
 
+// Newest returns the newest generation of the segment.
+func (r *Reader) Newest() uint64 {
+	r.store.mu.Lock()
+	defer r.store.mu.Unlock()
+	if r.memory.newest < 0 {
+		return 0
+	}
+	return r.memory.places[r.memory.newest].generation
+}
+
 // Err returns why there will be no newer generation: *ReplacedError, or os.ErrClosed; nil while there may be.
 func (r *Reader) Err() error {
 	if err := r.gone.Load(); err != nil {

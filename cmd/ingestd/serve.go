@@ -14,8 +14,11 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/tensor"
+	"github.com/ingestd/ingestd/weights"
 )
 
 type serveOptions struct {
@@ -41,7 +44,8 @@ docs/operations.md describes the file; --print-config writes the settings in for
 		Example: `  ingestd serve --table digits --spec image:F32[8,8],label:I32 --batch-size 64
   ingestd serve --config /etc/ingestd.yaml --log-format json
   ingestd serve --table digits --spec image:F32[8,8],label:I32 --segment-dir /var/lib/ingestd --ack committed
-  ingestd serve --table grads --spec @grads.json --batch-size 4 --capacity 2GiB --listen tcp://127.0.0.1:0`,
+  ingestd serve --table grads --kind tensors --capacity 2GiB --max-lag 4
+  ingestd serve --table model --kind weights --listen tcp://127.0.0.1:0`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(std, cmd.Flags())
@@ -52,10 +56,15 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.StringVarP(&o.file, "config", "c", "", "YAML file with settings")
 	f.BoolVar(&o.printConfig, "print-config", false, "check the settings, print them as YAML and end")
 	f.StringVarP(&o.table.Name, "table", "t", daemon.DefaultTable, "name of the table")
-	f.StringVar(&o.table.Spec, "spec", "", "what one sample is: text such as image:F32[8,8],label:I32, or JSON, or @file")
-	f.IntVar(&o.table.BatchSize, "batch-size", daemon.DefaultBatchSize, "samples in a batch")
+	f.StringVar(&o.table.Kind, "kind", string(ingest.KindSamples), "what the table holds: samples, tensors (gradients: chunks of named tensors) or weights (whole generations of them)")
+	f.StringVar(&o.table.Spec, "spec", "", "kind samples: what one sample is: text such as image:F32[8,8],label:I32, or JSON, or @file")
+	o.table.ChunkBytes = tensor.ChunkBytesDefault
+	f.Var(&o.table.ChunkBytes, "chunk-bytes", "kind tensors: most data bytes of a chunk, 64KiB to 64MiB")
+	f.Uint64Var(&o.table.MaxLag, "max-lag", 0, "kind tensors: how many steps a chunk may be behind the newest step begun; 0: any number")
+	f.IntVar(&o.table.Generations, "generations", weights.PlacesDefault, "kind weights: generations that are there at once")
+	f.IntVar(&o.table.BatchSize, "batch-size", daemon.DefaultBatchSize, "samples in a batch; kind tensors: 1, unless given")
 	f.IntVar(&o.table.Batches, "batches", 0, "capacity in batches; default: what fits in 256MiB, at least 4")
-	f.Var(&o.table.Capacity, "capacity", "capacity as memory, such as 2GiB, instead of --batches")
+	f.Var(&o.table.Capacity, "capacity", "capacity as memory, such as 2GiB, instead of --batches; kind weights: most bytes of all generations, by default 4GiB")
 	f.Var(&o.table.Linger, "linger", "publish a batch short when a sample in it has waited so long, or a stream ends; 0 is never")
 	f.BoolVar(&o.table.HugePages, "huge-pages", false, "take huge pages if there are any")
 	f.StringVar(&o.table.Ack, "ack", "queued", "queued: producers choose; committed: no sample is acked before it is in the ring")
@@ -88,7 +97,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 }
 
 // tableFlags are those that belong to the table that --table names.
-var tableFlags = []string{"batch-size", "batches", "capacity", "linger", "huge-pages", "ack", "sessions", "session-ttl"}
+var tableFlags = []string{"kind", "chunk-bytes", "max-lag", "generations", "batch-size", "batches", "capacity", "linger", "huge-pages", "ack", "sessions", "session-ttl"}
 
 // config puts defaults, file and flags together.
 func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
@@ -136,14 +145,27 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 
 // addTable adds the table of the flags, or changes the one of that name.
 func (o *serveOptions) addTable(cfg *daemon.Config, given func(string) bool) {
+	cfg.Tables = slices.Clone(cfg.Tables)
 	i := slices.IndexFunc(cfg.Tables, func(t daemon.Table) bool { return t.Name == o.table.Name })
-	if i < 0 {
-		cfg.Tables = append(slices.Clone(cfg.Tables), o.table)
-		return
+	if i < 0 { // what is not given, its kind decides
+		i = len(cfg.Tables)
+		cfg.Tables = append(cfg.Tables, daemon.Table{Name: o.table.Name})
 	}
 	t := &cfg.Tables[i]
+	if given("kind") {
+		t.Kind = o.table.Kind
+	}
 	if given("spec") {
 		t.Spec = o.table.Spec
+	}
+	if given("chunk-bytes") {
+		t.ChunkBytes = o.table.ChunkBytes
+	}
+	if given("max-lag") {
+		t.MaxLag = o.table.MaxLag
+	}
+	if given("generations") {
+		t.Generations = o.table.Generations
 	}
 	if given("batch-size") {
 		t.BatchSize = o.table.BatchSize
@@ -229,21 +251,43 @@ func howToConnect(cfg daemon.Config, a daemon.Addresses) string {
 			line(at[0], "%s", at[1])
 		}
 	}
-	for _, t := range cfg.Tables {
-		fmt.Fprintf(&b, "\n# table %s: %s, %d batches of %d\n", t.Name, cut(t.Spec, 200), t.Batches, t.BatchSize)
-		push := a.TCP
-		if push == "" {
-			push = a.Unix
-		}
-		if push != "" {
-			line("push", "ingestd push --addr %s --table %s FILE.npz", push, quoted(t.Name))
+	for i := range cfg.Tables {
+		connectTable(line, &b, &cfg.Tables[i], a)
+	}
+	return b.String()
+}
+
+// connectTable writes the lines of one table.
+func connectTable(line func(name, format string, args ...any), b *strings.Builder, t *daemon.Table, a daemon.Addresses) {
+	in, name := a.TCP, quoted(t.Name)
+	if in == "" {
+		in = a.Unix
+	}
+	switch ingest.Kind(t.Kind) {
+	case ingest.KindTensors:
+		fmt.Fprintf(b, "\n# table %s: tensors in chunks of %v, room for %d\n", t.Name, t.ChunkBytes, t.Batches*t.BatchSize)
+		if in != "" {
+			line("push", "python3 -c 'import ingestd, numpy as np; p = ingestd.StepProducer(%q, table=%q, name=\"w0\", tensors={\"w\": np.ones(4, \"f4\")})'", in, t.Name)
 		}
 		if a.Unix != "" {
-			line("pull", "ingestd pull --addr %s --table %s", a.Unix, quoted(t.Name))
+			line("reduce", "python3 -c 'import ingestd; r = ingestd.GradReader(%q, table=%q); print(r.step(0, quorum=1, deadline=60).mean())'", a.Unix, t.Name)
+		}
+	case ingest.KindWeights:
+		fmt.Fprintf(b, "\n# table %s: weights, %d generations in at most %v\n", t.Name, t.Generations, t.Capacity)
+		if in != "" {
+			line("publish", "ingestd weights publish --addr %s --table %s MODEL.safetensors", in, name)
+			line("get", "ingestd weights get --addr %s --table %s -o OUT.safetensors", in, name)
+		}
+	default:
+		fmt.Fprintf(b, "\n# table %s: %s, %d batches of %d\n", t.Name, cut(t.Spec, 200), t.Batches, t.BatchSize)
+		if in != "" {
+			line("push", "ingestd push --addr %s --table %s FILE.npz", in, name)
+		}
+		if a.Unix != "" {
+			line("pull", "ingestd pull --addr %s --table %s", a.Unix, name)
 			line("python", "python3 -c 'import ingestd; r = ingestd.Reader(%q, table=%q); print(r.next(deadline=60))'", a.Unix, t.Name)
 		}
 	}
-	return b.String()
 }
 
 // quoted quotes a word for a shell where it must be.

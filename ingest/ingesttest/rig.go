@@ -51,6 +51,17 @@ func (ts Tables) Names() []string {
 	return names
 }
 
+// Kind implements ingest.Tables.
+func (ts Tables) Kind(name string) ingest.Kind {
+	switch t, ok := ts[name]; {
+	case !ok:
+		return ""
+	case t.Steps() != nil:
+		return ingest.KindTensors
+	}
+	return ingest.KindSamples
+}
+
 // rig is one transport with one table, a trainer that checks what comes, and a way to dial.
 type rig struct {
 	t         *testing.T

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/ingestd/ingestd/ingest"
 )
 
 // Where a daemon listens unless told otherwise.
@@ -122,6 +124,11 @@ func (p *plan) checkAddress(a *address) error {
 			return configErrorf("listen", "%v: say which of the tables it feeds: echo://host:port/table", a)
 		case !slices.ContainsFunc(p.Tables, func(t Table) bool { return t.Name == a.table }):
 			return configErrorf("listen", "%v: there is no table %q", a, a.table)
+		}
+		for i := range p.Tables {
+			if t := &p.Tables[i]; t.Name == a.table && t.kind() != ingest.KindSamples {
+				return configErrorf("listen", "%v: table %q is of kind %s, and echo's protocol carries samples only", a, a.table, t.Kind)
+			}
 		}
 	}
 	return p.checkLoopback("listen", *a)

@@ -65,24 +65,29 @@ type Limits struct {
 	Prefetch         int      `yaml:"prefetch"`          // batches a trainer holds at once, unless it asks for another number; 0: as many as 8 MiB are, at least 4
 }
 
-// Table is one ring. Either Batches or Capacity says how large it is; with neither it gets 256 MiB, or 4 batches if that is more.
+// Table is one table, of a kind. Of samples and tensors it is a ring: either Batches or Capacity says how large it is; with neither it gets 256 MiB, or 4 batches if
+// that is more. Of weights, Capacity bounds what the first publisher's manifest may ask for.
 type Table struct {
-	Name      string   `yaml:"name"`
-	Spec      string   `yaml:"spec"` // text form, JSON, or @file with either
-	BatchSize int      `yaml:"batch_size"`
-	Batches   int      `yaml:"batches,omitempty"`
-	Capacity  Size     `yaml:"capacity,omitempty"`
-	Linger    Duration `yaml:"linger"`     // publish a batch that waits longer, short; 0 is off
-	HugePages bool     `yaml:"huge_pages"` // try them; ordinary pages are the fallback
+	Name        string   `yaml:"name"`
+	Kind        string   `yaml:"kind"`                  // samples, tensors, weights
+	Spec        string   `yaml:"spec,omitempty"`        // of samples: text form, JSON, or @file with either
+	ChunkBytes  Size     `yaml:"chunk_bytes,omitempty"` // of tensors: most data bytes of a chunk
+	MaxLag      uint64   `yaml:"max_lag,omitempty"`     // of tensors: how many steps a chunk may be behind the newest one; 0: any number
+	Generations int      `yaml:"generations,omitempty"` // of weights: how many it holds
+	BatchSize   int      `yaml:"batch_size,omitempty"`
+	Batches     int      `yaml:"batches,omitempty"`
+	Capacity    Size     `yaml:"capacity,omitempty"`
+	Linger      Duration `yaml:"linger"`     // publish a batch that waits longer, short; 0 is off
+	HugePages   bool     `yaml:"huge_pages"` // try them; ordinary pages are the fallback
 
-	SegmentDir     *string  `yaml:"segment_dir,omitempty"`     // instead of the daemon's; empty: this table is not kept
-	LocalProducers *bool    `yaml:"local_producers,omitempty"` // false: nobody may write samples of this table in place
-	Ack            string   `yaml:"ack"`                       // queued: producers choose; committed: no sample is acked before it is in the ring
-	Sessions       int      `yaml:"sessions"`                  // most sessions it knows
-	SessionTTL     Duration `yaml:"session_ttl"`               // a session that has had no connection for so long may be forgotten
-	Groups         []Group  `yaml:"groups,omitempty"`          // groups of trainers that are there from the start and never end
-	OtherGroups    Policy   `yaml:"other_groups,flow"`         // of groups that are not listed
-	GroupKeep      Duration `yaml:"group_keep"`                // how long a group that is not listed lasts without a trainer
+	SegmentDir     *string  `yaml:"segment_dir,omitempty"`       // instead of the daemon's; empty: this table is not kept
+	LocalProducers *bool    `yaml:"local_producers,omitempty"`   // false: nobody may write samples of this table in place
+	Ack            string   `yaml:"ack,omitempty"`               // queued: producers choose; committed: no sample is acked before it is in the ring
+	Sessions       int      `yaml:"sessions,omitempty"`          // most sessions it knows
+	SessionTTL     Duration `yaml:"session_ttl,omitempty"`       // a session that has had no connection for so long may be forgotten
+	Groups         []Group  `yaml:"groups,omitempty"`            // groups of trainers that are there from the start and never end
+	OtherGroups    Policy   `yaml:"other_groups,flow,omitempty"` // of groups that are not listed
+	GroupKeep      Duration `yaml:"group_keep,omitempty"`        // how long a group that is not listed lasts without a trainer
 }
 
 // Group is a group of trainers.
@@ -211,7 +216,7 @@ func plainType(name string) string {
 	switch {
 	case strings.HasPrefix(name, "[]"):
 		return "a list"
-	case strings.HasPrefix(name, "int"):
+	case strings.HasPrefix(name, "int"), strings.HasPrefix(name, "uint"):
 		return "a whole number"
 	case name == "bool":
 		return "true or false"

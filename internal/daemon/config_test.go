@@ -111,7 +111,7 @@ func TestBadConfig(t *testing.T) {
 	table := "tables: [{name: a, spec: 'x:F32[4]'}]\n"
 	for name, c := range map[string]struct{ text, want string }{
 		"not yaml":             {"tables: [", "line 1"},
-		"unknown field":        {"tables:\n  - name: a\n    sepc: x", "line 3: unknown field sepc; there are name, spec"},
+		"unknown field":        {"tables:\n  - name: a\n    sepc: x", "line 3: unknown field sepc; there are name, kind, spec"},
 		"unknown at top":       {"listeners: []", "line 1: unknown field listeners; there are listen, admin"},
 		"wrong type":           {table + "drainers: many", "`many` is not a whole number"},
 		"wrong bool":           {table + "insecure: 7", "true or false"},

@@ -18,6 +18,7 @@ import (
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tcpingest"
+	"github.com/ingestd/ingestd/weights"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -31,8 +32,10 @@ type Daemon struct {
 
 	pool      *drainer.Pool
 	tables    []*table
+	stores    []*weights.Store
 	ingest    *tcpingest.Server
 	trainers  *shm.Server
+	weights   weightsServer
 	listeners []listener
 	admin     *admin // nil: off
 
@@ -111,6 +114,14 @@ func (d *Daemon) open(log *slog.Logger) error {
 			d.log.Warn("no huge pages; ordinary ones are used", "table", t.Name(), "err", err)
 		}
 	}
+	for i := range d.plan.weights {
+		t := &d.plan.weights[i]
+		s, err := weights.NewStore(weights.StoreConfig{Table: t.Name, Generations: t.Generations, Capacity: int64(t.Capacity), HugePages: t.HugePages})
+		if err != nil {
+			return fmt.Errorf("table %q: %w", t.Name, err)
+		}
+		d.stores = append(d.stores, s)
+	}
 	l := &d.plan.Limits
 	var err error
 	local := &d.plan.LocalProducers
@@ -143,14 +154,14 @@ func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) 
 		if err != nil {
 			return nil, fmt.Errorf("table %q: %w", p.Name, err)
 		}
-		return makeTable(p, pool, m, false)
+		return makeTable(p, pool, m, false, log)
 	}
 	began := time.Now()
 	m, found, err := openSegment(p, discard)
 	if err != nil {
 		return nil, err
 	}
-	t, err := makeTable(p, pool, m, found) // which closes m where it fails
+	t, err := makeTable(p, pool, m, found, log) // which closes m where it fails
 	if err == nil && found {
 		// That it is in use must be on its disk before the first new sample is: else, if the machine goes down, it would still pass for left in order.
 		if err := m.Sync(); err != nil {
@@ -174,17 +185,17 @@ func newTable(p *tablePlan, pool *drainer.Pool, discard bool, log *slog.Logger) 
 	if m, err = replaceSegment(p, m); err != nil {
 		return nil, err
 	}
-	return makeTable(p, pool, m, false)
+	return makeTable(p, pool, m, false, log)
 }
 
-func makeTable(p *tablePlan, pool *drainer.Pool, m *shm.Memory, recover bool) (*table, error) {
+func makeTable(p *tablePlan, pool *drainer.Pool, m *shm.Memory, recover bool, log *slog.Logger) (*table, error) {
 	t := &table{plan: p, memory: m}
 	var err error
 	t.Table, err = engine.New(engine.Config{
 		Name: p.Name, Spec: p.spec, BatchSize: p.BatchSize, Batches: p.Batches, Linger: time.Duration(p.Linger), Drainers: pool,
 		Sessions: p.Sessions, SessionTTL: time.Duration(p.SessionTTL), CommittedAcks: p.Ack == string(wire.AckCommitted),
 		Groups: p.samplerGroups(), DefaultGroup: p.OtherGroups.sampler(""), GroupKeep: time.Duration(p.GroupKeep),
-		Memory: func(int64) (engine.Memory, error) { return m, nil }, Recover: recover, Boot: bootID(),
+		Memory: func(int64) (engine.Memory, error) { return m, nil }, Recover: recover, Boot: bootID(), Steps: p.steps(log),
 	})
 	return t, err
 }
@@ -205,11 +216,21 @@ func (r registry) find(name string) *table {
 
 // Names implements ingest.Tables and shm.Tables.
 func (r registry) Names() []string {
-	names := make([]string, len(r.d.tables))
-	for i, t := range r.d.tables {
-		names[i] = t.Name()
+	var names []string
+	for i := range r.d.plan.Tables {
+		names = append(names, r.d.plan.Tables[i].Name)
 	}
 	return names
+}
+
+// Kind implements ingest.Tables.
+func (r registry) Kind(name string) ingest.Kind {
+	for i := range r.d.plan.Tables {
+		if t := &r.d.plan.Tables[i]; t.Name == name {
+			return t.kind()
+		}
+	}
+	return ""
 }
 
 // Table implements shm.Tables.
@@ -228,17 +249,27 @@ func (r registry) Table(name string) (shm.Table, bool) {
 	if t.plan.fill {
 		st.Fill = r.d.fill(t)
 	}
+	if t.Steps() != nil {
+		st.PrefetchMax = stepsPrefetchMax
+	}
 	return st, true
 }
 
+// stepsPrefetchMax is the most chunks that a reader of tensors may hold, if the ring has so many: it keeps those of the steps that are not complete.
+const stepsPrefetchMax = 1 << 15
+
 // fill opens streams of producers that fill places of a table in place.
-func (d *Daemon) fill(t *table) func(context.Context, string, func()) (*drainer.Lender, error) {
-	return func(ctx context.Context, session string, taken func()) (*drainer.Lender, error) {
+func (d *Daemon) fill(t *table) func(context.Context, *wire.Hello, func()) (*drainer.Lender, error) {
+	return func(ctx context.Context, hello *wire.Hello, taken func()) (*drainer.Lender, error) {
+		m, refusal := ingest.ReadManifest(hello)
+		if refusal != nil {
+			return nil, refusal
+		}
 		opening, cancel := context.WithTimeout(ctx, time.Duration(d.plan.Limits.HandshakeTimeout))
 		defer cancel()
-		l, err := t.OpenLender(opening, engine.StreamConfig{Session: session, Taken: taken})
+		l, err := t.OpenLender(opening, engine.StreamConfig{Session: hello.Session, Manifest: m, Taken: taken})
 		if err != nil && ctx.Err() == nil {
-			return nil, ingest.RefuseStream(&wire.Hello{Table: t.Name(), Session: session}, err)
+			return nil, ingest.RefuseStream(hello, err)
 		}
 		return l, err
 	}
@@ -252,8 +283,8 @@ func (r ingestTables) Lookup(name string) (ingest.Table, bool) {
 	return t, t != nil
 }
 
-// attach serves a trainer or an observer until it ends or is cut off.
-func (d *Daemon) attach(conn *net.UnixConn, hello *wire.Hello) error {
+// attach serves who attaches, or publishes or reads weights, until it ends or is cut off.
+func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	if !d.enter() {
 		defer conn.Close()
 		_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
@@ -267,7 +298,24 @@ func (d *Daemon) attach(conn *net.UnixConn, hello *wire.Hello) error {
 			t.Ring().Space.Wake() // where the draining waits
 		}()
 	}
-	return d.trainers.Serve(d.cutOff, conn, hello)
+	if hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe {
+		if d.weights == nil {
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
+			return wire.WriteRefusal(conn, wire.Refuse(wire.CodeWrongRole, "the role %q is not served yet", hello.Role))
+		}
+		return d.weights.Serve(d.cutOff, conn, hello)
+	}
+	local, ok := conn.(*net.UnixConn)
+	if !ok { // tcpingest has refused it
+		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
+	}
+	return d.trainers.Serve(d.cutOff, local, hello)
+}
+
+// weightsServer serves publishers and readers of weights. It owns the connection.
+type weightsServer interface {
+	Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) error
 }
 
 // enter counts an attachment, unless none may begin any more because the segments are going away.
@@ -410,7 +458,10 @@ func (d *Daemon) Close() error {
 	for _, t := range d.tables {
 		errs = append(errs, t.Free())
 	}
-	d.tables = nil
+	for _, s := range d.stores {
+		errs = append(errs, s.Close())
+	}
+	d.tables, d.stores = nil, nil
 	d.stopNow()
 	d.cut()
 	return errors.Join(errs...)

@@ -31,6 +31,11 @@ func segmentPath(dir, table string) string {
 	return filepath.Join(dir, name+".segment")
 }
 
+// manifestsPath is where the manifests of a table of tensors are kept, beside its segment.
+func manifestsPath(segment string) string {
+	return strings.TrimSuffix(segment, ".segment") + ".manifests"
+}
+
 // checkSegmentDir says what is wrong with a folder for segments: whoever can write there can put another file in a segment's place.
 func checkSegmentDir(dir string) error {
 	info, err := os.Stat(dir)

@@ -16,9 +16,11 @@ import (
 	"unicode/utf8"
 
 	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/steps"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -50,7 +52,8 @@ type plan struct {
 	admin     *address // nil: off
 	users     []uint32 // who may write in place
 	groups    []uint32
-	tables    []tablePlan
+	tables    []tablePlan // rings
+	weights   []Table
 }
 
 type tablePlan struct {
@@ -119,7 +122,7 @@ func (p *plan) checkLimits() error {
 
 func (p *plan) checkTables() error {
 	if len(p.Tables) == 0 {
-		return configErrorf("tables", "there is none: give --table NAME --spec SPEC, or list tables in the file")
+		return configErrorf("tables", "there is none: give --table NAME --spec SPEC (or --kind tensors, or --kind weights), or list tables in the file")
 	}
 	p.Tables = slices.Clone(p.Tables)
 	seen := map[string]bool{}
@@ -136,6 +139,13 @@ func (p *plan) checkTables() error {
 			return configErrorf(where, "there are two of that name")
 		}
 		seen[t.Name] = true
+		if err := t.checkKind(where); err != nil {
+			return err
+		}
+		if t.kind() == ingest.KindWeights {
+			p.weights = append(p.weights, *t)
+			continue
+		}
 		tp, err := t.plan(where)
 		if err != nil {
 			return err
@@ -164,11 +174,10 @@ func checkName(name string) error {
 
 // plan fills in batch size and batches and works out the layout.
 func (t *Table) plan(where string) (*tablePlan, error) {
-	s, err := LoadSpec(t.Spec)
+	s, err := t.loadSpec(where)
 	if err != nil {
-		return nil, configErrorf(where+": spec", "%v", err)
+		return nil, err
 	}
-	t.Spec = s.Text()
 	if t.BatchSize == 0 {
 		t.BatchSize = DefaultBatchSize
 	}
@@ -207,6 +216,23 @@ func (t *Table) plan(where string) (*tablePlan, error) {
 		return nil, configErrorf(where, "%v", err)
 	}
 	return &tablePlan{Table: *t, spec: s, layout: layout, bytes: size}, nil
+}
+
+// loadSpec returns the layout of the table's samples, or chunks.
+func (t *Table) loadSpec(where string) (*spec.Spec, error) {
+	if t.kind() == ingest.KindTensors {
+		s, err := steps.Spec(int(t.ChunkBytes))
+		if err != nil {
+			return nil, configErrorf(where+": chunk_bytes", "%v", err)
+		}
+		return s, nil
+	}
+	s, err := LoadSpec(t.Spec)
+	if err != nil {
+		return nil, configErrorf(where+": spec", "%v", err)
+	}
+	t.Spec = s.Text()
+	return s, nil
 }
 
 // mostBatches returns the largest capacity in batches that fits, 0 if not even the least does.

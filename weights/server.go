@@ -1,0 +1,279 @@
+//go:build linux
+
+package weights
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/tensor"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// ServerConfig configures a Server. All but Stores may be left zero.
+type ServerConfig struct {
+	// Stores are the tables, by name.
+	Stores map[string]*Store
+
+	// Fill says who may publish in place: its Users and Groups, and the daemon's own user.
+	Fill shm.FillConfig
+
+	// ChunkBytes is the most data bytes of a chunk of a streamed publication. Default tensor.ChunkBytesDefault.
+	ChunkBytes int
+
+	// WriteTimeout is how long a peer may take to accept a reply, an answer or a notice. Default 5 s.
+	WriteTimeout time.Duration
+
+	// Log is told of publishers and readers, and their ends. Default: nothing is logged.
+	Log *slog.Logger
+}
+
+func (c ServerConfig) withDefaults() ServerConfig {
+	if c.ChunkBytes == 0 {
+		c.ChunkBytes = tensor.ChunkBytesDefault
+	}
+	if c.WriteTimeout == 0 {
+		c.WriteTimeout = 5 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+func (c ServerConfig) check() error {
+	if err := tensor.CheckChunkBytes(c.ChunkBytes); err != nil {
+		return fmt.Errorf("weights: ChunkBytes: %w", err)
+	}
+	if c.WriteTimeout < 0 {
+		return fmt.Errorf("weights: WriteTimeout is %v, must be positive", c.WriteTimeout)
+	}
+	return nil
+}
+
+// Server serves publishers and readers of weights.
+type Server struct {
+	cfg ServerConfig
+
+	mu    sync.Mutex
+	total ServerStats
+}
+
+// ServerStats counts peers since the server was made.
+type ServerStats struct {
+	Publishers uint64               // that were accepted
+	Readers    uint64               // that were accepted
+	Refused    map[wire.Code]uint64 // peers that were not
+	CutOff     map[wire.Code]uint64 // peers that were accepted and ended by the daemon; bad_peer: they broke the rules
+}
+
+// NewServer makes a server of these stores.
+func NewServer(cfg ServerConfig) (*Server, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	return &Server{cfg: cfg, total: ServerStats{Refused: map[wire.Code]uint64{}, CutOff: map[wire.Code]uint64{}}}, nil
+}
+
+// Stats returns the counters.
+func (s *Server) Stats() ServerStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := s.total
+	all.Refused, all.CutOff = maps.Clone(all.Refused), maps.Clone(all.CutOff)
+	return all
+}
+
+// Serve serves a peer whose hello, of role publish or subscribe, was read, and closes its connection. It returns when the peer has ended, or soon after ctx has.
+//
+// It returns nil when the peer closed, whatever it left undone; a *wire.Refusal when it was refused and a *wire.Notice when it was cut off (both have been sent). Any other
+// error is the daemon's own trouble, or the connection's.
+func (s *Server) Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) error {
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Time{}) // that of the handshake is over
+	log := s.cfg.Log.With("component", "weights", "table", hello.Table, "client", hello.Client)
+	err := s.serve(ctx, conn, hello, log)
+	var refusal *wire.Refusal
+	if errors.As(err, &refusal) {
+		s.mu.Lock()
+		s.total.Refused[refusal.Code]++
+		s.mu.Unlock()
+		log.Info("refused", "role", hello.Role, "code", refusal.Code, "reason", refusal.Reason)
+		s.refuse(conn, refusal)
+		return refusal
+	}
+	var notice *wire.Notice
+	if errors.As(err, &notice) {
+		s.mu.Lock()
+		s.total.CutOff[notice.Code]++
+		s.mu.Unlock()
+		log.Warn("cut off", "role", hello.Role, "code", notice.Code, "reason", notice.Reason)
+	}
+	return err
+}
+
+func (s *Server) serve(ctx context.Context, conn net.Conn, hello *wire.Hello, log *slog.Logger) error {
+	if ctx.Err() != nil {
+		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+	}
+	store, ok := s.cfg.Stores[hello.Table]
+	if !ok {
+		return wire.Refuse(wire.CodeUnknownTable, "there is no table %q of weights: this daemon has %s", hello.Table, s.tables())
+	}
+	who := Who{Client: hello.Client, Remote: true}
+	local, _ := conn.(*net.UnixConn)
+	if local != nil {
+		who.PID, _ = shm.PeerOf(local)
+	} else if a := conn.RemoteAddr(); a != nil {
+		who.Addr = a.String()
+	}
+	switch hello.Role {
+	case wire.RolePublish:
+		m, err := tensor.ParseManifest(hello.Manifest)
+		if err != nil {
+			return wire.Refuse(wire.CodeBadOption, "the manifest: %v", err)
+		}
+		if !hello.InPlace {
+			return s.servePublishStream(ctx, conn, hello, m, store, who, log)
+		}
+		who.Remote = false
+		return s.publishInPlace(ctx, local, m, store, who, log)
+	case wire.RoleSubscribe:
+		if local == nil || hello.Stream {
+			return s.serveRemote(ctx, conn, hello, store, who, log)
+		}
+		who.Remote = false
+		return s.subscribe(ctx, local, hello, store, who, log)
+	default:
+		return wire.Refuse(wire.CodeWrongRole, "role %q is not served here: this side serves %q and %q", hello.Role, wire.RolePublish, wire.RoleSubscribe)
+	}
+}
+
+func (s *Server) tables() string {
+	if len(s.cfg.Stores) == 0 {
+		return "none"
+	}
+	return strings.Join(slices.Sorted(maps.Keys(s.cfg.Stores)), ", ")
+}
+
+// refuse sends the refusal, then reads and drops what the peer may still have sent: closing over unread bytes would reset the connection, and the reason would be lost.
+func (s *Server) refuse(conn net.Conn, refusal *wire.Refusal) {
+	_ = conn.SetDeadline(time.Now().Add(s.cfg.WriteTimeout))
+	if wire.WriteRefusal(conn, refusal) == nil {
+		drop(conn)
+	}
+}
+
+// drop reads what still comes until the peer closes or the deadline passes.
+func drop(conn net.Conn) {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok && half.CloseWrite() != nil {
+		return
+	}
+	for into := make([]byte, 4096); ; {
+		if _, err := conn.Read(into); err != nil {
+			return
+		}
+	}
+}
+
+// refusalOf is the refusal for what a Store would not.
+func refusalOf(err error) error {
+	code := wire.CodeInternal
+	switch err := err.(type) {
+	case *ActiveError:
+		code = wire.CodePublisherActive
+	case *CapacityError:
+		code = wire.CodeBadOption
+	case *NoGenerationError:
+		code = wire.CodeNoGeneration
+	case *TooManyReadersError:
+		code = wire.CodeTooManyConnections
+	default:
+		if errors.Is(err, os.ErrClosed) {
+			return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+		}
+	}
+	return wire.Refuse(code, "%v", err)
+}
+
+// noticeOf is the closing notice for why no newer generation comes.
+func noticeOf(err error) *wire.Notice {
+	replaced := (*ReplacedError)(nil)
+	if errors.As(err, &replaced) {
+		return &wire.Notice{Code: wire.CodeReplaced, Reason: replaced.Error()}
+	}
+	return &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"}
+}
+
+// farewell writes a closing notice, gives a peer that broke the rules time to read it, and returns it.
+func (s *Server) farewell(conn net.Conn, notice *wire.Notice) error {
+	_ = conn.SetDeadline(time.Now().Add(s.cfg.WriteTimeout))
+	if _, err := conn.Write(wire.AppendNotice(nil, notice)); err == nil && notice.Code == wire.CodeBadPeer {
+		drop(conn) // it may have written more, over which a close would lose the notice
+	}
+	return notice
+}
+
+// accepted counts a peer whose reply is about to be sent.
+func (s *Server) accepted(readers, publishers uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total.Readers += readers
+	s.total.Publishers += publishers
+}
+
+// awaitFirst returns when the table has a generation. If there is none, a reader that did not ask to wait is refused; one that did may close meanwhile: io.EOF, or what the
+// connection said.
+func (s *Server) awaitFirst(ctx context.Context, conn net.Conn, store *Store, hello *wire.Hello) error {
+	select {
+	case <-store.First():
+		return nil
+	default:
+	}
+	if !hello.Wait {
+		return refusalOf(&NoGenerationError{store.Table()})
+	}
+	heard := make(chan error, 1)
+	go func() {
+		var b [1]byte
+		_, err := conn.Read(b[:])
+		if err == nil {
+			err = errSpoke
+		}
+		heard <- err
+	}()
+	select {
+	case <-store.First():
+	case <-ctx.Done():
+	case err := <-heard:
+		if err == errSpoke {
+			return wire.Refuse(wire.CodeBadHandshake, "a reader says nothing before it was answered")
+		}
+		return err
+	}
+	_ = conn.SetReadDeadline(time.Unix(1, 0))
+	err := <-heard
+	_ = conn.SetReadDeadline(time.Time{})
+	switch {
+	case err == errSpoke:
+		return wire.Refuse(wire.CodeBadHandshake, "a reader says nothing before it was answered")
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		return err
+	case ctx.Err() != nil:
+		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+	}
+	return nil
+}
+
+var errSpoke = errors.New("a peer spoke out of turn")
