@@ -35,8 +35,8 @@ type RemoteStats struct {
 // receives and connects anew; callers read what is shown.
 type remoteWeights struct {
 	addr, network, address string
-	cfg                    remoteConfig
-	manifest               *tensor.Manifest
+	cfg                    SubscribeConfig
+	tensors                *tensor.Manifest
 
 	life  context.Context // ends with close
 	die   context.CancelFunc
@@ -48,11 +48,11 @@ type remoteWeights struct {
 
 	mu      sync.Mutex
 	conn    net.Conn // that is being read; nil: there is none
-	latest  *received
+	newest  *received
 	before  uint64        // generations up to this one are of a daemon's life before this one: their numbers say nothing; 0: none
 	spare   *received     // memory that nobody uses
-	buffers int           // memory there is: latest, spare, what is received into, and what callers hold
-	changed chan struct{} // closed, and made anew, when latest or err changes
+	buffers int           // memory there is: newest, spare, what is received into, and what callers hold
+	changed chan struct{} // closed, and made anew, when newest or err changes
 	outage  outage
 	down    bool  // there is no connection
 	blocked bool  // there is none because callers hold all memory
@@ -62,22 +62,8 @@ type remoteWeights struct {
 	stats   RemoteStats
 }
 
-// remoteConfig is what a SubscribeConfig says of a subscription over a connection, with its defaults.
-type remoteConfig struct {
-	Table, Client    string
-	Wait, Delta      bool
-	Generations      int   // most generations there is memory for, those that callers hold included
-	CapacityBytes    int64 // most bytes of one generation
-	HandshakeTimeout time.Duration
-	StallTimeout     time.Duration // without a byte inside a generation
-	ReconnectFor     time.Duration
-	ReconnectFrom    time.Duration
-	ReconnectTo      time.Duration
-	Dialer           func(ctx context.Context, network, address string) (net.Conn, error)
-}
-
-// openRemote subscribes over a connection. ctx bounds the subscribing only; with cfg.Wait that lasts until something was published.
-func openRemote(ctx context.Context, addr string, cfg remoteConfig) (*remoteWeights, error) {
+// openRemoteSource subscribes over a connection. ctx bounds the subscribing only; with cfg.Wait that lasts until something was published.
+func openRemoteSource(ctx context.Context, addr string, cfg SubscribeConfig) (source, error) {
 	network, address, err := splitAddress(addr)
 	if err != nil {
 		return nil, err
@@ -149,11 +135,11 @@ func exchange(ctx context.Context, conn net.Conn, hello *wire.Hello, accepted wi
 }
 
 func (r *remoteWeights) hello() *wire.Hello {
-	h := &wire.Hello{Role: wire.RoleSubscribe, Table: r.cfg.Table, Stream: r.network == "unix", Wait: r.cfg.Wait || r.manifest != nil, Client: r.cfg.Client}
+	h := &wire.Hello{Role: wire.RoleSubscribe, Table: r.cfg.Table, Stream: r.network == "unix", Wait: r.cfg.Wait || r.tensors != nil, Client: r.cfg.Client}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.latest != nil {
-		h.Have, h.HaveDigest, h.Delta = int64(r.latest.generation), r.latest.digest, r.cfg.Delta
+	if r.newest != nil {
+		h.Have, h.HaveDigest, h.Delta = int64(r.newest.generation), r.newest.digest, !r.cfg.NoDelta
 	}
 	if p := r.partial; p != nil && p.at > 0 {
 		h.Resume, h.ResumeDigest, h.ResumeOffset = int64(p.announced.Generation), p.announced.Digest, p.at
@@ -170,13 +156,13 @@ func (r *remoteWeights) agree(a *wire.AcceptedSubscribe) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("%w: the table's manifest: %w", wire.ErrProtocol, err)
-	case r.manifest != nil && !r.manifest.Equal(m):
+	case r.tensors != nil && !r.tensors.Equal(m):
 		return &wire.Notice{Code: wire.CodeReplaced, Reason: fmt.Sprintf("table %q has generations of another manifest now: subscribe again", r.cfg.Table)}
 	case m.DataBytes() > r.cfg.CapacityBytes:
-		return fmt.Errorf("client: one generation of table %q has %d bytes, and SubscribeConfig.CapacityBytes is %d: raise it", r.cfg.Table, m.DataBytes(), r.cfg.CapacityBytes)
+		return fmt.Errorf("one generation of table %q has %d bytes, and SubscribeConfig.CapacityBytes is %d: raise it", r.cfg.Table, m.DataBytes(), r.cfg.CapacityBytes)
 	}
-	if r.manifest == nil {
-		r.manifest = m
+	if r.tensors == nil {
+		r.tensors = m
 	}
 	return nil
 }
@@ -321,16 +307,20 @@ func (r *remoteWeights) pause() bool {
 	return false
 }
 
-// hold returns the newest generation, held for the caller, if it is newer; an error if the subscription has ended.
-func (r *remoteWeights) hold(newerThan uint64) (*received, error) {
+// latest returns the newest generation, held for the caller, if it is newer; an error if the subscription has ended.
+func (r *remoteWeights) latest(newerThan uint64) (*heldWeights, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case r.latest != nil && r.newer(newerThan):
-		r.latest.holds++
-		return r.latest, nil
 	case r.closed:
-		return nil, fmt.Errorf("client: weights: %w", os.ErrClosed)
+		return nil, fmt.Errorf("client: weights of table %q: %w", r.cfg.Table, os.ErrClosed)
+	case r.newest != nil && r.newer(newerThan):
+		g := r.newest
+		g.holds++
+		return &heldWeights{
+			manifest: r.tensors, generation: g.generation, digest: g.digest, published: g.published,
+			sum: func(i int) uint32 { return g.sums[i] }, data: g.data, release: func() { r.release(g) },
+		}, nil
 	case r.err != nil:
 		return nil, fmt.Errorf("client: weights of table %q: %w", r.cfg.Table, r.err)
 	}
@@ -339,16 +329,16 @@ func (r *remoteWeights) hold(newerThan uint64) (*received, error) {
 
 // newer says whether the newest is newer than that. Numbers from before a restart of the daemon are above those of the daemon that serves now, and older. It wants mu.
 func (r *remoteWeights) newer(than uint64) bool {
-	return r.latest.generation > than || than > r.latest.generation && than <= r.before
+	return r.newest.generation > than || than > r.newest.generation && than <= r.before
 }
 
-// await is hold that waits.
-func (r *remoteWeights) await(ctx context.Context, newerThan uint64) (*received, error) {
+// await is latest that waits.
+func (r *remoteWeights) await(ctx context.Context, newerThan uint64) (*heldWeights, error) {
 	for {
 		r.mu.Lock()
 		changed := r.changed
 		r.mu.Unlock()
-		g, err := r.hold(newerThan)
+		g, err := r.latest(newerThan)
 		if g != nil || err != nil {
 			return g, err
 		}
@@ -378,11 +368,11 @@ func (r *remoteWeights) waited(ctx context.Context, newerThan uint64) error {
 	return &waitError{ctx, what}
 }
 
-// release lets go of what hold returned.
+// release lets go of what latest returned.
 func (r *remoteWeights) release(g *received) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if g.holds--; g.holds == 0 && g != r.latest {
+	if g.holds--; g.holds == 0 && g != r.newest {
 		r.recycle(g)
 	}
 }
@@ -400,16 +390,24 @@ func (r *remoteWeights) recycle(g *received) {
 	}
 }
 
-func (r *remoteWeights) statistics() RemoteStats {
+// manifest returns what tensors the generations have.
+func (r *remoteWeights) manifest() *tensor.Manifest { return r.tensors }
+
+// RemoteStats returns what a subscription over a connection has done so far; false if it maps the daemon's memory.
+func (s *Subscription) RemoteStats() (RemoteStats, bool) {
+	r, ok := s.source.(*remoteWeights)
+	if !ok {
+		return RemoteStats{}, false
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := r.stats
-	s.Buffers = r.buffers
-	return s
+	st := r.stats
+	st.Buffers = r.buffers
+	return st, true
 }
 
 // close ends the subscription. What callers hold stays theirs.
-func (r *remoteWeights) close() {
+func (r *remoteWeights) close() error {
 	r.die()
 	r.mu.Lock()
 	r.closed = true
@@ -422,4 +420,5 @@ func (r *remoteWeights) close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.spare = nil
+	return nil
 }

@@ -2,7 +2,6 @@ package client
 
 import (
 	"encoding/binary"
-	"fmt"
 	"sort"
 	"time"
 
@@ -107,6 +106,7 @@ type sumCheck struct {
 	crc      uint32   // of its bytes so far
 	at       int64    // flat offset up to which all is summed
 	bad      int      // first tensor whose sum is wrong, or -1
+	badSum   uint32   // what it has
 }
 
 // add takes bytes from flat offset flat on. Where that is not the offset up to which all is summed, it is the first of a tensor.
@@ -136,7 +136,7 @@ func (c *sumCheck) add(flat int64, b []byte) {
 // done compares the tensor that is summed, and goes on to the next.
 func (c *sumCheck) done() {
 	if c.crc != c.sums[c.tensor] && c.bad < 0 {
-		c.bad = c.tensor
+		c.bad, c.badSum = c.tensor, c.crc
 	}
 	c.tensor, c.crc = c.tensor+1, 0
 }
@@ -146,14 +146,4 @@ func (c *sumCheck) end() {
 	for m := c.manifest; c.tensor < m.Len() && m.EncodedBytes(c.tensor) == 0 && m.Offset(c.tensor) <= (c.at+tensor.Align-1)/tensor.Align*tensor.Align; {
 		c.done()
 	}
-}
-
-// BadSumError says that bytes of a tensor are not those that were published.
-type BadSumError struct {
-	Generation uint64
-	Tensor     string
-}
-
-func (e *BadSumError) Error() string {
-	return fmt.Sprintf("generation %d is damaged: the bytes of tensor %q do not have its sum", e.Generation, e.Tensor)
 }

@@ -47,7 +47,7 @@ func (r *remoteWeights) receiveNext(conn net.Conn, in *stallReader) error {
 	if err := wire.ReadMessageBody(in, length, weights.AnnouncementBytesMax, &a); err != nil {
 		return err
 	}
-	if err := a.Check(r.manifest); err != nil {
+	if err := a.Check(r.tensors); err != nil {
 		return err
 	}
 	g, err := r.prepare(&a)
@@ -61,7 +61,7 @@ func (r *remoteWeights) receiveNext(conn net.Conn, in *stallReader) error {
 	answer := [1]byte{answerShown}
 	if bad := g.verify(); bad >= 0 {
 		answer[0] = answerBad
-		r.discard(g, &BadSumError{a.Generation, r.manifest.Tensor(bad).Name})
+		r.discard(g, &BadSumError{r.cfg.Table, a.Generation, r.tensors.Tensor(bad).Name, g.check.badSum, g.sums[bad]})
 	} else {
 		r.show(g)
 	}
@@ -106,12 +106,12 @@ func (r *remoteWeights) prepare(a *weights.Announcement) (*incoming, error) {
 		r.partial = nil
 		r.recycle(p.received)
 	}
-	g := &incoming{announced: *a, check: sumCheck{manifest: r.manifest, bad: -1}}
+	g := &incoming{announced: *a, check: sumCheck{manifest: r.tensors, bad: -1}}
 	if a.Base != 0 {
-		if r.latest == nil || r.latest.generation != a.Base {
+		if r.newest == nil || r.newest.generation != a.Base {
 			return nil, fmt.Errorf("%w: generation %d is announced as what differs from generation %d, which is not here", wire.ErrProtocol, a.Generation, a.Base)
 		}
-		g.base = r.latest // only this goroutine replaces it
+		g.base = r.newest // only this goroutine replaces it
 	}
 	if g.received = r.take(); g.received == nil {
 		return nil, errNoRoom
@@ -129,7 +129,7 @@ func (r *remoteWeights) take() *received {
 		r.spare = nil
 	case r.buffers < r.cfg.Generations:
 		r.buffers++
-		g = newReceived(r.manifest)
+		g = newReceived(r.tensors)
 	default:
 		select { // what was let go before does not count any more
 		case <-r.room:
@@ -146,11 +146,11 @@ func (r *remoteWeights) receiving(g *incoming) {
 
 // receive reads sums and bytes, and copies from the base what is not sent.
 func (r *remoteWeights) receive(in *stallReader, g *incoming) error {
-	text := make([]byte, 4*r.manifest.Len())
+	text := make([]byte, 4*r.tensors.Len())
 	if _, err := io.ReadFull(in, text); err != nil {
 		return err
 	}
-	if !g.setSums(text, r.manifest) {
+	if !g.setSums(text, r.tensors) {
 		return fmt.Errorf("%w: the digest of generation %d is not that of its sums", wire.ErrProtocol, g.announced.Generation)
 	}
 	copied := int64(0)
@@ -203,7 +203,7 @@ func (r *remoteWeights) discard(g *incoming, why error) {
 func (r *remoteWeights) show(g *incoming) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	a, old := &g.announced, r.latest
+	a, old := &g.announced, r.newest
 	g.generation, g.digest, g.published = a.Generation, a.Digest, time.Unix(0, a.Published)
 	r.stats.Generations++
 	r.stats.Receiving = 0
@@ -217,7 +217,7 @@ func (r *remoteWeights) show(g *incoming) {
 	default:
 		r.stats.Skipped += a.Generation - old.generation - 1
 	}
-	r.latest, r.damage = g.received, nil
+	r.newest, r.damage = g.received, nil
 	if old != nil && old.holds == 0 {
 		r.recycle(old)
 	}

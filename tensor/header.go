@@ -94,13 +94,21 @@ func (h *Header) Put(dst []byte) {
 	le.PutUint32(dst[sumAt:], headerSum(dst))
 }
 
-// headerSum is the CRC of a header as it is without FlagRefused.
+// headerSum is the CRC of a header as it is without FlagRefused. A CRC is linear: that bit changes the sum of so many bytes always in the same way, so nothing is copied.
 func headerSum(b []byte) uint32 {
-	var plain [sumAt]byte
-	copy(plain[:], b)
-	plain[flagsAt] &^= FlagRefused
-	return CRC(plain[:])
+	sum := CRC(b[:sumAt])
+	if b[flagsAt]&FlagRefused != 0 {
+		sum ^= refusedChanges
+	}
+	return sum
 }
+
+var refusedChanges = func() uint32 {
+	var b [sumAt]byte
+	plain := CRC(b[:])
+	b[flagsAt] = FlagRefused
+	return plain ^ CRC(b[:])
+}()
 
 // ParseHeader reads a header of at least HeaderBytes bytes and checks magic, version, sum and flags; Check does the rest. Errors are *ChunkError.
 func ParseHeader(b []byte) (Header, error) {

@@ -37,7 +37,7 @@ type Ask struct {
 // Answer is what the daemon says to a publisher.
 type Answer struct {
 	Op         string           `json:"op"`
-	Generation uint64           `json:"generation,omitempty"`
+	Generation uint64           `json:"generation,omitempty"` // place, published: which; failed with old_generation: the newest
 	Place      int              `json:"place"`
 	Digest     spec.Fingerprint `json:"digest,omitzero"`
 	Code       Failure          `json:"code,omitempty"` // failed

@@ -34,6 +34,21 @@ type ServerConfig struct {
 	// WriteTimeout is how long a peer may take to accept a reply, an answer or a notice. Default 5 s.
 	WriteTimeout time.Duration
 
+	// IdleTimeout is how long a streamed publisher may say nothing between two generations. Default 0: as long as its connection lives.
+	IdleTimeout time.Duration
+
+	// StallTimeout is how long no byte of a generation may move, to a reader or from a publisher over a connection. Default 30 s.
+	StallTimeout time.Duration
+
+	// AnswerTimeout is how long a reader over a connection may take to verify a generation that it was sent. Default 60 s.
+	AnswerTimeout time.Duration
+
+	// LingerTimeout is how long a peer that is cut off may take to read why. Default 2 s.
+	LingerTimeout time.Duration
+
+	// RemoteReadersMax is the most readers that are served over their connections, of all tables. Default 64.
+	RemoteReadersMax int
+
 	// Log is told of publishers and readers, and their ends. Default: nothing is logged.
 	Log *slog.Logger
 }
@@ -45,6 +60,18 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	if c.WriteTimeout == 0 {
 		c.WriteTimeout = 5 * time.Second
 	}
+	if c.StallTimeout == 0 {
+		c.StallTimeout = 30 * time.Second
+	}
+	if c.AnswerTimeout == 0 {
+		c.AnswerTimeout = 60 * time.Second
+	}
+	if c.LingerTimeout == 0 {
+		c.LingerTimeout = 2 * time.Second
+	}
+	if c.RemoteReadersMax == 0 {
+		c.RemoteReadersMax = 64
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -55,15 +82,23 @@ func (c ServerConfig) check() error {
 	if err := tensor.CheckChunkBytes(c.ChunkBytes); err != nil {
 		return fmt.Errorf("weights: ChunkBytes: %w", err)
 	}
-	if c.WriteTimeout < 0 {
-		return fmt.Errorf("weights: WriteTimeout is %v, must be positive", c.WriteTimeout)
+	for name, d := range map[string]time.Duration{
+		"WriteTimeout": c.WriteTimeout, "IdleTimeout": c.IdleTimeout, "StallTimeout": c.StallTimeout, "AnswerTimeout": c.AnswerTimeout, "LingerTimeout": c.LingerTimeout,
+	} {
+		if d < 0 {
+			return fmt.Errorf("weights: %s is %v, must not be negative", name, d)
+		}
+	}
+	if c.RemoteReadersMax < 0 {
+		return fmt.Errorf("weights: RemoteReadersMax is %d, must be at least 1", c.RemoteReadersMax)
 	}
 	return nil
 }
 
 // Server serves publishers and readers of weights.
 type Server struct {
-	cfg ServerConfig
+	cfg     ServerConfig
+	remotes remotes
 
 	mu    sync.Mutex
 	total ServerStats
@@ -75,6 +110,8 @@ type ServerStats struct {
 	Readers    uint64               // that were accepted
 	Refused    map[wire.Code]uint64 // peers that were not
 	CutOff     map[wire.Code]uint64 // peers that were accepted and ended by the daemon; bad_peer: they broke the rules
+	Sent       RemoteCounts         // to readers over their connections
+	Remote     []RemoteStats        // those there are now
 }
 
 // NewServer makes a server of these stores.
@@ -92,6 +129,7 @@ func (s *Server) Stats() ServerStats {
 	defer s.mu.Unlock()
 	all := s.total
 	all.Refused, all.CutOff = maps.Clone(all.Refused), maps.Clone(all.CutOff)
+	all.Remote, all.Sent = s.remotes.stats()
 	return all
 }
 
@@ -145,7 +183,7 @@ func (s *Server) serve(ctx context.Context, conn net.Conn, hello *wire.Hello, lo
 			return wire.Refuse(wire.CodeBadOption, "the manifest: %v", err)
 		}
 		if !hello.InPlace {
-			return s.servePublishStream(ctx, conn, hello, m, store, who, log)
+			return s.servePublishStream(ctx, conn, m, store, who, log)
 		}
 		who.Remote = false
 		return s.publishInPlace(ctx, local, m, store, who, log)

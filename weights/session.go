@@ -45,6 +45,7 @@ type session struct {
 	publishing *Publishing
 	place      *Place    // begun and not ended
 	receiver   *receiver // of a streamed publisher; nil: it writes in place
+	given      bool      // a begin was given up because the peer said something: that can only be abort
 	ctx        context.Context
 	until      time.Time // the read deadline in force
 	patience   time.Duration
@@ -58,8 +59,8 @@ func newSession(conn netConn, p *Publishing, streamed bool, l limits, log *slog.
 	return x
 }
 
-// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the connection.
-// The place that it had begun is the caller's to give back, with the publisher's Close.
+// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the
+// connection. The place that it had begun is the caller's to give back, with the publisher's Close.
 func (x *session) run(ctx context.Context) error {
 	x.ctx = ctx
 	_ = x.conn.SetDeadline(time.Time{})
@@ -70,11 +71,9 @@ func (x *session) run(ctx context.Context) error {
 	}
 	notice := x.notice(err)
 	if notice == nil {
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		return err
+		return quiet(err)
 	}
+	x.publishing.Close() // before the peer reads of it
 	dismiss(ctx, x.conn, notice, x.limits.linger)
 	return notice
 }
@@ -103,6 +102,10 @@ func (x *session) next() error {
 	if err := wire.ReadMessageBody(x, length, wire.MessageBytesMax, &ask); err != nil {
 		return err
 	}
+	if x.given && ask.Op != OpAbort {
+		return fmt.Errorf("%w: %q while a place is waited for; only abort can be said then", wire.ErrProtocol, cutText(ask.Op))
+	}
+	x.given = false
 	switch ask.Op {
 	case OpBegin:
 		return x.begin(&ask)
@@ -120,7 +123,7 @@ func (x *session) next() error {
 
 // Read reads from the connection; it fails when no byte came in time.
 func (x *session) Read(b []byte) (int, error) {
-	if x.patience == 0 {
+	if x.patience == 0 { // no limit
 		x.patience = foreverNearly
 	}
 	if now := time.Now(); x.until.Sub(now) < x.patience*7/8 || x.until.Sub(now) > x.patience { // a deadline costs a timer, so one that is near enough stays
@@ -155,18 +158,24 @@ func (x *session) drop() {
 	}
 }
 
-// tellAfter is how long a publisher waits for a place before it is told who pins them.
-const tellAfter = 50 * time.Millisecond
-
-// beginMax is the longest a publisher may wait with one begin.
-const beginMax = 24 * time.Hour
+// waitingAfter is how long a publisher waits for a place before it is told for whom, beginMax how long at most.
+const (
+	waitingAfter = 50 * time.Millisecond
+	beginMax     = 24 * time.Hour
+)
 
 // begin takes a place, for which it waits as long as it was asked to. A peer that says something meanwhile, or is gone, waits no longer.
 func (x *session) begin(ask *Ask) error {
-	if x.place != nil {
+	switch {
+	case x.place != nil:
 		return fmt.Errorf("%w: a begin while generation %d is under way", wire.ErrProtocol, x.place.Generation())
+	case ask.DeadlineMS < 0:
+		return fmt.Errorf("%w: a deadline of %d ms", wire.ErrProtocol, ask.DeadlineMS)
 	}
-	wait := min(time.Duration(max(ask.DeadlineMS, 0)), beginMax/time.Millisecond) * time.Millisecond
+	wait := beginMax
+	if ask.DeadlineMS < wait.Milliseconds() {
+		wait = time.Duration(ask.DeadlineMS) * time.Millisecond
+	}
 	began, told := time.Now(), false
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
@@ -181,10 +190,14 @@ func (x *session) begin(ask *Ask) error {
 		switch {
 		case gone:
 			return io.EOF
-		case said || waited >= wait:
+		case said:
+			x.given = true
+			x.publishing.store.fail(FailedAborted)
+			return nil
+		case waited >= wait:
 			x.publishing.store.fail(FailedPinned)
 			return x.begun(nil, busy)
-		case waited >= tellAfter && !told:
+		case waited >= waitingAfter && !told:
 			told = true
 			if err := x.say(&Answer{Op: OpWaiting, Pins: pinTexts(busy.Pins)}); err != nil {
 				return err
@@ -235,7 +248,7 @@ func (x *session) failed(err error) error {
 	case errors.As(err, &busy):
 		a.Code, a.Pins = FailedPinned, pinTexts(busy.Pins)
 	case errors.As(err, &old):
-		a.Code = FailedOldGeneration
+		a.Code, a.Generation = FailedOldGeneration, old.Newest
 	case errors.As(err, &part):
 		a.Code = FailedIncomplete
 	default:
@@ -287,13 +300,14 @@ func (x *session) notice(err error) *wire.Notice {
 // lingerBytes is the most that is read and dropped while a peer reads why it was ended.
 const lingerBytes = 64 << 20
 
-// dismiss tells a peer why it is ended, after a length of 0, and reads and drops what it still sends for a while: closing over unread bytes would reset the connection and
+// dismiss tells a peer why it is ended, after a length of 0. What it still sends is read and dropped for a while: closing over unread bytes would reset the connection and
 // take the reason along.
 func dismiss(ctx context.Context, conn netConn, n *wire.Notice, linger time.Duration) {
 	_ = conn.SetDeadline(time.Now().Add(linger))
 	if _, err := conn.Write(wire.AppendNotice(binary.LittleEndian.AppendUint32(nil, 0), n)); err != nil || conn.CloseWrite() != nil {
 		return
 	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(past) })()
 	_, _ = io.CopyN(io.Discard, onlyReader{conn}, lingerBytes)
 }
 

@@ -3,12 +3,48 @@
 package weights
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"slices"
+	"time"
 
 	"github.com/ingestd/ingestd/tensor"
+	"github.com/ingestd/ingestd/wire"
 )
+
+// servePublishStream serves a publisher that sends its generations.
+func (s *Server) servePublishStream(ctx context.Context, conn net.Conn, m *tensor.Manifest, store *Store, who Who, log *slog.Logger) error {
+	nc, ok := conn.(netConn)
+	if !ok {
+		return wire.Refuse(wire.CodeInternal, "a connection of type %T cannot be served", conn)
+	}
+	p, err := store.OpenPublisher(m, who)
+	if err != nil {
+		return refusalOf(err)
+	}
+	defer p.Close()
+	_ = conn.SetWriteDeadline(time.Now().Add(s.cfg.WriteTimeout))
+	if err := wire.WriteAccepted(conn, &wire.AcceptedPublish{
+		Table: store.Table(), Publisher: p.number, Newest: store.Newest(), ChunkBytes: int64(s.cfg.ChunkBytes),
+	}); err != nil {
+		return quiet(err)
+	}
+	s.accepted(0, 1)
+	log = log.With("publisher", p.number, "peer", who.Addr)
+	log.Info("publisher connected", "bytes", m.DataBytes())
+	defer log.Info("publisher ended")
+	return newSession(nc, p, true, s.limits(), log).run(ctx)
+}
+
+func (s *Server) limits() limits {
+	c := &s.cfg
+	return limits{
+		chunkBytes: c.ChunkBytes, stall: c.StallTimeout, idle: c.IdleTimeout, answer: c.AnswerTimeout, write: c.WriteTimeout, linger: c.LingerTimeout,
+	}
+}
 
 // receiveBytes is read at once: it is summed while it is in the cache.
 const receiveBytes = 256 << 10
