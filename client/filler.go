@@ -61,6 +61,7 @@ func (c FillerConfig) withDefaults() (FillerConfig, error) {
 type Filler struct {
 	path      string
 	cfg       FillerConfig
+	manifest  []byte // of a producer of tensors
 	spec      *spec.Spec
 	leafBytes []int64
 	leaves    map[string]int
@@ -94,7 +95,9 @@ type Filler struct {
 	row     int           // next row of it to hand over
 	record  *record
 	asked   uint64 // what was sent when settling was last asked for
-	resumed bool   // the daemon was told, or need not be, that we need nothing of earlier attachments
+	stream  uint64 // of the last attachment
+	refused *wire.Note
+	resumed bool // the daemon was told, or need not be, that we need nothing of earlier attachments
 	reused  []uint32
 	records []*record // oldest first: where the samples lie that are not known to be in the ring
 	unused  []*record
@@ -141,6 +144,10 @@ type FillerStats struct {
 // AttachFiller joins a table as a producer that fills in place. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this
 // machine, which must trust this process (see the daemon's configuration). ctx bounds the attaching only.
 func AttachFiller(ctx context.Context, addr string, cfg FillerConfig) (*Filler, error) {
+	return joinFiller(ctx, addr, cfg, nil)
+}
+
+func joinFiller(ctx context.Context, addr string, cfg FillerConfig, manifest []byte) (*Filler, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
@@ -155,7 +162,7 @@ func AttachFiller(ctx context.Context, addr string, cfg FillerConfig) (*Filler, 
 	if network != "unix" {
 		return nil, fmt.Errorf("client: address %q: a Filler maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock, or use a Producer", addr)
 	}
-	p := &Filler{path: path, cfg: cfg, kick: make(chan struct{}, 1), kept: make(chan struct{}), resumed: true, leaves: map[string]int{}}
+	p := &Filler{path: path, cfg: cfg, manifest: manifest, kick: make(chan struct{}, 1), kept: make(chan struct{}), resumed: true, leaves: map[string]int{}}
 	a, err := p.attach(ctx, cfg.HandshakeTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", named(err))
@@ -166,7 +173,7 @@ func AttachFiller(ctx context.Context, addr string, cfg FillerConfig) (*Filler, 
 			return nil, errors.Join(fmt.Errorf("client: the daemon accepted another spec than its table's: %w", err), a.Close(), a.Unmap())
 		}
 	}
-	p.spec, p.leafBytes, p.first = c.Spec, c.Spec.LeafBytes(), c.Held
+	p.spec, p.leafBytes, p.first, p.stream = c.Spec, c.Spec.LeafBytes(), c.Held, c.Stream
 	p.cfg.Spec = c.Spec // of the next daemon, too
 	for i := range p.spec.NumLeaves() {
 		p.leaves[p.spec.Leaf(i).Name] = i
@@ -185,7 +192,7 @@ func (p *Filler) attach(ctx context.Context, within time.Duration) (*shm.FillAtt
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	return shm.AttachFill(ctx, p.path, wire.Hello{
-		Table: p.cfg.Table, Spec: p.cfg.Spec, Session: p.cfg.Session, Prefetch: int64(p.cfg.Prefetch), Notes: true, Client: p.cfg.Client,
+		Table: p.cfg.Table, Spec: p.cfg.Spec, Session: p.cfg.Session, Prefetch: int64(p.cfg.Prefetch), Notes: true, Client: p.cfg.Client, Manifest: p.manifest,
 	}, p.poke)
 }
 

@@ -107,6 +107,7 @@ func (p *Filler) leave() {
 	p.awaitOut()
 	_ = p.cur.Close()
 	_ = p.learn()
+	p.learnRefused()
 	cur := p.cur
 	p.cur, p.place.Lease, p.record = nil, 0, nil
 	p.prune()
@@ -204,6 +205,13 @@ func (p *Filler) resume(a *shm.FillAttachment) {
 	if uint64(held64) > p.acked {
 		p.acked = uint64(held64)
 		p.outage.over = true
+	}
+	if stream := a.Accepted().Stream; stream != p.stream {
+		if p.manifest != nil && p.acked < p.done { // the chunks say that they are of the other stream
+			p.finish(&LostError{From: p.acked, To: p.done})
+			return
+		}
+		p.stream = stream
 	}
 	p.base, p.sent, p.asked = p.acked, p.acked, p.acked
 	p.resumed, p.reused = false, p.reused[:0]

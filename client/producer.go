@@ -49,6 +49,7 @@ type Producer struct {
 	err      error      // why the stream ended
 	closed   bool       // Close or Abort was called
 	note     *wire.Note // the daemon has waited for a free place since before the next ack; nil: not that we know
+	refused  *wire.Note // the last step that it refused
 	stats    Stats
 
 	// Of kept only: sample i of ours has the number i+shift in the daemon's count of the session.
@@ -79,6 +80,7 @@ type Stats struct {
 	Waited       time.Duration // how long it slept
 	Reconnects   uint64        // connections made after the first
 	Resent       uint64        // samples written again, whole or in part
+	Replays      uint64        // of a StepProducer: transactions sent again from their beginning, since the daemon had lost what it acked
 	Lost         uint64        // samples acked that the daemon did not hold later; see Config.ContinueAfterLoss
 }
 

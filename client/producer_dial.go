@@ -157,6 +157,7 @@ type target struct {
 	addr             string // as given to Dial
 	network, address string
 	cfg              Config
+	manifest         []byte // of a producer of tensors; its Spec is what the daemon makes of it
 }
 
 // Dial connects to a daemon and agrees with it on table, spec and window. ctx bounds the connecting only. It tries once; only a
@@ -170,7 +171,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Producer, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := target{addr, network, address, cfg}
+	t := target{addr: addr, network: network, address: address, cfg: cfg}
 	conn, accepted, err := t.connect(ctx, cfg.HandshakeTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", err)
@@ -189,7 +190,7 @@ func (t *target) connect(ctx context.Context, within time.Duration) (net.Conn, w
 		}
 		return nil, wire.AcceptedPush{}, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", t.addr, err)
 	}
-	accepted, err := handshake(limited, conn, t.cfg)
+	accepted, err := t.handshake(limited, conn)
 	if err != nil {
 		conn.Close()
 		if limited.Err() != nil {
@@ -200,11 +201,16 @@ func (t *target) connect(ctx context.Context, within time.Duration) (net.Conn, w
 	return conn, accepted, nil
 }
 
-func handshake(ctx context.Context, conn net.Conn, cfg Config) (accepted wire.AcceptedPush, err error) {
-	hello, err := wire.AppendHello(nil, &wire.Hello{
-		Role: wire.RolePush, Table: cfg.Table, Spec: cfg.Spec, Fingerprint: cfg.Spec.Fingerprint(), Session: cfg.Session, Ack: cfg.Ack,
-		WindowSamples: cfg.WindowSamples, WindowBytes: cfg.WindowBytes, Notes: true, Client: cfg.Client,
-	})
+func (t *target) handshake(ctx context.Context, conn net.Conn) (accepted wire.AcceptedPush, err error) {
+	cfg := &t.cfg
+	said := wire.Hello{
+		Role: wire.RolePush, Table: cfg.Table, Spec: cfg.Spec, Session: cfg.Session, Ack: cfg.Ack,
+		WindowSamples: cfg.WindowSamples, WindowBytes: cfg.WindowBytes, Notes: true, Client: cfg.Client, Manifest: t.manifest,
+	}
+	if cfg.Spec != nil {
+		said.Fingerprint = cfg.Spec.Fingerprint()
+	}
+	hello, err := wire.AppendHello(nil, &said)
 	if err != nil {
 		return accepted, err
 	}
@@ -229,10 +235,10 @@ func handshake(ctx context.Context, conn net.Conn, cfg Config) (accepted wire.Ac
 // past is a deadline that makes a blocked read or write return.
 var past = time.Unix(1, 0)
 
-func checkAgreed(a wire.AcceptedPush, cfg Config) error {
+func checkAgreed(a wire.AcceptedPush, cfg *Config) error {
 	what := ""
 	switch {
-	case a.Fingerprint != cfg.Spec.Fingerprint():
+	case cfg.Spec != nil && a.Fingerprint != cfg.Spec.Fingerprint():
 		what = "another spec"
 	case a.Ack != cfg.Ack && a.Ack != wire.AckCommitted: // more than was asked for is what some tables give
 		what = fmt.Sprintf("ack mode %s instead of %s", a.Ack, cfg.Ack)
@@ -256,7 +262,7 @@ func start(ctx context.Context, conn net.Conn, accepted wire.AcceptedPush, t tar
 	p.quiet.L = &p.mu
 	p.life, p.die = context.WithCancel(context.WithoutCancel(ctx)) // what a Dialer may look up in ctx, but not its end
 	leaves := int64(s.NumLeaves())
-	keep := cfg.Session != "" && cfg.ReconnectFor > 0
+	keep := cfg.Session != "" && cfg.ReconnectFor > 0 || t.manifest != nil
 	p.direct = !keep && (p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes))
 	if !p.direct {
 		// A quarter of the window to a write keeps the connection busy while acks are on their way.
@@ -265,10 +271,14 @@ func start(ctx context.Context, conn net.Conn, accepted wire.AcceptedPush, t tar
 	}
 	switch {
 	case keep:
-		if cfg.WindowBytes == 0 {
+		if cfg.WindowBytes == 0 && t.manifest == nil {
 			p.window = min(p.window, uint64(max(2, keptBytesMax/p.sampleBytes)))
 		}
-		p.kept = newKept(p.window, p.sampleBytes)
+		if t.manifest != nil {
+			p.kept = &kept{sample: uint64(p.sampleBytes), lent: new(lent)}
+		} else {
+			p.kept = newKept(p.window, p.sampleBytes)
+		}
 		p.shift = accepted.Held
 	case !p.direct:
 		p.buf, p.spare = make([]byte, 0, p.fillBytes), make([]byte, 0, p.fillBytes)

@@ -22,7 +22,7 @@ var errInterrupted = errors.New("interrupted")
 // sendable says whether something lies in buf or kept that may be written now. It wants mu.
 func (p *Producer) sendable() bool {
 	if p.kept != nil {
-		return !p.down && p.writeErr == nil && p.kept.pos < p.writeTo()
+		return !p.down && p.writeErr == nil && p.kept.pos < p.writeTo() && !p.kept.halted()
 	}
 	return len(p.buf) > 0
 }
@@ -52,7 +52,10 @@ func (p *Producer) writeBuffered(ctx context.Context, op string) error {
 
 // writeOut writes what is sendable, which nobody else may be doing. It wants mu and lets go of it meanwhile.
 func (p *Producer) writeOut(ctx context.Context) error {
-	if p.kept != nil {
+	switch {
+	case p.kept != nil && p.kept.lent != nil:
+		return p.writeLent(ctx)
+	case p.kept != nil:
 		return p.writeKept(ctx)
 	}
 	out := p.buf
@@ -86,7 +89,7 @@ func (p *Producer) endWrite(err error) {
 		p.writeErr = err
 		p.conn.SetReadDeadline(time.Now().Add(reasonTimeout))
 	}
-	p.quiet.Signal()
+	p.quiet.Broadcast()
 	p.rouse()
 }
 
@@ -150,7 +153,7 @@ func (p *Producer) write(ctx context.Context, b []byte) (written int, err error)
 // writeVec is write for vec, from which it removes what it has written.
 func (p *Producer) writeVec(ctx context.Context) (written int64, err error) {
 	for len(p.vec) > 0 {
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || p.kept.halted() {
 			return written, errInterrupted
 		}
 		n, err := p.vec.WriteTo(p.conn)
@@ -205,7 +208,7 @@ func (p *Producer) writeLeftovers() {
 		}
 		p.mu.Lock()
 		for first := true; !p.writing && p.sendable() && p.writeErr == nil && p.err == nil; first = false {
-			if !first && p.wired != p.acked && !(p.kept != nil && (p.wired < p.begun || p.kept.inside())) {
+			if !first && p.wired != p.acked && !(p.kept != nil && (p.kept.lent != nil || p.wired < p.begun || p.kept.inside())) {
 				break // its acks will kick us
 			}
 			_ = p.writeOut(context.Background())
@@ -256,7 +259,11 @@ func (p *Producer) words(conn net.Conn, b []byte) error {
 			return err
 		}
 		p.mu.Lock()
-		p.note = note
+		if note.Code == wire.NoteStepRefused {
+			p.refused = note
+		} else {
+			p.note = note
+		}
 		if p.writeErr == nil { // else its deadline holds
 			conn.SetReadDeadline(time.Time{})
 		}
@@ -281,7 +288,12 @@ func (p *Producer) ack(n uint64) error {
 	if p.acked >= p.wakeAt {
 		p.rouse()
 	}
-	if p.acked == p.wired && p.sendable() {
+	if p.kept != nil && p.kept.lent != nil {
+		p.kept.lent.forget(p.acked)
+		if p.sendable() { // the window has moved, and nobody else writes
+			p.kickWriter()
+		}
+	} else if p.acked == p.wired && p.sendable() {
 		p.kickWriter()
 	}
 	return nil

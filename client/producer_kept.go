@@ -11,6 +11,7 @@ import (
 // from here, so that what is sent again is what was sent first. Its fields but the content of mem want Producer.mu.
 type kept struct {
 	mem    []byte
+	lent   *lent  // where they lie instead, if not in mem
 	sample uint64 // bytes of one
 	pos    uint64 // the next byte to write, counted from the Producer's first sample
 	to     uint64 // where the write that is going on ends
@@ -31,6 +32,9 @@ func (k *kept) span(from, n uint64) (a, b []byte) {
 	}
 	return k.mem[from : from+n], nil
 }
+
+// halted says whether samples are being taken back, so that nothing is to be written.
+func (k *kept) halted() bool { return k != nil && k.lent != nil && k.lent.halted.Load() }
 
 // inside says whether pos is inside of a sample.
 func (k *kept) inside() bool { return k.pos%k.sample != 0 }

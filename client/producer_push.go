@@ -137,10 +137,7 @@ func (p *Producer) drainBuffer(ctx context.Context, op string) error {
 func (p *Producer) taken(ctx context.Context, n int) {
 	p.sent += uint64(n)
 	if p.down {
-		select {
-		case p.use <- struct{}{}:
-		default:
-		}
+		p.needed()
 		return
 	}
 	if p.writing {
@@ -148,6 +145,14 @@ func (p *Producer) taken(ctx context.Context, n int) {
 	}
 	if p.wired == p.acked || p.unwritten()+int(p.sampleBytes) > p.fillBytes {
 		_ = p.writeBuffered(ctx, "push")
+	}
+}
+
+// needed tells the attendant that a connection is needed again.
+func (p *Producer) needed() {
+	select {
+	case p.use <- struct{}{}:
+	default:
 	}
 }
 

@@ -48,7 +48,7 @@ func (p *Producer) broken(err error) bool {
 	defer p.mu.Unlock()
 	p.conn.Close() // a write that blocks must return
 	err = p.reasonOf(err)
-	if p.kept == nil || p.closed || !passing(err) {
+	if p.kept == nil || p.closed || p.target.cfg.ReconnectFor < 0 || !passing(err) {
 		p.finish(err)
 		return false
 	}
@@ -178,13 +178,21 @@ func (p *Producer) resume(conn net.Conn, accepted wire.AcceptedPush) error {
 		}
 		p.shift = accepted.Held - p.acked
 		held = int64(p.acked)
+		if p.kept.lent != nil {
+			p.replay()
+		}
 	}
 	if uint64(held) > p.acked {
 		p.acked = uint64(held)
 		p.outage.over = true
+		if p.kept.lent != nil {
+			p.kept.lent.forget(p.acked)
+		}
 	}
 	p.wired, p.kept.pos = p.acked, p.acked*p.kept.sample
-	p.window = min(windowOf(accepted, p.sampleBytes), uint64(len(p.kept.mem))/p.kept.sample)
+	if p.window = windowOf(accepted, p.sampleBytes); p.kept.lent == nil {
+		p.window = min(p.window, uint64(len(p.kept.mem))/p.kept.sample)
+	}
 	p.accepted, p.conn, p.down, p.writeErr = accepted, conn, false, nil
 	p.outage.spent += time.Since(p.outage.began)
 	p.stats.Reconnects++

@@ -37,6 +37,8 @@ type FillAttachment struct {
 
 	gone     atomic.Pointer[error] // why the socket ended; written once, by watch
 	note     atomic.Pointer[wire.Note]
+	refused  atomic.Pointer[wire.Note]
+	hearing  hearing
 	ended    func()
 	closing  atomic.Bool
 	watching sync.WaitGroup
@@ -168,7 +170,10 @@ func (a *FillAttachment) watch() {
 // listen reads one thing that the daemon says, and returns what ends the attachment.
 func (a *FillAttachment) listen() error {
 	var mark [1]byte
-	if _, err := io.ReadFull(a.conn, mark[:]); err == io.EOF { // which to our caller means the end of the stream, and this is not
+	a.hearing.set(true)
+	_, err := io.ReadFull(a.conn, mark[:])
+	a.hearing.set(false)
+	if err == io.EOF { // which to our caller means the end of the stream, and this is not
 		return &PeerGoneError{a.path, io.ErrUnexpectedEOF}
 	} else if err != nil {
 		return &PeerGoneError{a.path, err}
@@ -179,7 +184,11 @@ func (a *FillAttachment) listen() error {
 		if err != nil {
 			return &PeerGoneError{a.path, fmt.Errorf("its note was cut short: %v", err)}
 		}
-		a.note.Store(note)
+		if note.Code == wire.NoteStepRefused {
+			a.refused.Store(note)
+		} else {
+			a.note.Store(note)
+		}
 		return nil
 	case wire.NoticeMark:
 		notice, err := wire.ReadNotice(a.conn)
