@@ -93,6 +93,10 @@ bench: build ## measure the whole path beside its baselines (BENCH="--json out.j
 bench-shm: build bench-shmipc ## measure shared memory beside its baselines (BENCH="--json out.json" adds flags)
 	bin/ingestd bench shm --shmipc bin/shmipc-peer $(BENCH)
 
+.PHONY: bench-tensors
+bench-tensors: build $(VENV)/.ready ## measure gradients and weights beside their baselines (BENCH="--json out.json" adds flags)
+	bin/ingestd bench tensors --python $(IN_VENV)/python $(BENCH)
+
 .PHONY: bench-shmipc
 bench-shmipc: ## build bin/shmipc-peer, the shmipc-go baseline of `ingestd bench shm`; its module is its own
 	@mkdir -p bin
