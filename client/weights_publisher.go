@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"sync"
 	"time"
@@ -43,6 +44,9 @@ type PublisherConfig struct {
 
 	// Timeout is how long the daemon may take to answer, but for a place that is waited for. Default DefaultHandshakeTimeout. To make a large segment takes it 0.35 s per GiB.
 	Timeout time.Duration
+
+	// Dialer makes connections. Streamed only. Default: net.Dialer.
+	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 func (c PublisherConfig) withDefaults() PublisherConfig {
@@ -51,6 +55,9 @@ func (c PublisherConfig) withDefaults() PublisherConfig {
 	}
 	if c.Timeout == 0 {
 		c.Timeout = DefaultHandshakeTimeout
+	}
+	if c.Dialer == nil {
+		c.Dialer = new(net.Dialer).DialContext
 	}
 	return c
 }
