@@ -59,12 +59,11 @@ func runSubscriber(ctx context.Context, opt weightsOptions) error {
 	}
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := r.follow(ctx); err != nil && ctx.Err() == nil {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			r.err = err
-			r.grown.Broadcast()
-		}
+		err := r.follow(ctx)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.err = err
+		r.grown.Broadcast()
 	})
 	err = serveControl(os.Stdin, os.Stdout, &ready{}, r.handle)
 	cancel()
@@ -72,7 +71,7 @@ func runSubscriber(ctx context.Context, opt weightsOptions) error {
 	return errors.Join(err, r.subscription.Close())
 }
 
-// follow looks at every generation that it gets.
+// follow looks at every generation that it gets, until there is an error.
 func (r *weightsReader) follow(ctx context.Context) error {
 	newest := uint64(0)
 	for {

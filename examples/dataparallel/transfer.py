@@ -44,7 +44,7 @@ def run(children: processes.Processes, daemon: Path, folder: Path, layers: int) 
 
 def command(children: processes.Processes, daemon: Path, verb: str, path: str, address: str) -> float:
     """Runs one `ingestd weights` command to its end; returns its seconds."""
-    arguments = ["weights", verb, "--address", address, "--table", TABLE, "--progress", "off"]
+    arguments = ["weights", verb, "--addr", address, "--table", TABLE]
     arguments += ["-o", path] if verb == "get" else [path]
     began = time.perf_counter()
     name = f"ingestd weights {verb}"
