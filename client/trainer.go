@@ -97,6 +97,16 @@ func (t *Trainer) Batches() int { return int(t.accepted.Batches) }
 // Prefetch returns the most batches this trainer may hold at once: with that many held, the next one comes only after a Release.
 func (t *Trainer) Prefetch() int { return int(t.accepted.Prefetch) }
 
+// StreamName returns the name of the session that has a stream, as the segment's table of sessions has it; false if none has. It is for the goroutine that calls Next.
+func (t *Trainer) StreamName(stream uint64) (string, bool) {
+	for _, s := range t.attachment.View().Sessions() {
+		if s.Stream == stream {
+			return s.Name, true
+		}
+	}
+	return "", false
+}
+
 // Group returns the name of the group this trainer is in.
 func (t *Trainer) Group() string { return t.accepted.Group }
 
