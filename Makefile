@@ -119,11 +119,11 @@ soak: ## kill, stop and damage everything for SOAK (30m); SEED=... makes the sam
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf bin build dist $(VENV) python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf bin build dist $(VENV) python/build python/ingestd/_native*.so python/*.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The tools that Python needs, in a virtual environment of the repository's own.
-$(VENV)/.ready: python/pyproject.toml Makefile
+$(VENV)/.ready: python/pyproject.toml python/setup.py python/ingestd/_native.c Makefile
 	@echo "making $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "$(PYTHON) is older than 3.9: give another one with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

@@ -16,16 +16,24 @@
 :class:`Closed`       use after close, or after a fork
 :class:`SpecError`    a spec, or data that does not fit a spec
 :class:`FormatError`  bytes from the daemon that break the documented formats
+:class:`ChunkError`   a chunk of a tensor that is damaged or in a wrong place (a FormatError)
+:class:`StepRefused`  the daemon does not use a step: it is too old
+:class:`StepTimeout`  a Timeout: too few producers were complete in a step; says who is missing, and why
+:class:`StepIncomplete` a step was committed before all of its tensors were put
+:class:`StepOrder`    a step's number goes back, or another step is not finished
+:class:`TensorMismatch` an array is not what the manifest says of its tensor (a SpecError)
 ====================  ===================================================================================
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 __all__ = [
     "AllHeld",
+    "ChunkError",
     "Closed",
     "Difference",
     "EndOfStream",
@@ -42,6 +50,11 @@ __all__ = [
     "SessionTaken",
     "ShuttingDown",
     "SpecError",
+    "StepIncomplete",
+    "StepOrder",
+    "StepRefused",
+    "StepTimeout",
+    "TensorMismatch",
     "Timeout",
 ]
 
@@ -62,6 +75,7 @@ class Note(NamedTuple):
     pid: int = 0
     batch: int = 0
     since: int = 0
+    step: int = 0  # of step_refused: the transaction that is not used
 
 
 class Difference(NamedTuple):
@@ -210,3 +224,64 @@ class SpecError(Error, ValueError):
 
 class FormatError(Error, ValueError):
     """Bytes from the daemon that are not what ``docs/`` says; both sides should be of the same version."""
+
+
+class ChunkError(FormatError):
+    """A chunk that is damaged, or not where it may be: ``tensor`` (empty where unknown), ``offset`` in its bytes."""
+
+    def __init__(self, reason: str, tensor: str = "", offset: int = 0) -> None:
+        where = f"tensor {tensor!r} at byte {offset}: " if tensor else ""
+        super().__init__(f"bad chunk: {where}{reason}")
+        self.tensor = tensor
+        self.offset = offset
+        self.reason = reason
+
+
+class StepRefused(Error):
+    """The daemon does not use this step, for the ``reason`` given; go on with a newer one."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step} was refused: {reason}")
+        self.step = step
+        self.reason = reason
+
+
+class StepTimeout(Timeout):
+    """The deadline of ``GradReader.step`` passed with fewer complete producers than the quorum.
+
+    ``have`` are the names of those that are complete, ``missing`` why each other one is not. Nothing was lost: the
+    call may be made again.
+    """
+
+    def __init__(self, step: int, seconds: float, quorum: int, have: list[str], missing: Mapping[str, str]) -> None:
+        lines = [f"timed out after {seconds:g} s waiting for step {step}: {len(have)} of {quorum} producers complete"]
+        super().__init__("\n".join([*lines, *(f"  {name}: {why}" for name, why in missing.items())]))
+        self.step = step
+        self.quorum = quorum
+        self.have = have
+        self.missing = dict(missing)
+
+
+class StepIncomplete(Error, ValueError):
+    """A step was committed and bytes of these tensors were not put: ``missing``, by name. Nobody will see it."""
+
+    def __init__(self, step: int, missing: Mapping[str, int]) -> None:
+        first = ", ".join(f"{name!r} ({n} bytes)" for name, n in list(missing.items())[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        super().__init__(f"step {step} lacks {first}{more}: put all of every tensor, or announce a subset")
+        self.step = step
+        self.missing = dict(missing)
+
+
+class StepOrder(Error, ValueError):
+    """Steps of a producer, and of a reader, only grow, and one is finished before the next begins."""
+
+
+class TensorMismatch(SpecError):
+    """An array is not what the manifest says: ``tensor`` is its name, ``got`` and ``want`` are dtype and shape."""
+
+    def __init__(self, tensor: str, got: str, want: str) -> None:
+        super().__init__(f"tensor {tensor!r}: got {got}, want {want}; nothing is cast silently")
+        self.tensor = tensor
+        self.got = got
+        self.want = want

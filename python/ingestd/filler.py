@@ -484,6 +484,8 @@ class Filler:
             if not data:
                 return PeerClosed("the daemon closed the attachment without a reason; its log has more")
             a.incoming.feed(data)
+            while a.incoming.refused:
+                self._refused(a.incoming.refused.pop())
             if a.incoming.acks:
                 return FormatError("the daemon acknowledged samples on the socket of an attachment")
         except BlockingIOError:
@@ -493,6 +495,9 @@ class Filler:
         except OSError as e:
             return PeerClosed(f"the attachment broke: {e.strerror or e}")
         return None
+
+    def _refused(self, note: Note) -> None:
+        """The daemon does not use a step."""
 
     def _drop(self, a: _Attached, error: Error) -> bool:
         """The attachment is over; whether to connect again. What is not in the ring waits for the next one."""

@@ -25,6 +25,8 @@ class Incoming:
         self.acks = 0
         #: the note in force: an acknowledgement ends it
         self.note: Note | None = None
+        #: steps that are not used (``step_refused``); whoever handles them takes them out
+        self.refused: list[Note] = []
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
@@ -51,4 +53,8 @@ class Incoming:
             body, data = rest[_HEAD_BYTES:end], rest[end:]
             if kind == NOTICE:
                 raise ended(*parse_notice(body))
-            self.note = parse_note(body)
+            note = parse_note(body)
+            if note.code == "step_refused":
+                self.refused.append(note)
+            else:
+                self.note = note

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import FormatError, SpecError
+from .native import crc32c
 from .spec import Spec
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "Segment",
     "Session",
     "State",
-    "crc32c",
 ]
 
 MAGIC = b"INGDSEG1"
@@ -44,26 +44,6 @@ _FIXED = struct.Struct("<8sII14Q32sQ32s3Q")
 _CRC_FROM, _CRC_TO = 16, 256  # of the header; the column table and the spec follow
 _RESERVED, _PUBLISHED, _LEASED, _CLOSED, _STREAMS, _BOOT, _CLEAN = 256, 320, 384, 448, 456, 464, 480
 _ENTRY_BYTES = 256  # of the session table and of the group table
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for n in range(256):
-        for _ in range(8):
-            n = (n >> 1) ^ (0x82F63B78 if n & 1 else 0)
-        table.append(n)
-    return table
-
-
-_CRC = _crc_table()
-
-
-def crc32c(data: bytes, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli) of ``data``, going on from ``crc``."""
-    crc ^= 0xFFFFFFFF
-    for byte in data:
-        crc = (crc >> 8) ^ _CRC[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

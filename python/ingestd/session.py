@@ -21,20 +21,48 @@ from typing import NamedTuple
 
 from . import _io
 from ._io import Deadline
-from .errors import Closed, Ended, Error, FormatError, Lost, PeerClosed, SessionTaken
+from .errors import Closed, Ended, Error, FormatError, Lost, Note, PeerClosed, SessionTaken
 from .incoming import Incoming
 from .link import BUFFERS_MAX, COALESCE_BYTES, RECEIVE_BYTES, Sending, window_of
 from .redial import TRY_S, Dialer, Opened, Redialer, retried
 
-__all__ = ["Session"]
+__all__ = ["Pieces", "Queued", "Session"]
 
 
-class _Chunk(NamedTuple):
-    """Whole samples in one piece of memory: numbers ``first`` to ``end`` (exclusive) of this producer."""
+class Pieces:
+    """Bytes that lie in one or more pieces of memory."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self, parts: list[memoryview], size: int) -> None:
+        self.parts = parts
+        self.size = size
+
+    def cut(self, start: int, end: int) -> list[memoryview]:
+        """Bytes ``start`` to ``end`` (exclusive; cut to those there are), as pieces."""
+        if len(self.parts) == 1:
+            return [self.parts[0][start:end]]
+        found = []
+        for part in self.parts:
+            n = len(part)
+            if start < n and end > 0:
+                found.append(part if start <= 0 and end >= n else part[max(start, 0) : end])
+            start, end = start - n, end - n
+            if end <= 0:
+                break
+        return found
+
+
+class Queued(NamedTuple):
+    """Whole samples that are kept: numbers ``first`` to ``end`` (exclusive) of this producer."""
 
     first: int
     end: int
-    data: memoryview
+    data: Pieces
+
+
+def _whole(first: int, end: int, data: bytes) -> Queued:
+    return Queued(first, end, Pieces([memoryview(data)], len(data)))
 
 
 class Session(Sending):
@@ -56,8 +84,8 @@ class Session(Sending):
         self._base = first.held  # number in the session of sample 0 of this producer
         self._go_on = go_on
         self._sock: socket.socket | None = None
-        self._sent: deque[_Chunk] = deque()  # gone, not acknowledged
-        self._out: deque[_Chunk] = deque()  # on the way into the socket
+        self._sent: deque[Queued] = deque()  # gone, not acknowledged
+        self._out: deque[Queued] = deque()  # on the way into the socket
         self._offset = 0  # bytes of _out[0] that have gone
         self._start = 0  # number of the first sample of this connection
         self._gone = 0  # bytes of this connection that have gone
@@ -88,11 +116,11 @@ class Session(Sending):
         with self._caller(deadline):
             with self._state:
                 self._make_room(samples, deadline)
-            data = memoryview(b"".join(views))
+            data = b"".join(views)
             with self._state:
                 self._check()
                 self._release_waiting()
-                self._out.append(_Chunk(self.pushed, self.pushed + samples, data))
+                self._out.append(_whole(self.pushed, self.pushed + samples, data))
                 self.pushed += samples
                 self._send_waiting()
         return samples
@@ -169,7 +197,7 @@ class Session(Sending):
             data = self._waiting[0] if n == 1 else b"".join(self._waiting)
             self._waiting.clear()
             self._waiting_bytes = 0
-            self._out.append(_Chunk(self.pushed - n, self.pushed, memoryview(data)))
+            self._out.append(_whole(self.pushed - n, self.pushed, data))
 
     def _send_waiting(self) -> None:
         self._release_waiting()
@@ -187,20 +215,20 @@ class Session(Sending):
             buffers: list[memoryview] = []
             offset = self._offset
             for chunk in self._out:
-                if room <= 0 or len(buffers) == BUFFERS_MAX:
+                if room <= 0 or len(buffers) >= BUFFERS_MAX:
                     break
-                buffers.append(chunk.data[offset : offset + room])
-                room -= len(buffers[-1])
+                buffers += chunk.data.cut(offset, offset + room)
+                room -= chunk.data.size - offset
                 offset = 0
             if not buffers:
                 return
             try:
                 self._pumping = True
-                n = self._sock.sendmsg(buffers)
+                n = self._sock.sendmsg(buffers[:BUFFERS_MAX])
                 self._gone += n
                 self._offset += n
-                while self._out and self._offset >= len(self._out[0].data):
-                    self._offset -= len(self._out[0].data)
+                while self._out and self._offset >= self._out[0].data.size:
+                    self._offset -= self._out[0].data.size
                     self._sent.append(self._out[0])  # an interrupt here leaves it in both; _install takes it once
                     self._out.popleft()
                 self._pumping = False
@@ -230,6 +258,8 @@ class Session(Sending):
                 self._incoming.feed(data)
             except (Ended, FormatError) as e:
                 error = e
+            while self._incoming.refused:
+                self._refused(self._incoming.refused.pop())
             if self._incoming.acks > self._gone // self.sample_bytes:
                 self._drop(FormatError("the daemon acknowledged more samples than were sent"))
                 return
@@ -295,7 +325,7 @@ class Session(Sending):
         at = held
         for chunk in again:
             if chunk.end > at:
-                self._out.append(_Chunk(at, chunk.end, chunk.data[(at - chunk.first) * self.sample_bytes :]))
+                self._out.append(Queued(at, chunk.end, self._after(chunk.data, at - chunk.first)))
                 at = chunk.end
         self.window = window_of(self.sample_bytes, *_windows(opened))
         self._start, self._gone, self._offset = held, 0, 0
@@ -304,6 +334,14 @@ class Session(Sending):
         self._why = ""
         self._pump()
         self._state.notify_all()
+
+    def _after(self, data: Pieces, samples: int) -> Pieces:
+        """Without the first ``samples``."""
+        skip = samples * self.sample_bytes
+        return Pieces(data.cut(skip, data.size), data.size - skip) if skip else data
+
+    def _refused(self, note: Note) -> None:
+        """The daemon does not use a step."""
 
     # -- the thread -----------------------------------------------------------------------------------------------
 

@@ -112,10 +112,10 @@ class Spec:
         """
         leaves = []
         for name, value in _tree.names_and_leaves(tree):
-            array = _as_array(name, value)
+            array = as_array(name, value)
             dtype = name_of(array.dtype)
             if dtype is None:
-                raise SpecError(f"leaf {name!r} has {_dtype_advice(array.dtype)}")
+                raise SpecError(f"leaf {name!r} has {dtype_advice(array.dtype)}")
             leaves.append(Leaf(name, dtype, array.shape))
         return cls(leaves)
 
@@ -183,7 +183,7 @@ class Spec:
         _tree.collect(self.structure, tree, out)
         n = -1
         for i, leaf in enumerate(self.leaves):
-            x = _as_array(leaf.name, out[i])
+            x = as_array(leaf.name, out[i])
             if x.ndim == 0:
                 raise SpecError(f"leaf {leaf.name!r} has no leading axis; a batch is (n, *{leaf.shape})")
             if n < 0:
@@ -365,7 +365,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _as_array(name: str, value: Any) -> Array:
+def as_array(name: str, value: Any) -> Array:
     """``value`` as a numpy array that shares its memory where it can. Raises SpecError."""
     if isinstance(value, np.ndarray):
         return value.view(np.ndarray)
@@ -413,11 +413,11 @@ def _checked(leaf: Leaf, value: Any, shape: tuple[int, ...]) -> Array:
     dtype = leaf.numpy_dtype
     if isinstance(value, (bool, int, float)) and not isinstance(value, np.generic):
         return _from_number(leaf, value)
-    array = _as_array(leaf.name, value)
+    array = as_array(leaf.name, value)
     if array.dtype != dtype:
         if leaf.dtype not in RAW or array.dtype != RAW[leaf.dtype]:
             raise SpecError(
-                f"leaf {leaf.name!r}: got {_dtype_advice(array.dtype)}, want {leaf.dtype} ({dtype}); "
+                f"leaf {leaf.name!r}: got {dtype_advice(array.dtype)}, want {leaf.dtype} ({dtype}); "
                 "convert it first, nothing is cast silently"
             )
         array = array.view(dtype)
@@ -448,7 +448,7 @@ def _from_number(leaf: Leaf, value: bool | int | float) -> Array:
     return array
 
 
-def _dtype_advice(dtype: np.dtype[Any]) -> str:
+def dtype_advice(dtype: np.dtype[Any]) -> str:
     if dtype.newbyteorder("=") != dtype:
         return f"the big-endian dtype {dtype}; convert it with .astype(a.dtype.newbyteorder('='))"
     name = name_of(dtype)

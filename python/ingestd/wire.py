@@ -27,7 +27,8 @@ NOTICE = 0x00
 _HEAD = struct.Struct("<8sHHI")
 _FIELDS = (
     "role", "table", "byte_order", "spec", "fingerprint", "session", "ack", "window_samples", "window_bytes",
-    "prefetch", "group", "notes", "client",
+    "prefetch", "group", "notes", "manifest", "manifest_id", "in_place", "wait", "stream", "delta", "have",
+    "have_digest", "resume", "resume_digest", "resume_offset", "client",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from ingestd import Spec
-from ingestd.segment import crc32c
+from ingestd.native import crc32c
 
 HEAD = struct.Struct("<8sHHI")
 MAGIC = b"INGESTD\n"

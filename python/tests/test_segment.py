@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ingestd import FormatError, Spec
-from ingestd.segment import LEASED, LENT, OPEN, Group, Segment, Session, State, crc32c
+from ingestd.native import crc32c
+from ingestd.segment import LEASED, LENT, OPEN, Group, Segment, Session, State
 
 from fakes import SPEC, SegmentMaker, image, sample
 
