@@ -124,7 +124,7 @@ func (r *tensorRunner) gradientsOne(ctx context.Context, c *TensorCase, name str
 		m, err = g.measureSteps(ctx, profile, c)
 	}
 	if g != nil {
-		err = errors.Join(err, g.stop(err != nil))
+		err = errors.Join(err, g.stopSteps(err != nil))
 	}
 	return m, err
 }
@@ -194,6 +194,16 @@ func (g *rig) measureSteps(ctx context.Context, profile bool, c *TensorCase) (*M
 		err = g.server.fail(fmt.Errorf("measured %v GB/s", m.GBPerSecond))
 	}
 	return m, err
+}
+
+// stopSteps ends the sender and the receiver, and kills the daemon: chunks of steps that are half there would hold up its end, and are no loss.
+func (g *rig) stopSteps(failed bool) error {
+	err := stopAll(failed, g.sender, g.receiver)
+	if g.daemon != nil {
+		g.daemon.kill()
+		err = errors.Join(err, g.daemon.cleanUp())
+	}
+	return err
 }
 
 // lastOr is when the last step was done, or when the snapshot was taken if none was.

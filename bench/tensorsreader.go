@@ -73,7 +73,7 @@ func runGradReader(ctx context.Context, opt gradReaderOptions) error {
 	for i := range opt.producers {
 		g.want += gradientValue(i)
 	}
-	if g.reader, err = client.OpenGrads(ctx, opt.address, client.GradConfig{Table: opt.table, Manifest: m}); err != nil {
+	if g.reader, err = client.OpenGrads(ctx, opt.address, client.GradConfig{Table: opt.table, Client: "ingestd-bench"}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -200,7 +200,7 @@ func (g *gradReader) handle(ctx context.Context, ask request) (reply, error) {
 		if n := g.wrong.Load(); n != 0 {
 			return reply{}, fmt.Errorf("%d elements of the sums are wrong", n)
 		}
-		return reply{Values: map[string]int64{valueTook: int64(took), valueSpilled: int64(g.reader.Stats().Spilled)}}, nil
+		return reply{Values: map[string]int64{valueTook: int64(took), valueSpilled: int64(g.reader.Stats().SpilledBytes)}}, nil
 	case doLoop:
 		took, err := g.loop()
 		return reply{Values: map[string]int64{valueTook: int64(took)}}, err

@@ -68,7 +68,7 @@ func (r *tensorRunner) reduce(ctx context.Context, out *TensorResult) error {
 			err = g.measureSums(ctx, out, name)
 		}
 		if g != nil {
-			err = errors.Join(err, g.stop(err != nil))
+			err = errors.Join(err, g.stopSteps(err != nil))
 		}
 		if err == nil {
 			r.progress(&out.TensorCase, run, name, fmt.Sprintf("%.2f GB/s", out.Figures[name].Runs[run]))
