@@ -78,9 +78,10 @@ type snapshot struct {
 	Batches uint64        `json:"batches"`
 	Wrong   uint64        `json:"wrong"` // samples whose first bytes were not the sender's
 	Streams []uint64      `json:"streams,omitempty"`
-	Last    int64         `json:"last,omitempty"`  // CLOCK_MONOTONIC, ns: when the last batch, or the end that was waited for, came
-	Stall   int64         `json:"stall,omitempty"` // ns: the longest time in which a producer got no ack, since record
-	Lost    uint64        `json:"lost,omitempty"`  // samples that a producer says the daemon has lost
+	Last    int64         `json:"last,omitempty"`    // CLOCK_MONOTONIC, ns: when the last batch, or the end that was waited for, came
+	Stall   int64         `json:"stall,omitempty"`   // ns: the longest time in which a producer got no ack, since record
+	Spilled uint64        `json:"spilled,omitempty"` // bytes that a reader of steps has copied out of the ring
+	Lost    uint64        `json:"lost,omitempty"`    // samples that a producer says the daemon has lost
 }
 
 // takeSnapshot reads the clocks; the caller adds its counters.

@@ -43,6 +43,7 @@ type Measurement struct {
 	MallocsPerSecond float64 `json:"mallocs_per_second,omitempty"`
 
 	OpenRate float64 `json:"open_rate,omitempty"` // samples/s offered in the open loop
+	Spilled  float64 `json:"spilled,omitempty"`   // share of the bytes that a reader of steps has copied out of the ring
 	Memory   *Memory `json:"memory,omitempty"`
 }
 

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 )
 
 func TestSmokeTensors(t *testing.T) {
@@ -188,26 +189,37 @@ func TestTensorTargets(t *testing.T) {
 	}
 }
 
-func TestStepLimit(t *testing.T) {
-	var l stepLimit
-	l.init(false)
-	l.raise(2)
-	l.await(1)
-	l.raise(1) // never lower
-	l.await(1)
-	done := make(chan struct{})
-	go func() {
-		l.await(2)
-		close(done)
-	}()
-	select {
-	case <-done:
-		t.Fatal("step 2 was allowed, the limit is 2")
-	default:
-	}
-	l.raise(3)
-	<-done
-	var open stepLimit
-	open.init(true)
-	open.await(1 << 60)
+func TestStepPace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newStepPace(2, 2)
+		for _, step := range []uint64{0, 1} {
+			if !p.await(step) {
+				t.Fatalf("step %d is not allowed", step)
+			}
+		}
+		p.raise(1) // never lower
+		p.await(1)
+		allowedAfter := func(step uint64, release func()) {
+			t.Helper()
+			done := make(chan bool, 1)
+			go func() { done <- p.await(step) }()
+			synctest.Wait()
+			if len(done) > 0 {
+				t.Fatalf("step %d was allowed", step)
+			}
+			release()
+			if !<-done {
+				t.Fatalf("step %d was not allowed in the end", step)
+			}
+		}
+		p.commit(0)
+		p.commit(1)
+		allowedAfter(2, func() { p.raise(100) })
+		p.commit(0)
+		allowedAfter(3, func() { p.commit(1) }) // nobody is more than aheadMax steps beyond the slowest
+		go p.close()
+		if p.await(4) {
+			t.Error("a step was allowed after the end")
+		}
+	})
 }

@@ -61,10 +61,11 @@ func (c *TensorCase) kind() tensorKind {
 	panic("bench: no kind of case is called " + c.Kind)
 }
 
-// tensorCases are the cases of the targets. In reduce the reader may hold half of the ring, which is all that is to be summed.
+// tensorCases are the cases of the targets. A reader may hold half of the ring: in gradients that is three steps, since a producer may
+// be two ahead of another, and in reduce it is all that is to be summed.
 func tensorCases() []TensorCase {
 	return []TensorCase{
-		{Name: "gradients", Kind: kindGradients, Bytes: 32 * mib, Tensors: 8, Peers: 4, ChunkBytes: mib, RingBytes: 256 * mib},
+		{Name: "gradients", Kind: kindGradients, Bytes: 16 * mib, Tensors: 8, Peers: 4, ChunkBytes: mib, RingBytes: 384 * mib},
 		{Name: "reduce", Kind: kindReduce, Bytes: 64 * mib, Tensors: 8, Peers: 8, ChunkBytes: mib, RingBytes: 1280 * mib},
 		{Name: "publish", Kind: kindPublish, Bytes: 512 * mib, Tensors: 64, Peers: 4},
 		{Name: "stream", Kind: kindStream, Bytes: 512 * mib, Tensors: 64, Peers: 1},

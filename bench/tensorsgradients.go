@@ -24,6 +24,7 @@ const (
 	figureReaderCPU = ": reader's CPU"
 	figureShareTime = "CRC, share of the time"
 	figureShareCPU  = "CRC, share of all CPU time"
+	figureSpilled   = "copied out of the ring"
 )
 
 func gradientsKind() tensorKind {
@@ -36,6 +37,7 @@ func gradientsKind() tensorKind {
 		{contenderAdd, "one goroutine: copy to a ring, add", ""},
 		{figureShareTime, "CRC's share of the time over TCP", ""},
 		{figureShareCPU, "CRC's share of all CPU time over TCP", ""},
+		{figureSpilled, "copied out of the ring by the reader over TCP", ""},
 	}
 	for _, name := range []string{contenderFull, contenderNoCRC, contenderInPlace, contenderBare} {
 		for _, figure := range []string{figureServerCPU, figureSenderCPU, figureReaderCPU} {
@@ -75,6 +77,9 @@ func (r *tensorRunner) gradients(ctx context.Context, out *TensorResult) error {
 					out.add(name+figure, "s/GB", cpu)
 				}
 			}
+		}
+		if name == contenderFull {
+			out.add(figureSpilled, "%", 100*m.Spilled)
 		}
 		r.progress(&out.TensorCase, run, name, fmt.Sprintf("%.2f GB/s", m.GBPerSecond))
 		return nil
@@ -190,6 +195,9 @@ func (g *rig) measureSteps(ctx context.Context, profile bool, c *TensorCase) (*M
 		w.from.Samples, w.to.Samples = w.from.Samples*uint64(c.Peers), w.to.Samples*uint64(c.Peers)
 	}
 	m, err := g.evaluate(w.from, w.to)
+	if err == nil {
+		m.Spilled = float64(w.to.Spilled-w.from.Spilled) / (m.GBPerSecond * 1e9 * m.Seconds)
+	}
 	if err == nil && !(m.GBPerSecond > 0 && !math.IsInf(m.GBPerSecond, 0)) {
 		err = g.server.fail(fmt.Errorf("measured %v GB/s", m.GBPerSecond))
 	}

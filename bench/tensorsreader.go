@@ -190,7 +190,7 @@ func (g *gradReader) handle(ctx context.Context, ask request) (reply, error) {
 		if err != nil {
 			return reply{}, err
 		}
-		snap.Samples, snap.Last, snap.Wrong = g.steps.Load(), g.last.Load(), g.wrong.Load()
+		snap.Samples, snap.Last, snap.Wrong, snap.Spilled = g.steps.Load(), g.last.Load(), g.wrong.Load(), g.reader.Stats().SpilledBytes
 		return reply{Snapshot: snap}, nil
 	case doStep:
 		took, err := g.sum(ctx, ask.Upto, false)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -33,7 +34,7 @@ type gradSender struct {
 	opt       gradSenderOptions
 	manifest  *tensor.Manifest
 	producers []*client.StepProducer
-	limit     stepLimit
+	pace      *stepPace
 	steps     atomic.Uint64 // committed, of all producers together
 	failed    chan error
 }
@@ -84,7 +85,11 @@ func runGradSender(ctx context.Context, opt gradSenderOptions) error {
 		return err
 	}
 	s := &gradSender{opt: opt, manifest: m, failed: make(chan error, 1)}
-	s.limit.init(!opt.upto)
+	upto := uint64(math.MaxUint64)
+	if opt.upto {
+		upto = 0
+	}
+	s.pace = newStepPace(opt.producers, upto)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	for i := range opt.producers {
@@ -98,9 +103,9 @@ func runGradSender(ctx context.Context, opt gradSenderOptions) error {
 		s.producers = append(s.producers, p)
 	}
 	var running sync.WaitGroup
-	for i, p := range s.producers {
+	for i := range s.producers {
 		running.Go(func() {
-			if err := s.send(ctx, p, gradientValue(i)); err != nil && ctx.Err() == nil {
+			if err := s.send(ctx, i); err != nil && ctx.Err() == nil {
 				select {
 				case s.failed <- err:
 				default:
@@ -113,26 +118,26 @@ func runGradSender(ctx context.Context, opt gradSenderOptions) error {
 	for _, p := range s.producers {
 		p.Abort()
 	}
-	s.limit.raise(math.MaxUint64)
+	s.pace.close()
 	running.Wait()
 	return err
 }
 
 // send commits steps until its context ends.
-func (s *gradSender) send(ctx context.Context, p *client.StepProducer, value float32) error {
+func (s *gradSender) send(ctx context.Context, producer int) error {
 	arrays := make([][]float32, s.manifest.Len())
 	for i := range arrays {
 		t := s.manifest.Tensor(i)
 		arrays[i] = make([]float32, t.Elements())
 		for j := range arrays[i] {
-			arrays[i][j] = value
+			arrays[i][j] = gradientValue(producer)
 		}
 	}
-	for step := uint64(0); ctx.Err() == nil; step++ {
-		s.limit.await(step)
-		if err := s.sendStep(ctx, p, step, arrays); err != nil {
+	for step := uint64(0); s.pace.await(step); step++ {
+		if err := s.sendStep(ctx, s.producers[producer], step, arrays); err != nil {
 			return err
 		}
+		s.pace.commit(producer)
 		s.steps.Add(1)
 	}
 	return nil
@@ -171,39 +176,61 @@ func (s *gradSender) handle(ask request) (reply, error) {
 		if !s.opt.upto {
 			return reply{}, errors.New("these producers send without being told")
 		}
-		s.limit.raise(ask.Upto)
+		s.pace.raise(ask.Upto)
 		return reply{}, nil
 	default:
 		return reply{}, unknownRequest(ask)
 	}
 }
 
-// stepLimit holds producers until their next step is allowed.
-type stepLimit struct {
-	mu    sync.Mutex
-	grown sync.Cond
-	upto  uint64 // steps below this one are allowed
+// stepPace holds producers until their next step is allowed. As in training, none runs away from the others.
+type stepPace struct {
+	mu      sync.Mutex
+	changed sync.Cond
+	upto    uint64   // steps below this one are allowed
+	done    []uint64 // steps that each producer has committed
+	closed  bool
 }
 
-func (l *stepLimit) init(open bool) {
-	l.grown.L = &l.mu
-	if open {
-		l.upto = math.MaxUint64
+// aheadMax is how many steps a producer may begin beyond those that all have committed.
+const aheadMax = 2
+
+func newStepPace(producers int, upto uint64) *stepPace {
+	p := &stepPace{upto: upto, done: make([]uint64, producers)}
+	p.changed.L = &p.mu
+	return p
+}
+
+// raise allows more steps.
+func (p *stepPace) raise(upto uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.upto = max(p.upto, upto)
+	p.changed.Broadcast()
+}
+
+// close lets everybody go.
+func (p *stepPace) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	p.changed.Broadcast()
+}
+
+// commit counts a step of one producer.
+func (p *stepPace) commit(producer int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done[producer]++
+	p.changed.Broadcast()
+}
+
+// await returns when the step is allowed; false when there will be no more.
+func (p *stepPace) await(step uint64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for !p.closed && (step >= p.upto || step >= slices.Min(p.done)+aheadMax) {
+		p.changed.Wait()
 	}
-}
-
-func (l *stepLimit) raise(upto uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.upto = max(l.upto, upto)
-	l.grown.Broadcast()
-}
-
-// await returns when the step is allowed.
-func (l *stepLimit) await(step uint64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for step >= l.upto {
-		l.grown.Wait()
-	}
+	return !p.closed
 }
