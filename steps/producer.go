@@ -60,7 +60,10 @@ type transaction struct {
 	stream, manifest uint64
 	step             uint64
 	state            int
-	bytes            int64 // of the step's data
+	bytes            int64            // of the step's tensors that came
+	of               int64            // of those that make it complete
+	subset           []uint32         // the tensors that it consists of, once its end has come; nil: all
+	came             *tensor.Coverage // what of it; nil before the first
 }
 
 // Producer checks the chunks of one producer's stream.
@@ -70,21 +73,25 @@ type Producer struct {
 	stream   uint64
 	id       uint64 // tensor.ProducerID of the name
 	manifest *tensor.Manifest
+	all      int64  // bytes of a step that has every tensor
 	entry    *known // under keeper.mu
 	since    time.Time
 
 	mu     sync.Mutex // taken by Check once per run of chunks, and by who looks
 	header [tensor.HeaderBytes]byte
+	list   []byte
 	at     transaction
 	done   uint64 // newest step that came whole through this connection
 	isDone bool   // there was one
-	noted  uint64 // step of the last note
 	notes  []byte
 }
 
 func newProducer(k *Keeper, name string, stream uint64, m *tensor.Manifest, entry *known) *Producer {
 	p := &Producer{keeper: k, name: name, stream: stream, id: tensor.ProducerID(name), manifest: m, entry: entry, since: time.Now()}
-	p.at = transaction{stream: stream, manifest: m.ID()}
+	for i := range m.Len() {
+		p.all += m.EncodedBytes(i)
+	}
+	p.at = transaction{stream: stream, manifest: m.ID(), of: p.all}
 	return p
 }
 
@@ -105,7 +112,7 @@ func (p *Producer) stats() ProducerStats {
 	defer p.mu.Unlock()
 	return ProducerStats{
 		Name: p.name, Stream: p.stream, Manifest: p.manifest.ID(), Since: p.since, Step: p.at.step, State: txNames[p.at.state], Bytes: p.at.bytes,
-		Of: p.manifest.DataBytes(),
+		Of: p.at.of,
 	}
 }
 
@@ -203,9 +210,19 @@ func (p *Producer) refuse(h *tensor.Header, header []byte, reason string) {
 		return
 	}
 	p.end()
-	p.at.step, p.at.state, p.at.bytes = h.Step, txRefused, 0
+	p.begin(h.Step, txRefused)
 	p.keeper.counts.refused.Add(1)
 	p.notes = wire.AppendNote(p.notes, &wire.Note{Code: wire.NoteStepRefused, Step: h.Step, Reason: reason})
+}
+
+// begin starts over with a step.
+func (p *Producer) begin(step uint64, state int) {
+	p.at.step, p.at.state, p.at.bytes, p.at.of, p.at.subset = step, state, 0, p.all, nil
+	if p.at.came == nil {
+		p.at.came = tensor.NewCoverage(p.manifest)
+	} else {
+		p.at.came.Reset()
+	}
 }
 
 // end counts the transaction that gives way to another, or to nothing.
@@ -223,16 +240,62 @@ func (p *Producer) take(h *tensor.Header, data []byte) error {
 			return nil
 		}
 		p.end()
-		p.at.step, p.at.state, p.at.bytes = h.Step, txOpen, 0
+		p.begin(h.Step, txOpen)
 		p.keeper.began(h.Step)
 	}
-	if h.Flags&tensor.FlagAbort != 0 {
+	switch {
+	case p.at.state != txOpen: // what follows an abort, or comes twice
+		return nil
+	case h.Flags&tensor.FlagAbort != 0:
 		p.at.state = txAborted
 		p.keeper.counts.aborted.Add(1)
 		return nil
+	case h.Flags&tensor.FlagEnd != 0:
+		if err := p.takeList(h, data); err != nil {
+			return err
+		}
+	case h.Length > 0:
+		if err := p.cover(h); err != nil {
+			return err
+		}
 	}
-	p.at.bytes += int64(h.Length)
+	if p.at.came.Complete(p.at.subset) {
+		p.at.state, p.done, p.isDone = txComplete, h.Step, true
+		p.keeper.counts.completed.Add(1)
+	}
 	return nil
+}
+
+// takeList reads the list of tensors that ends a step.
+func (p *Producer) takeList(h *tensor.Header, data []byte) error {
+	p.list = append(p.list[:0], data[:h.Length]...) // a producer in place may still write to it
+	if err := h.CheckData(p.manifest, p.list); err != nil {
+		return p.bad(badList, err)
+	}
+	subset, err := tensor.ParseEnd(p.manifest, p.list)
+	if err != nil {
+		return p.bad(badList, err)
+	}
+	p.at.subset, p.at.of = subset, 0
+	for _, i := range subset {
+		p.at.of += p.manifest.EncodedBytes(int(i))
+	}
+	return nil
+}
+
+// cover notes which bytes a chunk has brought.
+func (p *Producer) cover(h *tensor.Header) error {
+	why := "overlaps another chunk of its step"
+	switch p.at.came.Add(h.Flat(p.manifest), h.Length, h.DataCRC) {
+	case tensor.New:
+		p.at.bytes += int64(h.Length)
+		return nil
+	case tensor.Same:
+		return nil
+	case tensor.TooMany:
+		why = "the step is cut into too many chunks"
+	}
+	return p.bad(badOverlap, &tensor.ChunkError{Tensor: p.manifest.Tensor(int(h.Tensor)).Name, Offset: int64(h.Offset), Reason: why})
 }
 
 // AppendNotes implements drainer.Checker.

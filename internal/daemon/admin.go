@@ -19,6 +19,7 @@ import (
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/metrics"
 	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/weights"
 )
 
 // admin is the HTTP endpoint for people and machines that watch the daemon. It changes nothing.
@@ -139,6 +140,7 @@ func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 			Tables:     d.tableStats,
 			Transports: func() []ingest.Stats { return []ingest.Stats{d.ingest.Stats()} },
 			Trainers:   func() shm.Stats { return d.trainers.Stats() },
+			Weights:    d.weightsStats,
 			Segments:   segments,
 		}))
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
@@ -152,6 +154,13 @@ func (d *Daemon) tableStats() []engine.Stats {
 		all[i] = t.Stats()
 	}
 	return all
+}
+
+func (d *Daemon) weightsStats() (all []weights.Stats, served weights.ServerStats) {
+	for i := range d.plan.weights {
+		all = append(all, d.stores[d.plan.weights[i].Name].Stats())
+	}
+	return all, d.weights.Stats()
 }
 
 func (a *admin) serve() error {

@@ -32,10 +32,10 @@ type Daemon struct {
 
 	pool      *drainer.Pool
 	tables    []*table
-	stores    []*weights.Store
+	stores    map[string]*weights.Store
 	ingest    *tcpingest.Server
 	trainers  *shm.Server
-	weights   weightsServer
+	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
 
@@ -114,21 +114,14 @@ func (d *Daemon) open(log *slog.Logger) error {
 			d.log.Warn("no huge pages; ordinary ones are used", "table", t.Name(), "err", err)
 		}
 	}
-	for i := range d.plan.weights {
-		t := &d.plan.weights[i]
-		s, err := weights.NewStore(weights.StoreConfig{Table: t.Name, Generations: t.Generations, Capacity: int64(t.Capacity), HugePages: t.HugePages})
-		if err != nil {
-			return fmt.Errorf("table %q: %w", t.Name, err)
-		}
-		d.stores = append(d.stores, s)
+	if err := d.openStores(log); err != nil {
+		return err
 	}
 	l := &d.plan.Limits
 	var err error
-	local := &d.plan.LocalProducers
-	if d.trainers, err = shm.NewServer(shm.ServerConfig{Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: shm.FillConfig{
-		Users: d.plan.users, Groups: d.plan.groups, Prefetch: local.Prefetch, FillersMax: local.Max,
-		SettleAfter: time.Duration(local.SettleAfter), Poll: time.Duration(local.Poll),
-	}}); err != nil {
+	if d.trainers, err = shm.NewServer(shm.ServerConfig{
+		Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: d.fillConfig(),
+	}); err != nil {
 		return err
 	}
 	d.ingest, err = tcpingest.New(tcpingest.Config{
@@ -144,6 +137,31 @@ func (d *Daemon) open(log *slog.Logger) error {
 		WindowBytesMax:   int64(l.WindowBytesMax),
 		Log:              log,
 	})
+	return err
+}
+
+// fillConfig says who may write in place.
+func (d *Daemon) fillConfig() shm.FillConfig {
+	local := &d.plan.LocalProducers
+	return shm.FillConfig{
+		Users: d.plan.users, Groups: d.plan.groups, Prefetch: local.Prefetch, FillersMax: local.Max,
+		SettleAfter: time.Duration(local.SettleAfter), Poll: time.Duration(local.Poll),
+	}
+}
+
+// openStores makes the tables of weights. They take memory when the first publisher comes.
+func (d *Daemon) openStores(log *slog.Logger) (err error) {
+	d.stores = map[string]*weights.Store{}
+	for i := range d.plan.weights {
+		t := &d.plan.weights[i]
+		d.stores[t.Name], err = weights.NewStore(weights.StoreConfig{
+			Table: t.Name, Generations: t.Generations, Capacity: int64(t.Capacity), HugePages: t.HugePages, ReadersMax: d.plan.Limits.MaxTrainers,
+		})
+		if err != nil {
+			return fmt.Errorf("table %q: %w", t.Name, err)
+		}
+	}
+	d.weights, err = weights.NewServer(weights.ServerConfig{Stores: d.stores, Fill: d.fillConfig(), Log: log})
 	return err
 }
 
@@ -299,11 +317,6 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		}()
 	}
 	if hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe {
-		if d.weights == nil {
-			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
-			return wire.WriteRefusal(conn, wire.Refuse(wire.CodeWrongRole, "the role %q is not served yet", hello.Role))
-		}
 		return d.weights.Serve(d.cutOff, conn, hello)
 	}
 	local, ok := conn.(*net.UnixConn)
@@ -311,11 +324,6 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}
 	return d.trainers.Serve(d.cutOff, local, hello)
-}
-
-// weightsServer serves publishers and readers of weights. It owns the connection.
-type weightsServer interface {
-	Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) error
 }
 
 // enter counts an attachment, unless none may begin any more because the segments are going away.

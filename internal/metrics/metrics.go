@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -10,6 +11,7 @@ import (
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/weights"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -20,6 +22,7 @@ type Sources struct {
 	Tables     func() []engine.Stats
 	Transports func() []ingest.Stats
 	Trainers   func() shm.Stats
+	Weights    func() ([]weights.Stats, weights.ServerStats)
 	Segments   map[string]int64 // bytes of each table's segment
 }
 
@@ -101,6 +104,9 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	} {
 		ch <- d
 	}
+	for _, d := range slices.Concat(describeSteps(), describeWeights()) {
+		ch <- d
+	}
 }
 
 // out sends metrics to a channel.
@@ -127,6 +133,11 @@ func (c *Collector) Collect(metrics chan<- prometheus.Metric) {
 		transport(ch, &t)
 	}
 	c.trainers(ch, tables)
+	stores, served := c.from.Weights()
+	for i := range stores {
+		weightsOf(ch, &stores[i])
+	}
+	weightsServer(ch, &served)
 }
 
 func number(b bool) float64 {
@@ -156,6 +167,9 @@ func (c *Collector) table(ch out, st *engine.Stats) {
 	ch.gauge(sessions, float64(st.Sessions), t)
 	ch.counter(taken, st.Taken, t)
 	groups(ch, st)
+	if st.Steps != nil {
+		stepsOf(ch, t, st.Steps)
+	}
 	ch.counter(opened, st.Opened, t)
 	now, n, most := time.Now(), 0, time.Duration(0)
 	waits := func(since time.Time) {

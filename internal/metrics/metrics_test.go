@@ -17,6 +17,8 @@ import (
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
+	"github.com/ingestd/ingestd/steps"
+	"github.com/ingestd/ingestd/weights"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -30,6 +32,10 @@ func collector() *Collector {
 				Streams:  []drainer.StreamStats{{Stream: 1}, {Stream: 2, WaitingSince: time.Now().Add(-time.Hour)}},
 				Lenders:  []drainer.LenderStats{{Stream: 4, WaitingSince: time.Now().Add(-2 * time.Hour)}},
 				Sessions: 9, Taken: 2,
+				Steps: &steps.Stats{
+					Newest: 12, Completed: 40, Aborted: 3, Refused: 2, CutShort: 5, Chunks: 900, Late: 6, Announced: 14, Unsaid: 1,
+					BadChunks: map[string]uint64{"place": 4, "made up": 7}, Producers: make([]steps.ProducerStats, 3),
+				},
 				Sampler: sampler.Stats{Delivered: 5, Released: 13, Returned: 1, Lost: 4, Groups: []sampler.GroupStats{
 					{GroupConfig: sampler.GroupConfig{Name: "listed"}, Listed: true, Members: 2, Unread: 3, Released: 10, Lost: 1},
 					{GroupConfig: sampler.GroupConfig{Name: "made up"}, Members: 1, Unread: 5, Released: 2},
@@ -48,6 +54,15 @@ func collector() *Collector {
 			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6},
 				Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}},
 				Fill:     shm.FillStats{Attached: 8, Taken: 3, Published: 6, Settled: 5, Notes: 7, Fillers: []shm.FillerStats{{Table: "a", Lent: 2}}}}
+		},
+		Weights: func() ([]weights.Stats, weights.ServerStats) {
+			return []weights.Stats{{
+					Table: "m", Newest: 8, SegmentBytes: 8192, Publisher: &weights.PublisherStats{}, Readers: make([]weights.ReaderStats, 2), Begun: 9, Published: 7, Bytes: 70,
+					Generations: []weights.GenerationStats{{Pins: make([]weights.Pin, 2)}, {}}, Failed: map[weights.Failure]uint64{weights.FailedPinned: 2},
+				}}, weights.ServerStats{
+					Publishers: 3, Readers: 4, Refused: map[wire.Code]uint64{wire.CodeNoGeneration: 5}, CutOff: map[wire.Code]uint64{wire.CodeBadChunk: 6},
+					Sent: weights.RemoteCounts{Generations: 11, Deltas: 2, Skipped: 3, Bytes: 99},
+				}
 		},
 		Segments: map[string]int64{"a": 4096},
 	})
@@ -120,6 +135,36 @@ func TestValues(t *testing.T) {
 		"ingestd_samples_cut_short_total tcp":               1,
 		"ingestd_table_streams_opened_total a":              3,
 		"ingestd_table_batches_delivered_total a":           5,
+
+		"ingestd_step_producers a":                          3,
+		"ingestd_step_newest a":                             12,
+		"ingestd_steps_completed_total a":                   40,
+		"ingestd_steps_aborted_total a":                     3,
+		"ingestd_steps_refused_total a":                     2,
+		"ingestd_steps_cut_short_total a":                   5,
+		"ingestd_chunks_total a":                            900,
+		"ingestd_chunks_refused_total a":                    6,
+		"ingestd_chunks_bad_total place a":                  4,
+		"ingestd_chunks_bad_total header a":                 0,
+		"ingestd_producers_announced_total a":               14,
+		"ingestd_producers_unannounced a":                   1,
+		"ingestd_weights_newest_generation m":               8,
+		"ingestd_weights_generations m":                     2,
+		"ingestd_weights_generations_pinned m":              1,
+		"ingestd_weights_segment_bytes m":                   8192,
+		"ingestd_weights_readers m":                         2,
+		"ingestd_weights_publishers m":                      1,
+		"ingestd_weights_generations_begun_total m":         9,
+		"ingestd_weights_generations_published_total m":     7,
+		"ingestd_weights_bytes_published_total m":           70,
+		"ingestd_weights_generations_failed_total pinned m": 2,
+		"ingestd_weights_peers_accepted_total publish":      3,
+		"ingestd_weights_peers_accepted_total subscribe":    4,
+		"ingestd_weights_peers_cut_off_total bad_chunk":     6,
+		"ingestd_refused_total no_generation weights":       5,
+		"ingestd_weights_bytes_sent_total":                  99,
+		"ingestd_weights_transfers_total shown":             11,
+		"ingestd_weights_transfers_total skipped":           3,
 	} {
 		if got[name] != want {
 			t.Errorf("%s is %v, want %v", name, got[name], want)
