@@ -432,7 +432,11 @@ func (c *gradCore) addChunk(b *gradBatch, t *gradTx, h *tensor.Header, data []by
 			return err
 		}
 	}
-	if c.asked != nil && c.asked.step == t.step {
+	switch {
+	case c.asked == nil || c.asked.step != t.step:
+	case c.changed: // its members may not be what they were
+		t.lacks = nil
+	default:
 		c.asked.arrived(t, chunk)
 	}
 	return nil
@@ -588,10 +592,10 @@ func (c *gradCore) why(p *gradProducer, step uint64) string {
 func (c *gradCore) release() {
 	for _, b := range c.held {
 		if b.lease != nil {
-			b.rows, b.chunks = 0, nil
-			c.letGo(b)
+			b.lease.Release()
+			b.lease, b.rows, b.chunks = nil, 0, nil
 		}
 	}
-	c.held = nil
+	c.held, c.holding = nil, 0
 	clear(c.producers)
 }

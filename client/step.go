@@ -90,7 +90,7 @@ type StepProducer struct {
 	tx        *StepTx // that is open; nil: none is
 	last      uint64  // newest step that was committed
 	committed bool    // there was one
-	encoded   [][]byte
+	encoders  stepEncoders
 	steps     atomic.Uint64
 }
 
@@ -117,7 +117,7 @@ func DialSteps(ctx context.Context, addr string, cfg StepsConfig) (*StepProducer
 	if err != nil {
 		return nil, err
 	}
-	p := &StepProducer{manifest: cfg.Manifest, id: tensor.ProducerID(cfg.Name), encoded: make([][]byte, cfg.Manifest.Len())}
+	p := &StepProducer{manifest: cfg.Manifest, id: tensor.ProducerID(cfg.Name), encoders: newStepEncoders(cfg.Manifest)}
 	if cfg.InPlace {
 		p.way, p.chunkBytes, err = fillSteps(ctx, addr, cfg)
 	} else {

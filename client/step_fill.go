@@ -12,8 +12,8 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// blockBytes are copied and summed at a time, so that the sum finds them in the cache.
-const blockBytes = 64 << 10
+// fillBlockBytes are copied and summed at a time, so that the sum finds them in the cache.
+const fillBlockBytes = 64 << 10
 
 // The columns of a table of tensors.
 const (
@@ -141,7 +141,7 @@ func (w *stepFill) write(ctx context.Context, op string, c *stepChunk) error {
 	at := 0
 	for _, data := range c.data {
 		for len(data) > 0 {
-			n := copy(to[at:], data[:min(len(data), blockBytes)])
+			n := copy(to[at:], data[:min(len(data), fillBlockBytes)])
 			if !w.cfg.NoCRC {
 				h.DataCRC = tensor.UpdateCRC(h.DataCRC, to[at:at+n])
 			}

@@ -110,7 +110,7 @@ func (tx *StepTx) PutFloats(name string, values []float32) error {
 	case int64(len(values)) != t.Elements():
 		return fmt.Errorf("client: put %q: %d values, but %s has %d", name, len(values), t.Type(), t.Elements())
 	}
-	data, err := tx.p.encode(i, &t, values)
+	data, err := tx.p.encoders.encode(i, &t, tx.p.manifest.EncodedBytes(i), values)
 	if err != nil {
 		return fmt.Errorf("client: put %q: %w", name, err)
 	}
@@ -156,13 +156,16 @@ func (tx *StepTx) commit(ctx context.Context, finish func() error) error {
 	if err := tx.p.way.commit(ctx, tx.step); err != nil {
 		return err
 	}
-	tx.end()
+	tx.end(true)
 	tx.p.last, tx.p.committed = tx.step, true
 	tx.p.steps.Add(1)
 	return nil
 }
 
-func (tx *StepTx) end() { tx.done, tx.p.tx = true, nil }
+func (tx *StepTx) end(committed bool) {
+	tx.p.encoders.end(committed)
+	tx.done, tx.p.tx = true, nil
+}
 
 // Abort gives the step up: readers drop what they have of it, and the arrays are the caller's again. It does not wait for the daemon. The same step may be begun again.
 // Aborting what is over does nothing, so that it can be deferred.
@@ -175,5 +178,5 @@ func (tx *StepTx) Abort() {
 		cancel() // it is not waited for: without this chunk readers drop the step when the next one begins
 		_ = tx.p.way.send(ended, "abort", tensor.Header{Flags: tensor.FlagAbort, Step: tx.step, Producer: tx.p.id, Manifest: tx.p.manifest.ID()}, nil)
 	}
-	tx.end()
+	tx.end(false)
 }

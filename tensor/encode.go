@@ -24,9 +24,7 @@ func Encode(dst []byte, t *Tensor, x []float32) error {
 			binary.LittleEndian.PutUint16(dst[2*i:], roundBF16(v))
 		}
 	case F16:
-		for i, v := range x {
-			binary.LittleEndian.PutUint16(dst[2*i:], halfFormat.round(v))
-		}
+		encodeHalf(dst, x)
 	case F8E4M3:
 		encode8(dst, &e4m3Format, x)
 	case F8E5M2:
@@ -52,6 +50,22 @@ func (t *Tensor) checkLengths(encoded []byte, x []float32) error {
 	return nil
 }
 
+// encodeHalf has the common case of halfFormat.round, a value that is normal in both formats and does not become infinity, in the loop.
+func encodeHalf(dst []byte, x []float32) {
+	const least, above = (127 - 14) << 23, (127 + 15) << 23
+	dst = dst[:2*len(x)]
+	for i, v := range x {
+		bits := math.Float32bits(v)
+		code := uint16(bits >> 16 & 0x8000)
+		if bits &^= f32Sign; bits-least < above-least {
+			code |= uint16((bits+0xFFF+bits>>13&1)>>13 - (127-15)<<10)
+		} else {
+			code = halfFormat.round(v)
+		}
+		binary.LittleEndian.PutUint16(dst[2*i:], code)
+	}
+}
+
 // encode8 writes the scale and one byte per element.
 func encode8(dst []byte, f *narrow, x []float32) {
 	if len(x) == 0 {
@@ -69,9 +83,24 @@ func encode8(dst []byte, f *narrow, x []float32) {
 	}
 	clear(dst[:ScaleBytes])
 	binary.LittleEndian.PutUint32(dst, math.Float32bits(scale))
-	dst = dst[ScaleBytes:]
+	// The common cases of round, normal and not of the largest exponent, and below the normal ones, are in the loop.
+	shift, least := 23-f.mantissa, uint32(127+1-f.bias)<<23
+	span := uint32(f.largest>>f.mantissa-1)<<23
+	half, rebias := uint32(1)<<(shift-1)-1, uint32(127-f.bias)<<f.mantissa
+	magic := float32(1<<23) * f.unit()
+	dst = dst[ScaleBytes:][:len(x)]
 	for i, v := range x {
-		dst[i] = byte(f.round(v / scale))
+		y := v / scale
+		bits := math.Float32bits(y)
+		sign := byte(bits >> 24 & 0x80)
+		switch bits &^= f32Sign; {
+		case bits-least < span:
+			dst[i] = sign | byte((bits+half+bits>>(shift&31)&1)>>(shift&31)-rebias)
+		case bits < least:
+			dst[i] = sign | byte(math.Float32bits(math.Float32frombits(bits)+magic)-math.Float32bits(magic))
+		default:
+			dst[i] = byte(f.round(y))
+		}
 	}
 }
 

@@ -179,6 +179,46 @@ func same(a, b []float32) bool {
 	return slices.EqualFunc(a, b, func(a, b float32) bool { return math.Float32bits(a) == math.Float32bits(b) || a != a && b != b })
 }
 
+// TestEncodeRoundsAsOne: the loops over many elements, which have the common cases of rounding in them, do what rounding one does.
+func TestEncodeRoundsAsOne(t *testing.T) {
+	r := rand.New(rand.NewPCG(9, 10))
+	for _, kind := range []EncodingKind{BF16, F16, F8E4M3, F8E5M2} {
+		f := formats[kind-BF16]
+		var x []float32
+		for code := range f.signBit() { // all that is exact, all ties, and what is next to them
+			for _, v := range []float32{f.value(code), (f.value(code) + f.value(code+1)) / 2} {
+				x = append(x, v, -v, math.Nextafter32(v, 0), -math.Nextafter32(v, inf))
+			}
+		}
+		for range 100_000 {
+			x = append(x, math.Float32frombits(r.Uint32()), float32(r.NormFloat64()))
+		}
+		largest := float32(0)
+		if kind == F8E4M3 || kind == F8E5M2 {
+			largest = f.value(f.largest())
+			for i := range x { // so that the scale is 1
+				if x[i] > largest || x[i] < -largest {
+					x[i] = largest
+				}
+			}
+			x = append(x, inf, -inf, nan, largest, -largest)
+		}
+		b := encoded(t, Encoding{Kind: kind}, x)
+		if largest != 0 {
+			b = b[ScaleBytes:]
+		}
+		for i, v := range x {
+			got := uint16(b[i*len(b)/len(x)])
+			if largest == 0 {
+				got = binary.LittleEndian.Uint16(b[2*i:])
+			}
+			if want := f.round(v); got != want {
+				t.Fatalf("%v: %v became %#x, want %#x", Encoding{Kind: kind}, v, got, want)
+			}
+		}
+	}
+}
+
 func TestSpecials(t *testing.T) {
 	x := []float32{0, float32(math.Copysign(0, -1)), 1, -1, inf, -inf, nan, math.MaxFloat32, math.SmallestNonzeroFloat32, math.Float32frombits(0x7F800001), math.Float32frombits(0xFF800001)}
 	if got := decoded(t, Encoding{}, encoded(t, Encoding{}, x), len(x)); !same(got, x) {

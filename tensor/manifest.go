@@ -127,6 +127,20 @@ func NewManifest(tensors []Tensor, metadata map[string]string) (*Manifest, error
 	return m, nil
 }
 
+// FromMap returns the manifest of tensors by name, in the order of their names. Where a Tensor has a name of its own, it must be that of its key.
+func FromMap(tensors map[string]Tensor, metadata map[string]string) (*Manifest, error) {
+	list := make([]Tensor, 0, len(tensors))
+	for _, name := range slices.Sorted(maps.Keys(tensors)) {
+		t := tensors[name]
+		if t.Name != "" && t.Name != name {
+			return nil, fmt.Errorf("manifest: the tensor under %s is named %s", strictjson.Quote(name), strictjson.Quote(t.Name))
+		}
+		t.Name = name
+		list = append(list, t)
+	}
+	return NewManifest(list, metadata)
+}
+
 func newManifest(tensors []Tensor, metadata map[string]string) (*Manifest, error) {
 	switch {
 	case len(tensors) == 0:

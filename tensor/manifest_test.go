@@ -234,6 +234,22 @@ func TestManifestLimits(t *testing.T) {
 	}
 }
 
+func TestFromMap(t *testing.T) {
+	m, err := FromMap(map[string]Tensor{"b": u8("", 2), "a/x": u8("a/x", 1), "a": f32("", 3, Encoding{Kind: BF16})}, map[string]string{"k": "v"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := made(t, f32("a", 3, Encoding{Kind: BF16}), u8("a/x", 1), u8("b", 2)); !m.Equal(want) || m.Metadata()["k"] != "v" {
+		t.Errorf("got %s", m.JSON())
+	}
+	if _, err := FromMap(map[string]Tensor{"a": u8("b", 1)}, nil); err == nil || !strings.Contains(err.Error(), `under "a" is named "b"`) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := FromMap(nil, nil); err == nil {
+		t.Error("a manifest without tensors was made")
+	}
+}
+
 func TestDiffManifests(t *testing.T) {
 	want := made(t, u8("a", 1), f32("b", 2, Encoding{Kind: BF16}), u8("c", 3), u8("d", 4))
 	for _, c := range []struct {

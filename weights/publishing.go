@@ -190,7 +190,7 @@ func (pl *Place) CommitWritten() (spec.Fingerprint, error) {
 	p, s := pl.publishing, pl.publishing.store
 	sums := pl.Sums() // once: it may still be writing
 	st := whole{
-		generation: pl.generation, published: time.Now().Round(0), publisher: p.number, sums: sums, digest: Digest(p.manifest, sums),
+		generation: pl.generation, published: s.now().Round(0), publisher: p.number, sums: sums, digest: Digest(p.manifest, sums),
 	}
 	s.mu.Lock()
 	defer s.unlock()

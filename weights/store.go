@@ -68,7 +68,8 @@ func (c StoreConfig) check() error {
 // Store holds the generations of one table. Its methods may be called from any goroutine.
 type Store struct {
 	cfg   StoreConfig
-	first chan struct{} // closed when something was published
+	now   func() time.Time // published
+	first chan struct{}    // closed when something was published
 
 	mu            sync.Mutex
 	current       *memory // where the newest generation lies; nil: nothing was published
@@ -88,7 +89,7 @@ func NewStore(cfg StoreConfig) (*Store, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Store{cfg: cfg, first: make(chan struct{}), readers: map[uint64]*Reader{}, total: counters{failed: map[Failure]uint64{}}}, nil
+	return &Store{cfg: cfg, now: time.Now, first: make(chan struct{}), readers: map[uint64]*Reader{}, total: counters{failed: map[Failure]uint64{}}}, nil
 }
 
 // Table returns the table's name.

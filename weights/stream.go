@@ -49,8 +49,7 @@ func (s *Server) limits() limits {
 // receiveBytes is read at once: it is summed while it is in the cache.
 const receiveBytes = 256 << 10
 
-// piecesMax is how many pieces without a neighbour a generation may be in at any time, beside one per tensor: what a publisher that sends
-// in no order can make us remember.
+// piecesMax is how many pieces without a neighbour a generation may be in at any time, beside one per tensor: those of a publisher that sends in no order.
 const piecesMax = 1 << 16
 
 // receiver takes the chunks of one generation after another. Their bytes are read where readers will find them.
@@ -59,10 +58,11 @@ type receiver struct {
 	publisher  uint64
 	chunkBytes int
 
-	place  *Place    // nil: none was begun
-	have   [][]piece // of each tensor, ascending, no two with nothing between them
-	pieces int       // of all tensors
-	header [tensor.HeaderBytes]byte
+	place   *Place // nil: none was begun
+	covered *tensor.Coverage
+	have    [][]piece // of each tensor, ascending, no two with nothing between them
+	pieces  int       // of all tensors
+	header  [tensor.HeaderBytes]byte
 }
 
 // piece is a run of a tensor's bytes that is here.
@@ -72,12 +72,13 @@ type piece struct {
 }
 
 func newReceiver(p *Publishing, chunkBytes int) *receiver {
-	return &receiver{manifest: p.manifest, publisher: p.number, chunkBytes: chunkBytes, have: make([][]piece, p.manifest.Len())}
+	return &receiver{manifest: p.manifest, publisher: p.number, chunkBytes: chunkBytes, covered: tensor.NewCoverage(p.manifest), have: make([][]piece, p.manifest.Len())}
 }
 
 // begin makes ready for the chunks of a place.
 func (r *receiver) begin(place *Place) {
 	r.place, r.pieces = place, 0
+	r.covered.Reset()
 	for i := range r.have {
 		r.have[i] = r.have[i][:0]
 	}
@@ -108,10 +109,11 @@ func (r *receiver) chunk(in io.Reader, n int) error {
 		return nil
 	}
 	flat := h.Flat(r.manifest)
-	if err := r.free(&h, flat); err != nil {
+	again, err := r.free(&h, flat)
+	if err != nil {
 		return err
 	}
-	return r.data(in, &h, flat)
+	return r.data(in, &h, flat, again)
 }
 
 // check checks what is particular to chunks of weights.
@@ -157,19 +159,17 @@ func (r *receiver) parts(flat, n int64, f func(i int, from, bytes, at int64) boo
 	}
 }
 
-// free refuses a chunk of which some bytes have come before.
-func (r *receiver) free(h *tensor.Header, flat int64) (err error) {
-	r.parts(flat, int64(h.Length), func(i int, from, n, _ int64) bool {
-		k := r.search(i, from)
-		if k < len(r.have[i]) && r.have[i][k].from < from+n {
-			err = r.wrong(h, fmt.Sprintf("overlaps what has come before: bytes %d to %d of tensor %q are here", r.have[i][k].from, r.have[i][k].to, r.manifest.Tensor(i).Name))
-		}
-		return err == nil
-	})
-	if err == nil && r.pieces > piecesMax+r.manifest.Len() {
-		err = r.wrong(h, fmt.Sprintf("%d pieces of the generation have come without what lies between them: send them in order", r.pieces))
+// free refuses a chunk of which some bytes have come before, unless it is the same again.
+func (r *receiver) free(h *tensor.Header, flat int64) (again bool, err error) {
+	switch added := r.covered.Add(flat, h.Length, h.DataCRC); {
+	case added == tensor.Overlap:
+		err = r.wrong(h, "overlaps another chunk that has come before")
+	case added == tensor.TooMany, r.pieces > piecesMax+r.manifest.Len():
+		err = r.wrong(h, "the generation comes in too many pieces: send larger chunks, in order")
+	default:
+		again = added == tensor.Same
 	}
-	return err
+	return again, err
 }
 
 // search returns the first piece of a tensor that ends after from.
@@ -187,8 +187,8 @@ func (r *receiver) search(i int, from int64) int {
 	return k
 }
 
-// data reads the bytes of a chunk into the place, and sums them while they are in the cache.
-func (r *receiver) data(in io.Reader, h *tensor.Header, flat int64) error {
+// data reads the bytes of a chunk into the place, and sums them while they are in the cache. What comes again is compared with its sum and does not count.
+func (r *receiver) data(in io.Reader, h *tensor.Header, flat int64, again bool) error {
 	to := r.place.Data()[flat : flat+int64(h.Length)]
 	sum := uint32(0)
 	for left := to; len(left) > 0; {
@@ -210,7 +210,9 @@ func (r *receiver) data(in io.Reader, h *tensor.Header, flat int64) error {
 		if n != int64(len(to)) {
 			part = tensor.CRC(to[at : at+n])
 		}
-		r.add(i, piece{from, from + n, part})
+		if !again {
+			r.add(i, piece{from, from + n, part})
+		}
 		gap = at + n
 		return !wrong
 	})

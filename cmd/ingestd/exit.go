@@ -17,6 +17,7 @@ import (
 	"github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/internal/tensorfile"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/safetensors"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -87,7 +88,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case is[*wire.Refusal](err), is[*wire.Notice](err):
 		return exitRefused
-	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err), is[*daemon.SegmentError](err):
+	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err), is[*daemon.SegmentError](err),
+		is[*safetensors.FormatError](err), is[*client.BadSumError](err):
 		return exitData
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return exitTimeout
@@ -116,6 +118,8 @@ func advice(err error) string {
 	switch {
 	case errors.As(err, &refusal) && refusal.Code == wire.CodeSpecMismatch && refusal.Spec != nil:
 		return "the table's spec is " + cut(refusal.Spec.Text(), 400)
+	case errors.As(err, &refusal) && weightsAdvice(refusal) != "":
+		return weightsAdvice(refusal)
 	case errors.Is(err, fs.ErrNotExist) && exitCode(err) == exitUnreachable:
 		return "no socket is there: is the daemon running, and with this --listen?"
 	}

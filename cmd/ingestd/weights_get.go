@@ -84,7 +84,7 @@ func (o *getOptions) write(w *client.Weights, r *getResult) error {
 			return dataf("tensor %q is kept as %s, which a safetensors file cannot say: leave it out with --select", tensors[k].Name, tensors[k].Encoding)
 		}
 	}
-	m, err := tensor.NewManifest(tensors, w.Manifest().Metadata())
+	m, err := tensor.NewManifest(tensors, nil)
 	if err != nil {
 		return err
 	}
@@ -92,7 +92,7 @@ func (o *getOptions) write(w *client.Weights, r *getResult) error {
 		return &codeError{exitData, err}
 	}
 	r.Tensors, r.Bytes = m.Len(), tensorBytes(m)
-	return safetensors.Write(o.out, m, func(k int) []byte { return w.At(numbers[k]) })
+	return safetensors.Write(o.out, m, w.Manifest().Metadata(), func(k int) []byte { return w.At(numbers[k]) })
 }
 
 // selected returns the numbers of the tensors to write, each once, in the manifest's order.

@@ -1,6 +1,8 @@
 package strictjson
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -242,6 +244,36 @@ func (r *Reader) hex4(at int) (rune, bool) {
 		}
 	}
 	return code, true
+}
+
+// depthMax is how deep a value that is ignored may be nested.
+const depthMax = 64
+
+// Ignore reads any value, which must be right JSON too.
+func (r *Reader) Ignore() error { return r.skip(0) }
+
+func (r *Reader) skip(depth int) error {
+	if depth > depthMax {
+		return fmt.Errorf("at byte %d: nested deeper than %d", r.at, depthMax)
+	}
+	switch c := r.next(); {
+	case c == '{':
+		return r.Map(func(string) error { return r.skip(depth + 1) })
+	case c == '[':
+		return r.Array(func() error { return r.skip(depth + 1) })
+	case c == '"':
+		_, err := r.String()
+		return err
+	}
+	end := r.at
+	for end < len(r.text) && (digit(r.text[end]) || r.text[end]|0x20 >= 'a' && r.text[end]|0x20 <= 'z' || bytes.IndexByte([]byte("+-."), r.text[end]) >= 0) {
+		end++
+	}
+	if word := r.text[r.at:end]; !json.Valid(word) {
+		return r.unexpected("a value")
+	}
+	r.at = end
+	return nil
 }
 
 // End makes sure that only blanks follow.

@@ -123,6 +123,23 @@ func TestReaderRefuses(t *testing.T) {
 	}
 }
 
+func TestIgnore(t *testing.T) {
+	for _, text := range []string{`1.5e3`, `-0`, `null`, `true`, `"a\n"`, `[]`, `[1,[2,{"a":null}], false ]`, strings.Repeat("[", depthMax+1) + strings.Repeat("]", depthMax+1)} {
+		r := New([]byte(" " + text + " "))
+		if err := r.Ignore(); err != nil || r.End() != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	for text, want := range map[string]string{
+		``: "ends too early", `tru`: "want a value, found tru", `nulls`: "found nulls", `1.`: "want a value", `01`: "want a value", `+1`: "want a value", `NaN`: "want a value", `[1,]`: "want a value",
+		`{"a"}`: "want ':'", "\"\xff\"": "not UTF-8", strings.Repeat("[", depthMax+2) + strings.Repeat("]", depthMax+2): "nested deeper than 64", strings.Repeat("[", 1_000_000): "nested deeper",
+	} {
+		if err := New([]byte(text)).Ignore(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.80s: got %v, want %q", text, err, want)
+		}
+	}
+}
+
 func TestFields(t *testing.T) {
 	fields := func(text string) (got []string, err error) {
 		r := New([]byte(text))
@@ -171,6 +188,9 @@ func FuzzReader(f *testing.F) {
 	f.Add(`{"a":[1,-2,{"b":"\ud83d\ude00\n"}],"":{}}`)
 	f.Add(` [ 0 , "x" ] `)
 	f.Fuzz(func(t *testing.T, text string) {
+		if r := New([]byte(text)); r.Ignore() == nil && r.End() == nil && !json.Valid([]byte(text)) {
+			t.Fatalf("%q is not JSON, and was skipped", text)
+		}
 		got, err := read(text)
 		if err != nil {
 			return

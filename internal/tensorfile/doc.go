@@ -7,7 +7,7 @@
 // The bytes of a Chunk belong to the Source and are valid until its next Next or Close. A Source belongs to one goroutine.
 //
 // Errors: *FormatError for whatever the file says that cannot be used, with what to do; nothing in a file makes this package panic, or allocate more than the
-// stated limits (HeaderBytesMax for the text in a file, ChunkBytes or one sample for the data). There is no pickle: object arrays are refused.
+// stated limits (HeaderBytesMax and safetensors.HeaderBytesMax for the text in a file, ChunkBytes or one sample for the data). There is no pickle: object arrays are refused.
 //
 // Cost: one read per leaf and chunk. Proof: npy_test.go and source_test.go (every format, damaged files, round trips), FuzzOpen.
 //

@@ -12,7 +12,7 @@ import (
 	"unicode/utf8"
 )
 
-// HeaderBytesMax is the longest header of a .npy or .safetensors file that is read.
+// HeaderBytesMax is the longest header of a .npy file that is read.
 const HeaderBytesMax = 16 << 20
 
 const npyMagic = "\x93NUMPY"

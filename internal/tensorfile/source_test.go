@@ -160,7 +160,7 @@ func TestBadSafetensors(t *testing.T) {
 		"junk after":     {tensors(`{"a":{"dtype":"U8","shape":[6],"data_offsets":[0,6]}} x`, count(6)), "follows"},
 		"unclosed":       {tensors(`{"a":{"dtype":"U8","shape":[6],"data_offsets":[0,6]}`, count(6)), "damaged"},
 		"missing field":  {one(`{"dtype":"U8","shape":[6]}`), "missing"},
-		"unknown field":  {one(`{"dtype":"U8","shape":[6],"data_offsets":[0,6],"x":1}`), "unknown field"},
+		"unknown field":  {one(`{"dtype":"U8","shape":[6],"data_offsets":[0,6],"x":1}`), "is unknown"},
 		"dtype":          {one(`{"dtype":"C64","shape":[6],"data_offsets":[0,6]}`), "not known"},
 		"negative":       {one(`{"dtype":"U8","shape":[-6],"data_offsets":[0,6]}`), "negative"},
 		"overflow":       {one(`{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,6]}`), "larger than any file"},
@@ -174,7 +174,7 @@ func TestBadSafetensors(t *testing.T) {
 		"overlap": {tensors(`{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}`, count(6)),
 			"overlap"},
 		"twice": {tensors(`{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"a":{"dtype":"U8","shape":[3],"data_offsets":[3,6]}}`, count(6)),
-			"both named"},
+			"is there twice"},
 		"metadata": {tensors(`{"__metadata__":{"a":1}}`, nil), "map of strings"},
 	} {
 		t.Run(name, func(t *testing.T) {
