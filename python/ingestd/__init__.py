@@ -6,6 +6,10 @@
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
+:class:`Publisher`     publishes generations of a model's tensors
+:class:`Subscription`  reads the newest one, mapped over ``unix://`` or received over ``tcp://``
+:class:`Weights`       one generation, pinned: read-only arrays by name, which keep the pin
+:class:`Manifest`      which tensors there are, and where they lie
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -18,6 +22,7 @@ array that they are given, so what they make must be used before the release, or
 from .batch import Batch
 from .errors import (
     AllHeld,
+    BadSum,
     Closed,
     Difference,
     Ended,
@@ -27,8 +32,13 @@ from .errors import (
     Full,
     Lost,
     LostBatches,
+    NoGeneration,
     Note,
+    NotWritten,
+    OldGeneration,
     PeerClosed,
+    Pin,
+    Pinned,
     Refused,
     Released,
     SessionTaken,
@@ -37,16 +47,20 @@ from .errors import (
     Timeout,
 )
 from .fill import FillProducer, Slots
+from .manifest import Manifest, Tensor
 from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
 from .version import __version__
+from .weights import Draft, Published, Publisher, Subscription, Weights, subscribe
 
 __all__ = [
     "AllHeld",
+    "BadSum",
     "Batch",
     "Closed",
     "Difference",
+    "Draft",
     "EndOfStream",
     "Ended",
     "Error",
@@ -56,9 +70,17 @@ __all__ = [
     "Leaf",
     "Lost",
     "LostBatches",
+    "Manifest",
+    "NoGeneration",
+    "NotWritten",
     "Note",
+    "OldGeneration",
     "PeerClosed",
+    "Pin",
+    "Pinned",
     "Producer",
+    "Published",
+    "Publisher",
     "Reader",
     "Refused",
     "Released",
@@ -67,7 +89,11 @@ __all__ = [
     "Slots",
     "Spec",
     "SpecError",
+    "Subscription",
+    "Tensor",
     "Timeout",
+    "Weights",
     "__version__",
     "diff",
+    "subscribe",
 ]
