@@ -1,4 +1,4 @@
-"""Push samples to ingestd and read its batches as numpy arrays, without a copy.
+"""Push samples to ingestd and read its batches as numpy arrays, without a copy; send gradients, and sum them.
 
 =====================  =================================================================================
 :class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
@@ -9,7 +9,9 @@
 :class:`Publisher`     publishes generations of a model's tensors
 :class:`Subscription`  reads the newest one, mapped over ``unix://`` or received over ``tcp://``
 :class:`Weights`       one generation, pinned: read-only arrays by name, which keep the pin
-:class:`Manifest`      which tensors there are, and where they lie
+:class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
+:class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
+:class:`GradReader`    reads the steps of all producers, and sums them from where they lie
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -23,6 +25,7 @@ from .batch import Batch
 from .errors import (
     AllHeld,
     BadSum,
+    ChunkError,
     Closed,
     Difference,
     Ended,
@@ -44,13 +47,20 @@ from .errors import (
     SessionTaken,
     ShuttingDown,
     SpecError,
+    StepIncomplete,
+    StepOrder,
+    StepRefused,
+    StepTimeout,
+    TensorMismatch,
     Timeout,
 )
 from .fill import FillProducer, Slots
+from .grads import GradReader, GradStats, GradStep
 from .manifest import Manifest, Tensor
 from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
+from .steps import StepProducer, StepTx
 from .version import __version__
 from .weights import Draft, Published, Publisher, Subscription, Weights, subscribe
 
@@ -58,6 +68,7 @@ __all__ = [
     "AllHeld",
     "BadSum",
     "Batch",
+    "ChunkError",
     "Closed",
     "Difference",
     "Draft",
@@ -67,6 +78,9 @@ __all__ = [
     "FillProducer",
     "FormatError",
     "Full",
+    "GradReader",
+    "GradStats",
+    "GradStep",
     "Leaf",
     "Lost",
     "LostBatches",
@@ -91,6 +105,14 @@ __all__ = [
     "SpecError",
     "Subscription",
     "Tensor",
+    "StepIncomplete",
+    "StepOrder",
+    "StepProducer",
+    "StepRefused",
+    "StepTimeout",
+    "StepTx",
+    "Tensor",
+    "TensorMismatch",
     "Timeout",
     "Weights",
     "__version__",

@@ -18,21 +18,30 @@ from .batch import Batch
 from .errors import Closed, PeerClosed
 from .manifest import ALIGN, Manifest
 
-__all__ = ["Held", "Piece", "Source", "Transaction"]
+__all__ = ["Heap", "Held", "Piece", "Source", "Transaction"]
 
 Raw = NDArray[np.uint8]
 
 
+class Heap:
+    """How many bytes were copied and are still needed."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class Piece:
-    """A verified run of flat bytes of a transaction."""
+    """A verified run of flat bytes of a transaction: sample ``number`` of its stream."""
 
-    __slots__ = ("crc", "flat", "held", "raw")
+    __slots__ = ("crc", "flat", "heap", "held", "number", "raw")
 
-    def __init__(self, flat: int, crc: int, raw: Raw, held: Held | None) -> None:
+    def __init__(self, flat: int, crc: int, raw: Raw, number: int, held: Held | None) -> None:
         self.flat = flat
         self.crc = crc
         self.raw = raw
+        self.number = number
         self.held = held  # None: the bytes are a copy
+        self.heap: Heap | None = None
 
     @property
     def end(self) -> int:
@@ -42,6 +51,9 @@ class Piece:
         held, self.held = self.held, None
         if held is not None:
             held.let_go(self)
+        heap, self.heap = self.heap, None
+        if heap is not None:
+            heap.bytes -= len(self.raw)
 
 
 class Held:
@@ -49,13 +61,9 @@ class Held:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.seq = batch.seq
         self.pieces: list[Piece] = []
-        self._released = False
-
-    @property
-    def released(self) -> bool:
-        return self._released
+        #: whether the batch was given back
+        self.released = False
 
     @property
     def intact(self) -> bool:
@@ -68,21 +76,23 @@ class Held:
             self.release()
 
     def release(self) -> None:
-        if not self._released:
-            self._released = True
+        if not self.released:
+            self.released = True
             with contextlib.suppress(PeerClosed, Closed):  # the daemon has it already
                 self.batch.release()
 
-    def spill(self) -> int | None:
+    def spill(self, heap: Heap) -> int | None:
         """Copies the pieces and releases the batch; how many bytes, or None where they were not intact any more."""
         copies = [piece.raw.copy() for piece in self.pieces]
         if not self.intact:
             return None
         for piece, copy in zip(self.pieces, copies):
-            piece.raw, piece.held = copy, None
+            piece.raw, piece.held, piece.heap = copy, None, heap
         self.pieces = []
         self.release()
-        return sum(len(copy) for copy in copies)
+        n = sum(len(copy) for copy in copies)
+        heap.bytes += n
+        return n
 
 
 class Transaction:
@@ -118,14 +128,17 @@ class Transaction:
         self._pieces.insert(at, piece)
         return True
 
-    def remove(self, pieces: Iterable[Piece]) -> None:
-        """Takes those of the pieces that it has out again."""
+    def remove(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Takes those of the pieces that it has out again, and returns them."""
+        mine = []
         for piece in pieces:
             at = bisect.bisect_left(self._starts, piece.flat)
             if at < len(self._pieces) and self._pieces[at] is piece:
                 del self._pieces[at], self._starts[at]
                 self._mark(piece.flat // ALIGN, -(-piece.end // ALIGN), False)
                 self.complete = False
+                mine.append(piece)
+        return mine
 
     def _mark(self, first: int, last: int, there: bool) -> None:
         self._there[first:last] = there
@@ -215,8 +228,14 @@ class Source:
         self.reasons: dict[int, str] = {}
         #: steps that will not come any more, or not whole
         self.over: set[int] = set()
-        #: the highest step of which anything has come
+        #: the last step that it began
         self.newest = -1
+        #: why the last chunk of an unknown step was dropped
+        self.damaged = ""
+        #: number of the next sample of its stream; -1: of any
+        self.next = -1
+        #: numbers of samples that came, were lost with a daemon, and come again
+        self.again: set[int] = set()
 
     def complete(self, step: int) -> Transaction | None:
         """The transaction of a step, if it is complete."""

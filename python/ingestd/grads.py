@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import threading
 import time
 import warnings
@@ -14,7 +15,7 @@ from . import _io
 from ._io import Deadline
 from .batch import Batch
 from .errors import Closed, EndOfStream, Error, PeerClosed, StepOrder, StepTimeout, Timeout
-from .gather import Held, Transaction
+from .gather import Heap, Held, Transaction
 from .gradstep import GradStats, GradStep
 from .intake import Intake, by_name
 from .manifest import Manifest
@@ -27,8 +28,6 @@ __all__ = ["GradReader", "GradStats", "GradStep"]
 
 #: Batches that a reader asks to hold at once; the daemon gives it half of what is left.
 PREFETCH = 1 << 15
-#: Numbers of batches that were released, which a daemon that dies may not have learnt of.
-_RELEASED_MAX = 1 << 16
 _TIDY_S = 1.0  # seconds between two looks for steps that nobody finishes
 _PAUSE_S = 0.05  # between two tries to attach again
 
@@ -64,6 +63,8 @@ class GradReader:
         prefetch: most chunks held at once; the daemon may give less.
         keep_incomplete: seconds after its last chunk at which a step that is not complete, and that nobody waits for,
             is dropped.
+        spill_bytes: most bytes that are copied to make room; what is beyond them waits in the ring, and then producers
+            wait.
         reconnect: seconds without a daemon before PeerClosed; 0: at once; None: no limit.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
@@ -81,6 +82,7 @@ class GradReader:
         manifest: Manifest | None = None,
         prefetch: int = PREFETCH,
         keep_incomplete: float = 60.0,
+        spill_bytes: int = 16 << 30,
         reconnect: float | None = PATIENCE_S,
         client: str = CLIENT,
         deadline: float | None = 10.0,
@@ -93,12 +95,11 @@ class GradReader:
         #: counts
         self.stats = GradStats()
         self._address, self._prefetch, self._client = address, prefetch, client
-        self._keep, self._patience = keep_incomplete, reconnect
+        self._keep, self._patience, self._spill_bytes = keep_incomplete, reconnect, spill_bytes
         self._forks = _io.forks()
         self._lock = threading.RLock()
         self._held: deque[Held] = deque()  # oldest first
-        self._released: deque[int] = deque(maxlen=_RELEASED_MAX)
-        self._again: set[int] = set()  # batches that were lost with a daemon
+        self._heap = Heap()
         self._away: float | None = None  # since when there is no daemon
         self._ended: EndOfStream | None = None
         self._tidied = time.monotonic()
@@ -235,6 +236,10 @@ class GradReader:
             return None
         try:
             while reader.held >= reader.prefetch and self._held:
+                if self._heap.bytes >= self._spill_bytes:
+                    if _io.wait(reader._sock.fileno(), select.POLLIN, until):
+                        reader._raise_end()
+                    return None
                 self._spill()
             return reader.next(until.left())
         except Timeout:
@@ -255,18 +260,15 @@ class GradReader:
         finally:
             if held is None:  # the daemon has gone, or will get it back when there is no room left
                 self._held.append(Held(batch))
-            elif held.released:
-                self._released.append(held.seq)
-            else:
+            elif not held.released:
                 self._held.append(held)
 
     def _spill(self) -> None:
         """Copies what is held of the oldest batch, and releases it."""
         held = self._held.popleft()
         if not held.released:
-            self.stats.spilled_bytes += held.spill() or 0
+            self.stats.spilled_bytes += held.spill(self._heap) or 0
             held.release()
-        self._released.append(held.seq)
 
     def _release(self, members: list[Transaction]) -> None:
         with self._lock:
@@ -276,10 +278,7 @@ class GradReader:
 
     def _trim(self) -> None:
         """Forgets batches that are released."""
-        over = [held.seq for held in self._held if held.released]
-        if over:
-            self._released.extend(over)
-            self._held = deque(held for held in self._held if not held.released)
+        self._held = deque(held for held in self._held if not held.released)
 
     # -- the daemon -----------------------------------------------------------------------------------------------
 
@@ -313,18 +312,14 @@ class GradReader:
         self._away = None
         self.stats.reconnects += 1
         self._reader = again
-        self._intake.attach_again(again, set(self._released), self._again)
-        self._again = set()
+        self._intake.attach_again(again)
         self.prefetch, self.chunk_bytes = again.prefetch, self._intake.chunk_bytes
 
     def _salvage(self) -> None:
         """Copies what is held and whole. What is not comes again, for it was not released."""
         for held in self._held:
             pieces = list(held.pieces)
-            if held.released or held.spill() is not None:
-                self._released.append(held.seq)
-            else:
-                self._again.add(held.seq)
+            if not held.released and held.spill(self._heap) is None:
                 self._intake.lose(pieces)
         self._held.clear()
 

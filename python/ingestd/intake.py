@@ -36,6 +36,7 @@ from .wire import hello
 __all__ = ["Intake", "by_name"]
 
 _SOURCES_MAX = 4096  # producers that are remembered although they are gone
+_MANIFESTS_MAX = 32  # that are remembered
 _MANIFEST_S = 10.0  # seconds that the daemon has to say a manifest
 
 
@@ -63,8 +64,6 @@ class Intake:
         self._pinned = manifest is not None
         self._manifests: dict[int, Manifest] = {} if manifest is None else {manifest.id: manifest}
         self._streams: dict[int, Source] = {}
-        self._known: set[int] = set()  # batches that an earlier attachment delivered, and that are not needed again
-        self._again: set[int] = set()  # batches that it delivered, and that were lost with it
         self._before = 0  # batches below were published before this attachment, by a daemon that has died
 
     def attach(self, reader: Reader) -> None:
@@ -74,14 +73,14 @@ class Intake:
         self._segment = reader._segment
         self._memory: NDArray[np.uint8] = np.frombuffer(reader._memory, np.uint8)
 
-    def attach_again(self, reader: Reader, known: set[int], again: set[int]) -> None:
-        """As :meth:`attach`, after a daemon that has gone had delivered these batches."""
+    def attach_again(self, reader: Reader) -> None:
+        """As :meth:`attach`, after a daemon has gone."""
         created = self._segment.created
         self.attach(reader)
         if self._segment.created == created:
-            self._known, self._again, self._before = known, again, self._segment.published
+            self._before = self._segment.published
         else:  # another segment: its numbers begin again
-            self._known, self._again, self._before = set(), set(), 0
+            self._before = 0
             self._streams.clear()
         for source in self.sources.values():
             source.live = False
@@ -90,11 +89,8 @@ class Intake:
     def take(self, batch: Batch) -> Held:
         """Takes the chunks of a batch; it is released if nothing of it is needed."""
         held = Held(batch)
-        if batch.seq in self._known:
-            self.stats.duplicates += batch.count
-        else:
-            for row in range(batch.count):
-                self._take_chunk(held, row)
+        for row in range(batch.count):
+            self._take_chunk(held, row)
         if not held.pieces:
             held.release()
         return held
@@ -103,37 +99,67 @@ class Intake:
         segment = self._segment
         place = segment.place(held.batch.place)
         stream = segment._words[(place + segment.stream_column) // 8 + row]
+        number = segment._words[(place + segment.number_column) // 8 + row]
         header_at, data_at = (place + c.offset + row * c.slot_bytes for c in segment.columns)
-        source = self._streams.get(stream)
         try:
             header = Header.parse(self._memory[header_at : header_at + HEADER_BYTES].tobytes())
             if header.flags & (OPENED | CLOSED) and stream != header.stream:
                 self._hear(header)
                 return
-            source = self._source(stream, header.producer)
             if header.stream != stream:
                 raise ChunkError(f"it says stream {header.stream}, and came from stream {stream}")
-            if held.seq >= self._before:
-                source.live = True
-            raw = self._memory[data_at : data_at + min(header.length, self.chunk_bytes)]
-            self._take_of(source, header, raw, held)
+            source = self._source(stream, header.producer)
+            manifest = self._manifest_of(header.manifest)
+            if manifest is None:
+                raise ChunkError(f"nobody knows its manifest {header.manifest:016x}")
+            header.check(manifest, self.chunk_bytes)
         except ChunkError as e:
-            self.stats.bad_chunks += 1
-            self.news = True
-            if source is not None:  # what belongs together is not known any more
-                for tx in list(source.transactions.values()):
-                    if not tx.complete:
-                        source.fail(tx.step, str(e))
+            self._damaged(self._streams.get(stream), number, e)
+            return
+        if not self._in_order(source, number):
+            return
+        if held.batch.seq >= self._before:
+            self._alive(source, manifest)
+        self._take_of(source, manifest, header, number, self._memory[data_at : data_at + header.length], held)
+
+    def _damaged(self, source: Source | None, number: int, error: ChunkError) -> None:
+        """A chunk of which nothing can be believed but the stream in which it came."""
+        self.stats.bad_chunks += 1
+        self.news = True
+        if source is not None and self._in_order(source, number):
+            source.damaged = str(error)
+            for tx in list(source.transactions.values()):
+                if not tx.complete:
+                    source.fail(tx.step, str(error))
+
+    def _in_order(self, source: Source, number: int) -> bool:
+        """Whether a sample is due in its stream. Where some before it are missing, so are bytes, or a beginning."""
+        if 0 <= number < source.next and number not in source.again:
+            self.stats.duplicates += 1
+            return False
+        if number > source.next >= 0:
+            for tx in list(source.transactions.values()):
+                if not tx.complete:
+                    source.fail(tx.step, f"incomplete: {number - source.next} chunks did not come to this reader")
+                    self.news = True
+        source.next = max(source.next, number + 1)
+        return True
+
+    def _alive(self, source: Source, manifest: Manifest) -> None:
+        """Notes that a producer is connected."""
+        if not source.live or source.manifest != manifest.id:
+            source.live, source.manifest, self.news = True, manifest.id, True
+            if not self._pinned:
+                self.current = manifest
 
     def _hear(self, header: Header) -> None:
         """What the daemon says of a producer."""
         source = self._source(header.stream, header.producer)
+        manifest = self._manifest_of(header.manifest) if header.has(OPENED) else None
+        if manifest is not None:
+            self._alive(source, manifest)
         source.live = header.has(OPENED)
-        source.manifest = header.manifest
         self.news = True
-        found = self._manifest_of(header.manifest) if source.live else None
-        if found is not None and not self._pinned:
-            self.current = found
 
     def _source(self, stream: int, producer: int) -> Source:
         """The producer of a stream; its name is in the segment's session table."""
@@ -142,9 +168,10 @@ class Intake:
             name = self._name(stream)
             if name is None or producer_id(name) != producer:
                 name = f"stream {stream}"
-            source = self.sources.setdefault(name, Source(name))
-            source.stream = stream
-            self._streams[stream] = source
+            source = self._streams[stream] = self.sources.setdefault(name, Source(name))
+            self._streams.pop(source.stream, None)
+            source.stream, source.next = stream, -1
+            source.again.clear()
         return source
 
     def _name(self, stream: int) -> str | None:
@@ -173,29 +200,25 @@ class Intake:
                 raise FormatError(f"the daemon's manifest cannot be read: {e}") from e
             if found.id != number:
                 raise FormatError(f"the daemon gave manifest {found.id:016x} for {number:016x}")
+            if len(self._manifests) >= _MANIFESTS_MAX:
+                used = {m.id for m in (found, self.current) if m is not None}
+                self._manifests = {k: m for k, m in self._manifests.items() if k in used}
             self._manifests[number] = found
         return found
 
-    def _take_of(self, source: Source, header: Header, raw: Raw, held: Held) -> None:
-        """One chunk of a producer. Raises ChunkError."""
+    def _take_of(self, source: Source, manifest: Manifest, header: Header, number: int, raw: Raw, held: Held) -> None:
+        """One chunk of a producer, whose header is right."""
         step = header.step
-        manifest = self._manifest_of(header.manifest)
-        if manifest is None:
-            raise ChunkError(f"nobody knows its manifest {header.manifest:016x}")
-        header.check(manifest, self.chunk_bytes)
-        source.manifest = manifest.id
-        if self.current is None or (not self._pinned and not self._in_use(self.current.id)):
-            self.current = manifest
         if step <= self.done:
             self.stats.late += 1
             return
         self.news = self.news or header.flags != 0
+        tx = source.transactions.get(step)
         if header.has(REFUSED):
             self.stats.refused += 1
-            source.fail(step, "too old")
+            if tx is None or not tx.complete:
+                source.fail(step, "too old")
             return
-        source.newest = max(source.newest, step)
-        tx = source.transactions.get(step)
         if tx is not None and tx.complete:
             self.stats.duplicates += not header.has(ABORT)
             return
@@ -203,35 +226,45 @@ class Intake:
             source.drop(step)
             source.reasons[step] = "aborted"
             return
-        if header.has(BEGIN) and held.seq not in self._again:
-            source.drop(step)
-            source.reasons.pop(step, None)
-            source.over.discard(step)
-            tx = None
+        again = number in source.again
+        source.again.discard(number)
+        if header.has(BEGIN) and not again:
+            tx = self._begin(source, step, manifest)
         if tx is None:
-            if step in source.over:
-                return  # the rest of what is bad
-            tx = source.transactions[step] = Transaction(step, manifest, self.chunk_bytes)
+            if step not in source.over:
+                source.fail(step, source.damaged or "incomplete: its beginning did not come to this reader")
+            return
+        source.damaged = ""
         tx.touched = time.monotonic()
         try:
             if not header.has(NO_CRC) and native.crc32c(raw) != header.data_crc:
                 raise header.error(manifest, "the data is damaged: its sum is not the one that the header says")
-            self._add(tx, header, raw, held)
+            self._add(tx, header, number, raw, held)
         except ChunkError as e:
             self.stats.bad_chunks += 1
             self.news = True
             source.fail(step, str(e))
 
-    def _in_use(self, manifest: int) -> bool:
-        return any(s.live and s.manifest == manifest for s in self.sources.values())
+    def _begin(self, source: Source, step: int, manifest: Manifest) -> Transaction:
+        """Begins a transaction. Nothing more comes of the one before; or it is begun anew."""
+        for before in list(source.transactions.values()):
+            if not before.complete and before.step != step:
+                source.fail(before.step, source.why(before.step, manifest))
+                self.stats.dropped_incomplete += 1
+        source.drop(step)
+        source.reasons.pop(step, None)
+        source.over.discard(step)
+        source.newest = step
+        tx = source.transactions[step] = Transaction(step, manifest, self.chunk_bytes)
+        return tx
 
-    def _add(self, tx: Transaction, header: Header, raw: Raw, held: Held) -> None:
+    def _add(self, tx: Transaction, header: Header, number: int, raw: Raw, held: Held) -> None:
         """Verified data of a transaction. Raises ChunkError."""
         piece = None
         if header.has(END):
             tx.subset = frozenset(parse_end(tx.manifest, raw.tobytes()))
         elif header.length:
-            piece = Piece(header.flat(tx.manifest), header.data_crc, raw, held)
+            piece = Piece(header.flat(tx.manifest), header.data_crc, raw, number, held)
             _check_sparse(tx.manifest, piece)
             added = tx.add(piece)
             if added is None:
@@ -317,7 +350,7 @@ class Intake:
         """These pieces are not whole any more: they come again."""
         for source in self.sources.values():
             for tx in source.transactions.values():
-                tx.remove(pieces)
+                source.again.update(piece.number for piece in tx.remove(pieces))
 
 
 def _check_sparse(manifest: Manifest, piece: Piece) -> None:
