@@ -44,7 +44,7 @@ func openStreamSink(ctx context.Context, addr string, cfg PublisherConfig) (sink
 	}
 	p := &streamed{addr: addr, network: network, address: address, cfg: cfg}
 	if err := p.connect(ctx); err != nil {
-		return nil, fmt.Errorf("client: %w", err)
+		return nil, publisherError(err)
 	}
 	return p, nil
 }

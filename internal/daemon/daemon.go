@@ -55,6 +55,7 @@ type table struct {
 	plan     *tablePlan
 	memory   *shm.Memory
 	attached atomic.Int32 // trainers of other processes; its end wakes the ring's Space, too
+	left     uint64       // of tensors: chunks that no reader was given when the daemon stopped; Run's own
 }
 
 type listener struct {
