@@ -27,7 +27,7 @@ def main() -> None:
     def answer(**values: object) -> None:
         print(json.dumps(values), flush=True)
 
-    with ingestd.GradReader(options.address, options.table, manifest) as reader:
+    with ingestd.GradReader(options.address, options.table, manifest=manifest) as reader:
         answer(ready={})
         for line in sys.stdin:
             ask = json.loads(line)
@@ -39,7 +39,7 @@ def main() -> None:
                 if any(array[0] != want or array[-1] != want for array in out.values()):
                     answer(error="the sums are wrong")
                     continue
-                answer(values={"took": took, "spilled": reader.stats().spilled})
+                answer(values={"took": took, "spilled": reader.stats.spilled_bytes})
             elif ask["do"] == "loop":
                 into[:] = 0
                 began = time.perf_counter_ns()

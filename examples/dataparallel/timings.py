@@ -30,15 +30,15 @@ class Timings:
         for what, figures in seconds.items():
             self.seconds.setdefault(what, []).extend(figures)
 
-    def row(self, what: str) -> tuple[float, float, float]:
-        """p50, p99 and mean in milliseconds."""
+    def row(self, what: str) -> tuple[float, float, float, float]:
+        """p50, p99, largest and mean in milliseconds."""
         figures = np.array(self.seconds[what]) * 1e3
         p50, p99 = np.percentile(figures, [50, 99])
-        return float(p50), float(p99), float(figures.mean())
+        return float(p50), float(p99), float(figures.max()), float(figures.mean())
 
     def table(self, rows: list[tuple[str, str]]) -> str:
         """Lines for a person; rows are (what, words for it), those without a figure are left out."""
-        lines = [f"{'per step, ms':<44}{'p50':>8}{'p99':>8}{'mean':>8}"]
+        lines = [f"{'per step, ms':<44}{'p50':>8}{'p99':>8}{'max':>8}{'mean':>8}"]
         for what, words in rows:
             if what in self.seconds:
                 lines.append(f"{words:<44}" + "".join(f"{figure:8.2f}" for figure in self.row(what)))

@@ -36,7 +36,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     timings, present = Timings(), []
     with contextlib.ExitStack() as stack:
         publisher = stack.enter_context(ingestd.Publisher(options.address, "weights", manifest))
-        reader = stack.enter_context(ingestd.GradReader(options.address, "gradients", manifest))
+        reader = stack.enter_context(ingestd.GradReader(options.address, "gradients", manifest=manifest))
         generation = publish(publisher, parameters, options.patience)
         for step in range(options.steps):
             quorum = options.workers if step == 0 else options.quorum
