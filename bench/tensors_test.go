@@ -63,7 +63,7 @@ func checkTensorCase(t *testing.T, c *TensorResult, but ...string) {
 	}
 }
 
-// TestSmokeTensorsPython sums in Python where `make build` has made the virtual environment with the package.
+// TestSmokeTensorsPython sums in Python where `make test-python` has made the virtual environment with the package.
 func TestSmokeTensorsPython(t *testing.T) {
 	python, err := filepath.Abs("../.venv/bin/python")
 	if err != nil {

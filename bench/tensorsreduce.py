@@ -32,7 +32,7 @@ def main() -> None:
         for line in sys.stdin:
             ask = json.loads(line)
             if ask["do"] == "step":
-                with reader.step(ask["upto"], quorum=options.producers, deadline=60) as step:
+                with reader.step(ask.get("upto", 0), quorum=options.producers, deadline=60) as step:
                     began = time.perf_counter_ns()
                     step.sum(out)
                     took = time.perf_counter_ns() - began
