@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -164,6 +166,20 @@ func (r *tensorRunner) progress(c *TensorCase, run int, name, text string) {
 	if !r.opt.Quiet {
 		fmt.Fprintf(r.log, "%-14s run %d/%d  %-10s %s\n", c.Name, run+1, r.opt.Runs, name, text)
 	}
+}
+
+// profile has children write CPU profiles until they end, in the last run of a case, if that is asked for.
+func (r *tensorRunner) profile(c *TensorCase, run int, name string, all ...*process) error {
+	if r.opt.CPUProfile == "" || run != r.opt.Runs-1 {
+		return nil
+	}
+	for i, p := range all {
+		file := strings.NewReplacer("/", "-", " ", "-", ",", "").Replace(fmt.Sprintf("%s-%s-%s-%d.pprof", c.Name, name, p.name, i))
+		if _, err := p.ask(request{Do: doProfile, Path: filepath.Join(r.opt.CPUProfile, file)}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stopAll ends children in this order; after an error it kills them.

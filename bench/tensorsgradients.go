@@ -19,7 +19,7 @@ const (
 	contenderCold    = "bare, cold" // the bare loop, and the sender reads as much memory as the producers do
 	contenderAdd     = "copy and add"
 
-	figureServerCPU = ": daemon's CPU"
+	figureServerCPU = ": server's CPU"
 	figureSenderCPU = ": producers' CPU"
 	figureReaderCPU = ": reader's CPU"
 	figureShareTime = "CRC, share of the time"
@@ -50,7 +50,7 @@ func gradientsKind() tensorKind {
 	}
 	return tensorKind{
 		title: "Gradients: producers in one process, daemon, and a reader that verifies and sums whole steps while they arrive. bare: a sender and a process that reads\n" +
-			"as many sockets straight into memory of the ring's size and acks. CPU in seconds per GB; the bare loop's server is compared with the daemon.",
+			"as many sockets straight into memory of the ring's size and acks. CPU in seconds per GB; the server is the daemon, or the bare loop's receiver.",
 		measure: (*tensorRunner).gradients,
 		rows:    rows,
 		targets: func(r *TensorResult) []Target {
@@ -116,17 +116,19 @@ func (r *tensorRunner) gradientsOne(ctx context.Context, c *TensorCase, name str
 	case contenderAdd:
 		return measureAdd(ctx, opt, c)
 	case contenderBare:
-		g, err = startBare(opt, bareCase(c), ready{})
+		g, err = startBare(opt, bareCase(c), chunkWindow(c))
 	case contenderCold:
 		opt.SourceBytes = int(c.Bytes)
-		g, err = startBare(opt, bareCase(c), ready{})
+		g, err = startBare(opt, bareCase(c), chunkWindow(c))
 	default:
 		g, err = startGradients(ctx, opt, c, name)
 	}
 	var m *Measurement
 	if err == nil {
-		profile := r.opt.CPUProfile != "" && run == r.opt.Runs-1
-		m, err = g.measureSteps(ctx, profile, c)
+		err = r.profile(c, run, name, g.sender, g.receiver)
+	}
+	if err == nil {
+		m, err = g.measureSteps(ctx, c)
 	}
 	if g != nil {
 		err = errors.Join(err, g.stopSteps(err != nil))
@@ -136,6 +138,11 @@ func (r *tensorRunner) gradientsOne(ctx context.Context, c *TensorCase, name str
 
 // chunkSampleBytes is what a chunk is in the ring and on the wire: a header of 64 bytes, and the data.
 func chunkSampleBytes(c *TensorCase) int64 { return tensor.HeaderBytes + c.ChunkBytes }
+
+// chunkWindow is what each connection may have without an ack, the bare loop's too: two chunks, which is what the daemon gives to one that asks for nothing.
+func chunkWindow(c *TensorCase) ready {
+	return ready{WindowSamples: 2, WindowBytes: 2 * chunkSampleBytes(c)}
+}
 
 // bareCase is the load of the bare loop: samples of a chunk's size, and memory of the ring's.
 func bareCase(c *TensorCase) Case {
@@ -157,13 +164,15 @@ func startGradients(ctx context.Context, opt *Options, c *TensorCase, name strin
 	if g.receiver, _, err = startChild("reader", opt.Binary, append([]string{"_gradreader", "--address", d.Unix, "--run"}, gradientFlags(c)...)...); err != nil {
 		return g, err
 	}
-	sender := append([]string{"_gradsender", "--address", d.TCP}, gradientFlags(c)...)
+	sender := append([]string{"_gradsender"}, gradientFlags(c)...)
 	switch name {
+	case contenderInPlace:
+		sender = append(sender, "--address", d.Unix, "--in-place")
 	case contenderNoCRC:
 		sender = append(sender, "--no-crc")
-	case contenderInPlace:
-		sender[2] = d.Unix
-		sender = append(sender, "--in-place")
+		fallthrough
+	default:
+		sender = append(sender, "--address", d.TCP, "--window-bytes", strconv.FormatInt(chunkWindow(c).WindowBytes, 10))
 	}
 	g.sender, _, err = startChild("producers", opt.Binary, sender...)
 	return g, err
@@ -177,14 +186,9 @@ func gradientFlags(c *TensorCase) []string {
 }
 
 // measureSteps measures a window. A reader of steps counts whole ones, so its window goes from the end of one step to the end of another.
-func (g *rig) measureSteps(ctx context.Context, profile bool, c *TensorCase) (*Measurement, error) {
+func (g *rig) measureSteps(ctx context.Context, c *TensorCase) (*Measurement, error) {
 	if err := sleep(ctx, g.opt.Warmup); err != nil {
 		return nil, err
-	}
-	if profile {
-		if err := g.profileChildren(); err != nil {
-			return nil, err
-		}
 	}
 	w, err := g.watch(ctx, g.opt.Duration)
 	if err != nil {

@@ -64,6 +64,9 @@ func (r *tensorRunner) reduce(ctx context.Context, out *TensorResult) error {
 	}
 	return interleave(r.opt.Runs, who, func(run int, name string) error {
 		g, err := r.startReduce(ctx, &out.TensorCase, name)
+		if err == nil && name != figureSumPython {
+			err = r.profile(&out.TensorCase, run, name, g.receiver)
+		}
 		if err == nil {
 			err = g.measureSums(ctx, out, name)
 		}

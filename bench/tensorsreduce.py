@@ -1,4 +1,4 @@
-"""The reader of steps of `ingestd bench tensors` in Python; the bench starts it and asks it, a line of JSON for a line."""
+"""The reader of steps of `ingestd bench tensors` in Python; the bench starts it and asks it by lines of JSON."""
 
 import argparse
 import json

@@ -27,6 +27,7 @@ type gradSenderOptions struct {
 	noCRC     bool
 	inPlace   bool
 	upto      bool
+	window    int64
 }
 
 // gradSender is several producers of steps, each with a connection and gradients of its own.
@@ -56,6 +57,7 @@ func gradSenderCommand() *cobra.Command {
 	f.IntVar(&opt.producers, "producers", 1, "producers")
 	f.BoolVar(&opt.noCRC, "no-crc", false, "do not sum chunks")
 	f.BoolVar(&opt.inPlace, "in-place", false, "write chunks in place; the address is a unix socket")
+	f.Int64Var(&opt.window, "window-bytes", 0, "most bytes without an ack; 0: the daemon chooses; not in place")
 	f.BoolVar(&opt.upto, "upto", false, "wait to be told how many steps to send")
 	return cmd
 }
@@ -94,7 +96,8 @@ func runGradSender(ctx context.Context, opt gradSenderOptions) error {
 	defer cancel()
 	for i := range opt.producers {
 		p, err := client.DialSteps(ctx, opt.address, client.StepsConfig{
-			Table: opt.table, Name: producerName(i), Manifest: m, NoCRC: opt.noCRC, InPlace: opt.inPlace, Client: "ingestd-bench", ReconnectFor: -1,
+			Table: opt.table, Name: producerName(i), Manifest: m, NoCRC: opt.noCRC, InPlace: opt.inPlace, WindowBytes: opt.window,
+			Client: "ingestd-bench", ReconnectFor: -1,
 		})
 		if err != nil {
 			return err

@@ -39,7 +39,7 @@ func (r *tensorRunner) stream(ctx context.Context, out *TensorResult) error {
 		if name == figureSendfile {
 			measure = r.sendfileOne
 		}
-		if err := measure(ctx, out); err != nil {
+		if err := measure(ctx, run, out); err != nil {
 			return err
 		}
 		r.progress(&out.TensorCase, run, name, fmt.Sprintf("%.2f GB/s", out.Figures[name].Runs[run]))
@@ -48,8 +48,11 @@ func (r *tensorRunner) stream(ctx context.Context, out *TensorResult) error {
 }
 
 // streamOne publishes some generations and notes how fast each came to the reader; a run's figure is their median.
-func (r *tensorRunner) streamOne(ctx context.Context, out *TensorResult) error {
+func (r *tensorRunner) streamOne(ctx context.Context, run int, out *TensorResult) error {
 	g, err := r.startWeights(ctx, out.TensorCase, 1, "tcp")
+	if err == nil {
+		err = r.profile(&out.TensorCase, run, figureStream, g.readers...)
+	}
 	if err == nil {
 		err = g.warmUp()
 	}
@@ -72,7 +75,7 @@ func (r *tensorRunner) streamOne(ctx context.Context, out *TensorResult) error {
 }
 
 // sendfileOne lets the bare loop make as many transfers, with and without sums in turn.
-func (r *tensorRunner) sendfileOne(ctx context.Context, out *TensorResult) error {
+func (r *tensorRunner) sendfileOne(ctx context.Context, _ int, out *TensorResult) error {
 	size := strconv.FormatInt(out.Bytes, 10)
 	sender, first, err := startChild("sendfile sender", r.opt.Binary, "_sendfile", "--bytes", size)
 	if err != nil {

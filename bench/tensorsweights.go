@@ -51,6 +51,9 @@ func (r *tensorRunner) publish(ctx context.Context, out *TensorResult) error {
 		}
 		g, err := r.startWeights(ctx, out.TensorCase, readers, "unix")
 		if err == nil {
+			err = r.profile(&out.TensorCase, run, name, g.publisher)
+		}
+		if err == nil {
 			err = g.measure(ctx, run, prefix, out)
 		}
 		if err == nil && prefix == "" {
