@@ -513,7 +513,7 @@ func putTheRest(t *testing.T, cut *Cutter, tensors [][]byte, put [][]bool) {
 
 func TestCutterRandom(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
-	for seed := range uint64(200) {
+	for seed := range uint64(60) {
 		script := make([]byte, 3*(5+r.IntN(40)))
 		for i := range script {
 			script[i] = byte(r.Uint32())
