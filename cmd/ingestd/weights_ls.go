@@ -90,41 +90,8 @@ func (o *listOptions) run(ctx context.Context, w io.Writer) error {
 	for i := range tables {
 		weightsText(&b, &s, &tables[i])
 	}
-	_, err = io.WriteString(w, b.String())
+	_, err = io.WriteString(w, strings.TrimPrefix(b.String(), "\n"))
 	return err
-}
-
-// weightsText is a table of weights for a person.
-func weightsText(b *strings.Builder, s *daemon.Status, t *daemon.WeightsStatus) {
-	if t.Newest == 0 {
-		fmt.Fprintf(b, "table %s: nothing was published yet\n", t.Name)
-	} else {
-		fmt.Fprintf(b, "table %s: newest generation %d; %d tensors, %s each; %d places, %s of memory\n",
-			t.Name, t.Newest, t.Tensors, bytesText(float64(t.DataBytes)), t.Places, bytesText(float64(t.SegmentBytes)))
-	}
-	for _, g := range t.Generations {
-		fmt.Fprintf(b, "  generation %d, published %v ago by publisher %d, digest %s\n", g.Generation, since(s, g.Published), g.Publisher, cut(g.Digest, 16))
-		for _, p := range g.Pins {
-			fmt.Fprintf(b, "    held by reader %d (%s) for %v\n", p.Reader, p.Who, since(s, p.Since))
-		}
-	}
-	if p := t.Publisher; p != nil {
-		doing := "idle"
-		if p.Writing != 0 {
-			doing = fmt.Sprintf("writing generation %d", p.Writing)
-		}
-		fmt.Fprintf(b, "  publisher %d (%s), here for %v: %s\n", p.Number, p.Who, since(s, p.Since), doing)
-	}
-	for _, r := range t.Readers {
-		doing := "maps the memory"
-		switch {
-		case r.Remote != nil && r.Remote.Generation != 0:
-			doing = fmt.Sprintf("is sent generation %d: %s of %s", r.Remote.Generation, bytesText(float64(r.Remote.Sent)), bytesText(float64(r.Remote.Total)))
-		case r.Remote != nil:
-			doing = fmt.Sprintf("has generation %d; %s sent", r.Remote.Have, bytesText(float64(r.Remote.Bytes)))
-		}
-		fmt.Fprintf(b, "  reader %d (%s), here for %v, %s\n", r.Number, r.Who, since(s, r.Since), doing)
-	}
 }
 
 // tensorResult is a tensor of a table.
