@@ -36,8 +36,6 @@ func ones(m *tensor.Manifest, x float32) []byte {
 	return flatBytes(m, encoded)
 }
 
-func newRand() *rand.Rand { return rand.New(rand.NewPCG(1, 2)) }
-
 // late is a context whose deadline has passed: what lies there is looked at, and nothing is waited for.
 func late(t *testing.T) context.Context {
 	ctx, cancel := context.WithDeadline(t.Context(), time.Unix(1, 0))
