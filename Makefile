@@ -60,7 +60,7 @@ test-race: ## run the Go tests of the heap-only algorithms under the race detect
 test-python: build $(VENV)/.ready ## run the Python tests
 	cd python && INGESTD_BIN=$(CURDIR)/bin/ingestd $(IN_VENV)/python -m pytest -q
 	$(IN_VENV)/python -m pytest -q examples/digits
-	$(IN_VENV)/python -m pytest -q examples/dataparallel
+	OPENBLAS_NUM_THREADS=1 $(IN_VENV)/python -m pytest -q examples/dataparallel
 
 .PHONY: lint
 lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy

@@ -1,8 +1,16 @@
-"""The same training in one process, to compare with: once in the same order of summing, once as one large batch."""
+"""The same training in one process, to compare with: once in the same order of summing, once as one large batch.
+
+    python examples/dataparallel/reference.py --report report.json --ordered ordered.npz --whole whole.npz
+
+The report is the trainer's: it says whose gradients were in which step.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -71,3 +79,30 @@ def difference(got: mlp.Arrays, want: mlp.Arrays) -> Difference:
         absolute = max(absolute, float(np.abs(apart).max(initial=0)))
         relative = max(relative, float(np.linalg.norm(apart)) / norm if norm else float(np.linalg.norm(apart)))
     return Difference(absolute, relative)
+
+
+def save(path: Path, parameters: mlp.Arrays) -> None:
+    """Writes parameters as .npz."""
+    np.savez(path, *parameters.values())  # in the order of mlp.initial()
+
+
+def load(path: Path) -> mlp.Arrays:
+    """Reads what :func:`save` has written."""
+    with np.load(path) as arrays:
+        return {name: arrays[f"arr_{n}"] for n, name in enumerate(mlp.initial())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train in one process on the images that the workers took.")
+    parser.add_argument("--report", type=Path, required=True, help="the trainer's report (JSON)")
+    parser.add_argument("--workers", type=int, default=4, help="how many there were")
+    parser.add_argument("--ordered", type=Path, required=True, help="where to write weights summed in order (.npz)")
+    parser.add_argument("--whole", type=Path, required=True, help="where to write those of one large batch (.npz)")
+    options = parser.parse_args()
+    present = json.loads(options.report.read_text())["have"]
+    save(options.ordered, same_order(options.workers, present))
+    save(options.whole, one_batch(options.workers, present))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import mlp
 import reference
 import shards
@@ -104,17 +102,26 @@ def train(children: processes.Processes, options: argparse.Namespace, folder: Pa
             output, _ = children.all[name].communicate()
             timings.merge(json.loads(output)["seconds"])
     print(timings.table(ROWS))
-    with np.load(final) as arrays:
-        parameters = {name: arrays[f"arr_{n}"] for n, name in enumerate(mlp.initial())}
-    ordered, whole = (
-        reference.same_order(options.workers, told["have"]),
-        reference.one_batch(options.workers, told["have"]),
-    )
+    ordered, whole = single_process(children, options, folder, report)
+    parameters = reference.load(final)
     return judge(
         told, steps=options.steps, workers=options.workers, killed=killed,
         ordered=reference.difference(parameters, ordered), whole=reference.difference(parameters, whole),
         accuracy=mlp.accuracy(whole, *dataset.held_out()),
     )  # fmt: skip
+
+
+def single_process(
+    children: processes.Processes, options: argparse.Namespace, folder: Path, report: Path
+) -> tuple[mlp.Arrays, mlp.Arrays]:
+    """The weights of one process that takes the same images: summed in the same order, and as one batch."""
+    ordered, whole = folder / "ordered.npz", folder / "whole.npz"
+    children.start(
+        "the single process", sys.executable, str(HERE / "reference.py"), "--report", str(report),
+        "--workers", str(options.workers), "--ordered", str(ordered), "--whole", str(whole),
+    )  # fmt: skip
+    children.wait(["the single process"], time.monotonic() + 60)
+    return reference.load(ordered), reference.load(whole)
 
 
 def judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def test_difference() -> None:
     assert (apart.absolute, apart.relative) == (0.5, 0.1)
     for broken in ({"a": one["a"]}, {**one, "b": np.zeros(3, np.float32)}, {**one, "b": np.array([0, np.nan])}):
         assert reference.difference(broken, one).relative == np.inf
+
+
+def test_single_process_takes_whom_the_report_names(tmp_path: Path) -> None:
+    present = [[shards.name_of(w) for w in range(4) if w != 2 or step < 3] for step in range(6)]
+    report, ordered, whole = (tmp_path / name for name in ("report.json", "ordered.npz", "whole.npz"))
+    report.write_text(json.dumps({"have": present}))
+    command = [sys.executable, reference.__file__]
+    for flag, path in (("--report", report), ("--ordered", ordered), ("--whole", whole)):
+        command += [flag, str(path)]
+    subprocess.run(command, check=True, timeout=120)
+    assert reference.difference(reference.load(ordered), reference.same_order(4, present)).relative < 1e-6
+    assert reference.difference(reference.load(whole), reference.one_batch(4, present)).relative < 1e-6
+    path = tmp_path / "initial.npz"
+    reference.save(path, mlp.initial())
+    assert reference.difference(reference.load(path), mlp.initial()).equal
 
 
 def test_timings() -> None:

@@ -18,6 +18,7 @@ import ingestd
 import numpy as np
 
 import mlp
+import reference
 from digits import dataset
 from timings import Timings
 
@@ -53,7 +54,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
                     generation = publish(publisher, parameters, options.patience)
             present.append(have)
             print(json.dumps({"step": step, "have": have}), flush=True)
-    np.savez(options.out, *parameters.values())  # in the order of mlp.initial()
+    reference.save(options.out, parameters)
     return {
         "have": present,
         "generation": generation,
