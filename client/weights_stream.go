@@ -92,7 +92,9 @@ func (p *streamed) begin(ctx context.Context, want uint64) (*begun, error) {
 	generation, again, err := uint64(0), p.dialog != nil, error(nil)
 	for {
 		if p.dialog == nil {
-			if err := p.connect(ctx); err != nil {
+			if err := p.connect(ctx); codeOf(err) == wire.CodePublisherActive {
+				return nil, &said{ErrPublisherActive, err}
+			} else if err != nil {
 				return nil, err
 			}
 		}

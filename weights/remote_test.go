@@ -589,4 +589,3 @@ func TestAnnouncementCheck(t *testing.T) {
 		}
 	}
 }
-

@@ -229,6 +229,7 @@ class StepTx:
         Raises KeyError, TensorMismatch; SpecError where some of it was put before; StepRefused; Timeout and the other
         errors of the connection, after which the step can only be aborted.
         """
+        self._check()
         i = self._manifest.index(name)
         tensor = self._manifest[i]
         value = _checked(tensor, array)
@@ -245,6 +246,7 @@ class StepTx:
 
         Not for 8-bit encodings and ``topk``, which look at the whole tensor. Raises as :meth:`put`.
         """
+        self._check()
         i = self._manifest.index(name)
         tensor = self._manifest[i]
         value = _checked(tensor, array)
