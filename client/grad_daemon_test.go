@@ -28,17 +28,27 @@ type gradDaemon struct {
 	stop func()
 }
 
-func serveGrads(t testing.TB, change func(*daemon.Config)) *gradDaemon {
-	t.Helper()
+func gradConfig(t testing.TB) daemon.Config {
 	cfg := daemon.DefaultConfig()
 	cfg.Listen = []string{"tcp://127.0.0.1:0", "unix://" + filepath.Join(t.TempDir(), "d.sock")}
 	cfg.Admin = "off"
 	cfg.DrainTimeout = daemon.Duration(time.Minute)
 	cfg.LocalProducers.Enabled = true
 	cfg.Tables = []daemon.Table{{Name: "grads", Kind: "tensors", ChunkBytes: tensor.ChunkBytesMin, Batches: 32}}
+	return cfg
+}
+
+func serveGrads(t testing.TB, change func(*daemon.Config)) *gradDaemon {
+	t.Helper()
+	cfg := gradConfig(t)
 	if change != nil {
 		change(&cfg)
 	}
+	return runGrads(t, cfg)
+}
+
+func runGrads(t testing.TB, cfg daemon.Config) *gradDaemon {
+	t.Helper()
 	d, err := daemon.New(cfg, slog.New(slog.DiscardHandler), "test")
 	if err != nil {
 		t.Fatal(err)

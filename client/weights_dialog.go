@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/failpoint"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/weights"
 	"github.com/ingestd/ingestd/wire"
@@ -35,8 +36,8 @@ const answerLead = 50 * time.Millisecond
 // begin takes a place. ctx bounds the wait for one.
 func (d *dialog) begin(ctx context.Context, want uint64) (generation uint64, place int, err error) {
 	for {
-		if err := context.Cause(ctx); err != nil {
-			return 0, 0, err
+		if ctx.Err() != nil {
+			return 0, 0, &waitError{ctx, "begin a generation"}
 		}
 		a, err := d.tryBegin(ctx, want)
 		switch {
@@ -108,6 +109,7 @@ func (d *dialog) commit(ctx context.Context, generation uint64) (spec.Fingerprin
 	if err := d.say(&weights.Ask{Op: weights.OpCommit, Generation: generation}); err != nil {
 		return spec.Fingerprint{}, err
 	}
+	failpoint.Hit("client/publisher/committed")
 	stop := context.AfterFunc(ctx, func() { _ = d.conn.SetReadDeadline(past) })
 	a, err := d.hear(d.timeout)
 	if !stop() && err != nil {

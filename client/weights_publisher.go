@@ -275,8 +275,8 @@ func (g *Generation) Commit(ctx context.Context) (Published, error) {
 	if err := g.missing(); err != nil {
 		return Published{}, err
 	}
-	if err := context.Cause(ctx); err != nil {
-		return Published{}, err
+	if ctx.Err() != nil {
+		return Published{}, &waitError{ctx, "client: commit"}
 	}
 	var sums []uint32
 	if g.begun.data != nil {

@@ -135,11 +135,14 @@ func exchange(ctx context.Context, conn net.Conn, hello *wire.Hello, accepted wi
 }
 
 func (r *remoteWeights) hello() *wire.Hello {
-	h := &wire.Hello{Role: wire.RoleSubscribe, Table: r.cfg.Table, Stream: r.network == "unix", Wait: r.cfg.Wait || r.tensors != nil, Client: r.cfg.Client}
+	h := &wire.Hello{
+		Role: wire.RoleSubscribe, Table: r.cfg.Table, Stream: r.network == "unix", Wait: r.cfg.Wait || r.tensors != nil, Delta: !r.cfg.NoDelta,
+		Client: r.cfg.Client,
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.newest != nil {
-		h.Have, h.HaveDigest, h.Delta = int64(r.newest.generation), r.newest.digest, !r.cfg.NoDelta
+		h.Have, h.HaveDigest = int64(r.newest.generation), r.newest.digest
 	}
 	if p := r.partial; p != nil && p.at > 0 {
 		h.Resume, h.ResumeDigest, h.ResumeOffset = int64(p.announced.Generation), p.announced.Digest, p.at

@@ -44,7 +44,7 @@ func openStreamSink(ctx context.Context, addr string, cfg PublisherConfig) (sink
 	}
 	p := &streamed{addr: addr, network: network, address: address, cfg: cfg}
 	if err := p.connect(ctx); err != nil {
-		return nil, fmt.Errorf("client: %w", err)
+		return nil, publisherError(err)
 	}
 	return p, nil
 }
@@ -92,7 +92,9 @@ func (p *streamed) begin(ctx context.Context, want uint64) (*begun, error) {
 	generation, again, err := uint64(0), p.dialog != nil, error(nil)
 	for {
 		if p.dialog == nil {
-			if err := p.connect(ctx); err != nil {
+			if err := p.connect(ctx); codeOf(err) == wire.CodePublisherActive {
+				return nil, &said{ErrPublisherActive, err}
+			} else if err != nil {
 				return nil, err
 			}
 		}

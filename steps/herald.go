@@ -39,9 +39,16 @@ func newHerald(r *ring.Ring) *herald {
 	return h
 }
 
-// say adds an announcement. One of the same stream that was not written yet is replaced: a chunk CLOSED lies behind all that the stream sent wherever it comes, and a
-// producer that is back is not said to have been away.
+// say adds an announcement, and writes it if there is a slot at once: what a producer sends then lies behind it. One of the same stream that was not written yet is
+// replaced: a chunk CLOSED lies behind all that the stream sent wherever it comes, and a producer that is back is not said to have been away.
 func (h *herald) say(a announcement) {
+	h.add(a)
+	if !h.tryWrite() {
+		h.later()
+	}
+}
+
+func (h *herald) add(a announcement) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if i := slices.IndexFunc(h.unsaid, func(b announcement) bool { return b.stream == a.stream }); i >= 0 {
@@ -49,19 +56,42 @@ func (h *herald) say(a announcement) {
 	} else {
 		h.unsaid = append(h.unsaid, a)
 	}
+}
+
+// later leaves what is unsaid to Run.
+func (h *herald) later() {
 	select {
 	case h.wake <- struct{}{}:
 	default:
 	}
 }
 
-func (h *herald) first() (announcement, bool) {
+// tryWrite writes what there is a slot for, and tells whether nothing is left to say.
+func (h *herald) tryWrite() bool {
+	for {
+		select {
+		case <-h.turn:
+		default:
+			return false
+		}
+		full := false
+		for !full && h.any() {
+			run, ok := h.ring.TryReserveInTurn(1)
+			if full = !ok; ok {
+				h.fill(run)
+			}
+		}
+		h.turn <- struct{}{}
+		if full || !h.any() { // else it came while we had the turn
+			return !full
+		}
+	}
+}
+
+func (h *herald) any() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if len(h.unsaid) == 0 {
-		return announcement{}, false
-	}
-	return h.unsaid[0], true
+	return len(h.unsaid) > 0
 }
 
 func (h *herald) stats() (written uint64, unsaid int) {
@@ -79,7 +109,7 @@ func (h *herald) write(ctx context.Context) error {
 	}
 	defer func() { h.turn <- struct{}{} }()
 	for {
-		if _, ok := h.first(); !ok {
+		if !h.any() {
 			return nil
 		}
 		run, err := h.ring.Reserve(ctx, h.seat, 1)
@@ -136,7 +166,18 @@ func (k *Keeper) announceFound(found *ring.Recovery) {
 	}
 	for _, s := range k.ring.Sessions() {
 		if h, ok := last[s.Stream]; ok && h.Flags&tensor.FlagClosed == 0 {
-			k.herald.say(announcement{stream: s.Stream, producer: h.Producer, manifest: h.Manifest, flag: tensor.FlagClosed})
+			k.herald.add(announcement{stream: s.Stream, producer: h.Producer, manifest: h.Manifest, flag: tensor.FlagClosed})
+			k.herald.later() // the ring has no sampler yet
 		}
 	}
+}
+
+// CountData counts the chunks that carry data that may be used, of a column of headers with so many rows.
+func CountData(headers []byte, rows int) (n uint64) {
+	for row := range rows {
+		if h, err := tensor.ParseHeader(headers[row*tensor.HeaderBytes:]); err == nil && h.HasData() && h.Flags&tensor.FlagRefused == 0 {
+			n++
+		}
+	}
+	return n
 }

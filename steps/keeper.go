@@ -176,6 +176,7 @@ func (k *Keeper) Open(name string, stream uint64, m *tensor.Manifest) (*Producer
 	if i := slices.IndexFunc(k.away, func(t transaction) bool { return t.stream == stream }); i >= 0 {
 		if t := k.away[i]; t.manifest == m.ID() {
 			p.at = t
+			p.at.resumed = true
 		}
 		k.away = slices.Delete(k.away, i, i+1)
 	}
@@ -195,8 +196,10 @@ func (k *Keeper) close(p *Producer) {
 	if len(k.here) == 0 {
 		k.newest.Store(0) // who comes next may go on from an earlier step
 	}
-	if p.leave() {
-		k.counts.cutShort.Add(1)
+	if inside, came := p.leave(); inside {
+		if came {
+			k.counts.cutShort.Add(1)
+		}
 		if len(k.away) == awayMax {
 			k.away = slices.Delete(k.away, 0, 1)
 		}

@@ -62,6 +62,7 @@ type transaction struct {
 	state            int
 	bytes            int64            // of the step's tensors that came
 	of               int64            // of those that make it complete
+	resumed          bool             // nothing of it came since its connection ended, which was counted
 	subset           []uint32         // the tensors that it consists of, once its end has come; nil: all
 	came             *tensor.Coverage // what of it; nil before the first
 }
@@ -119,11 +120,11 @@ func (p *Producer) stats() ProducerStats {
 // Close says that all chunks of the stream are in the ring and no more come.
 func (p *Producer) Close() { p.keeper.close(p) }
 
-// leave tells whether the producer went away inside a step.
-func (p *Producer) leave() bool {
+// leave tells whether the producer goes away inside a step, and whether anything of that came through this connection.
+func (p *Producer) leave() (inside, came bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.at.state == txOpen
+	return p.at.state == txOpen, !p.at.resumed
 }
 
 // BadChunkError says why a chunk was turned down.
@@ -217,7 +218,7 @@ func (p *Producer) refuse(h *tensor.Header, header []byte, reason string) {
 
 // begin starts over with a step.
 func (p *Producer) begin(step uint64, state int) {
-	p.at.step, p.at.state, p.at.bytes, p.at.of, p.at.subset = step, state, 0, p.all, nil
+	p.at.step, p.at.state, p.at.bytes, p.at.of, p.at.subset, p.at.resumed = step, state, 0, p.all, nil, false
 	if p.at.came == nil {
 		p.at.came = tensor.NewCoverage(p.manifest)
 	} else {
@@ -227,7 +228,7 @@ func (p *Producer) begin(step uint64, state int) {
 
 // end counts the transaction that gives way to another, or to nothing.
 func (p *Producer) end() {
-	if p.at.state == txOpen {
+	if p.at.state == txOpen && !p.at.resumed {
 		p.keeper.counts.cutShort.Add(1)
 	}
 	p.at.state = txNone
@@ -243,6 +244,7 @@ func (p *Producer) take(h *tensor.Header, data []byte) error {
 		p.begin(h.Step, txOpen)
 		p.keeper.began(h.Step)
 	}
+	p.at.resumed = false
 	switch {
 	case p.at.state != txOpen: // what follows an abort, or comes twice
 		return nil

@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ingestd/ingestd/spec"
@@ -100,7 +101,9 @@ type remote struct {
 
 	have    spec.Fingerprint // digest of the generation st.Have; zero: it is not to be a base
 	refused uint64           // a generation that came damaged
-	torn    bool             // the connection was closed in the middle of a generation
+	inside  bool             // a generation was begun and not all of it was written
+	torn    bool             // the connection was closed there
+	due     atomic.Bool      // an answer may come
 
 	mu sync.Mutex
 	st RemoteStats
@@ -189,6 +192,10 @@ func (r *remote) listen(gone context.CancelCauseFunc) {
 		if n, err := r.conn.Read(b[:]); n == 0 || err != nil {
 			gone(errPeerLeft)
 			return
+		}
+		if !r.due.Load() {
+			gone(errTalks)
+			continue
 		}
 		select {
 		case r.answers <- b[0]:
@@ -293,7 +300,7 @@ func (r *remote) give(ctx context.Context, held, base *Held, from int64) (err er
 	answer, err := r.send(ctx, held, a)
 	if err != nil {
 		r.note(func(st *RemoteStats) { st.Broken++ })
-		if !errors.Is(err, errNoAnswer) {
+		if r.inside {
 			r.breakOff()
 		}
 		return err
@@ -323,6 +330,8 @@ func (r *remote) send(ctx context.Context, held *Held, a *Announcement) (answer 
 	for _, sum := range held.Sums() {
 		text = binary.LittleEndian.AppendUint32(text, sum)
 	}
+	r.inside = true
+	r.due.Store(true)
 	if err := r.sender.write(ctx, text); err != nil {
 		return 0, r.why(ctx, err)
 	}
@@ -340,10 +349,12 @@ func (r *remote) send(ctx context.Context, held *Held, a *Announcement) (answer 
 			return 0, r.why(ctx, err)
 		}
 	}
+	r.inside = false
 	timer := time.NewTimer(r.limits.answer)
 	defer timer.Stop()
 	select {
 	case answer = <-r.answers:
+		r.due.Store(false)
 		if answer != answerShown && answer != answerBad {
 			return 0, errTalks
 		}

@@ -70,6 +70,7 @@ func (s *Server) subscribe(ctx context.Context, conn *net.UnixConn, hello *wire.
 			return s.farewell(conn, &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"})
 		case err := <-spoke:
 			if err == errSpoke {
+				_ = r.Close() // now, and not when it has read why
 				return s.farewell(conn, &wire.Notice{Code: wire.CodeBadPeer, Reason: "a reader that maps the segment says nothing"})
 			}
 			return quiet(err)

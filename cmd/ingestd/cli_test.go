@@ -127,10 +127,16 @@ type server struct {
 // serveTable runs a daemon with a table "a" and more arguments, and waits until it serves.
 func serveTable(t testing.TB, layout string, args ...string) *server {
 	t.Helper()
+	return serveWith(t, append([]string{"--table", "a", "--spec", layout}, args...)...)
+}
+
+// serveWith runs a daemon and waits until it serves.
+func serveWith(t testing.TB, args ...string) *server {
+	t.Helper()
 	folder := t.TempDir()
 	ready := filepath.Join(folder, "ready.json")
 	s := &server{process: background(t, append([]string{
-		"serve", "--table", "a", "--spec", layout, "--listen", "tcp://127.0.0.1:0", "--listen", "unix://" + filepath.Join(folder, "d.sock"),
+		"serve", "--listen", "tcp://127.0.0.1:0", "--listen", "unix://" + filepath.Join(folder, "d.sock"),
 		"--admin", "127.0.0.1:0", "--ready-file", ready,
 	}, args...)...)}
 	tick := time.NewTicker(2 * time.Millisecond)

@@ -111,6 +111,9 @@ func statusText(s *daemon.Status) string {
 	for _, t := range s.Tables {
 		tableText(&b, s, &t)
 	}
+	for _, t := range s.Weights {
+		weightsText(&b, s, &t)
+	}
 	first := true
 	for _, c := range s.Producers.Connections {
 		if c.Table == "" { // still shaking hands, or being told why it is refused
@@ -149,6 +152,9 @@ func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
 	if t.Path != "" {
 		fmt.Fprintf(b, "  kept in %s\n", t.Path)
 	}
+	if t.Tensors != nil {
+		tensorsText(b, t.Tensors)
+	}
 	for _, c := range s.Producers.Connections {
 		if c.Table != t.Name {
 			continue
@@ -176,6 +182,51 @@ func tableText(b *strings.Builder, s *daemon.Status, t *daemon.TableStatus) {
 		if tr.Table == t.Name {
 			fmt.Fprintf(b, "  %s%s%s\n", tr.Name(), heldText(s, tr.Held), waitsText(s, tr.Waits))
 		}
+	}
+}
+
+// tensorsText says which step each producer of tensors is at.
+func tensorsText(b *strings.Builder, t *daemon.TensorsStatus) {
+	bad := uint64(0)
+	for _, n := range t.BadChunks {
+		bad += n
+	}
+	fmt.Fprintf(b, "  newest step %d; %d steps completed, %d refused, %d aborted, %d cut short; %d chunks, %d bad\n",
+		t.Newest, t.Completed, t.Refused, t.Aborted, t.CutShort, t.Chunks, bad)
+	for _, p := range t.Producers {
+		fmt.Fprintf(b, "  producer %q, stream %d, manifest %s: ", p.Name, p.Stream, p.Manifest)
+		if p.State == "none" {
+			b.WriteString("no step yet\n")
+		} else {
+			fmt.Fprintf(b, "step %d %s, %d of %d bytes\n", p.Step, p.State, p.Bytes, p.Of)
+		}
+	}
+}
+
+// weightsText is a table of weights for a person.
+func weightsText(b *strings.Builder, s *daemon.Status, t *daemon.WeightsStatus) {
+	fmt.Fprintf(b, "\ntable %s: weights, newest generation %d\n", t.Name, t.Newest)
+	fmt.Fprintf(b, "  %d tensors of %v in %d places, segment of %v, at most %v; %d generations published\n",
+		t.Tensors, daemon.Size(t.DataBytes), t.Places, daemon.Size(t.SegmentBytes), daemon.Size(t.Capacity), t.Published)
+	if p := t.Publisher; p != nil {
+		fmt.Fprintf(b, "  publisher %d, %s, for %v", p.Number, p.Who, since(s, p.Since))
+		if p.Writing > 0 {
+			fmt.Fprintf(b, ": writes generation %d", p.Writing)
+		}
+		b.WriteString("\n")
+	}
+	for _, g := range t.Generations {
+		fmt.Fprintf(b, "  generation %d in place %d, published %v ago, %.16s\n", g.Generation, g.Place, since(s, g.Published), g.Digest)
+		for _, p := range g.Pins {
+			fmt.Fprintf(b, "    held by reader %d, %s, for %v\n", p.Reader, p.Who, since(s, p.Since))
+		}
+	}
+	for _, r := range t.Readers {
+		fmt.Fprintf(b, "  reader %d, %s, for %v", r.Number, r.Who, since(s, r.Since))
+		if r.Remote != nil && r.Remote.Generation > 0 {
+			fmt.Fprintf(b, ": is sent generation %d, %d of %d bytes", r.Remote.Generation, r.Remote.Sent, r.Remote.Total)
+		}
+		b.WriteString("\n")
 	}
 }
 

@@ -87,8 +87,8 @@ func (o *publishOptions) run(ctx context.Context, std streams, path string) (err
 	ended := bar.follow(p.SentBytes)
 	done, err := o.publish(ctx, p, file)
 	ended()
-	if r.InPlace && err == nil {
-		bar.add(file.Manifest().DataBytes())
+	if err == nil { // in place all goes at once, and what lies between tensors is not sent
+		bar.add(file.Manifest().DataBytes() - p.SentBytes())
 	}
 	bar.done(std.err)
 	took := time.Since(began)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -81,7 +82,7 @@ func compare(path string, file *safetensors.File, w *client.Weights) error {
 		return err
 	}
 	if diff := tensor.DiffManifests(ordered, w.Manifest()); len(diff) > 0 {
-		return dataf("%s has other tensors than generation %d: %s", path, w.Generation(), cut(spec.FormatDiff(diff), 1000))
+		return dataf("%s has other tensors than generation %d: %s", path, w.Generation(), differences(diff))
 	}
 	different, first := 0, ""
 	for i := range w.Manifest().Len() {
@@ -96,6 +97,28 @@ func compare(path string, file *safetensors.File, w *client.Weights) error {
 		return dataf("%s differs from generation %d in %d of %d tensors, the first is %q", path, w.Generation(), different, w.Manifest().Len(), first)
 	}
 	return nil
+}
+
+// differencesMax is how many tensors that differ are named.
+const differencesMax = 8
+
+// differences names tensors that differ.
+func differences(diff []spec.Difference) string {
+	var list []string
+	for _, d := range diff[:min(len(diff), differencesMax)] {
+		switch {
+		case d.Got == "":
+			list = append(list, fmt.Sprintf("%q is missing, it is %s", d.Leaf, d.Want))
+		case d.Want == "":
+			list = append(list, fmt.Sprintf("%q, %s, is one more", d.Leaf, d.Got))
+		default:
+			list = append(list, fmt.Sprintf("%q is %s instead of %s", d.Leaf, d.Got, d.Want))
+		}
+	}
+	if more := len(diff) - differencesMax; more > 0 {
+		list = append(list, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(list, "; ")
 }
 
 // inOrderOf returns got with those tensors that want has in want's order, and the others after them.

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -83,6 +84,47 @@ func TestConfigFile(t *testing.T) {
 	again, err := load(cfg.YAML())
 	if err != nil || !reflect.DeepEqual(again, cfg) {
 		t.Errorf("%v\n%+v\n%+v", err, again, cfg)
+	}
+}
+
+// TestKinds: what each kind of table gets that does not say, and the limits of what it may say.
+func TestKinds(t *testing.T) {
+	cfg, err := load("tables: [{name: g, kind: tensors}, {name: w, kind: weights}, {name: h, kind: tensors, chunk_bytes: 64MiB, max_lag: 5, batch_size: 2, linger: 1ms}," +
+		"{name: v, kind: weights, generations: 64, capacity: 64KiB}, {name: i, kind: tensors, chunk_bytes: 64KiB, capacity: 1MiB}, {name: u, kind: weights, generations: 2}]")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g := cfg.Tables[0]; g.ChunkBytes != 1<<20 || g.BatchSize != 1 || g.Batches < 250 || g.Batches > 256 || g.MaxLag != 0 || g.Spec != "" || g.Sessions == 0 {
+		t.Errorf("tensors: %+v", g)
+	}
+	if w := cfg.Tables[1]; w.Generations != 3 || w.Capacity != 4<<30 || w.Batches != 0 || w.BatchSize != 0 || w.Ack != "" {
+		t.Errorf("weights: %+v", w)
+	}
+	if h := cfg.Tables[2]; h.Batches != 4 || h.MaxLag != 5 {
+		t.Errorf("large chunks: %+v", h)
+	}
+	if i := cfg.Tables[4]; i.Batches < 8 || i.Batches > 16 {
+		t.Errorf("small chunks: %+v", i)
+	}
+	again, err := load(cfg.YAML())
+	if err != nil || !reflect.DeepEqual(again.Tables, cfg.Tables) {
+		t.Errorf("%v\n%+v\n%+v", err, again.Tables, cfg.Tables)
+	}
+	// Kept: the manifests have a file beside the segment's.
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err = load("tables: [{name: g/h, kind: tensors}, {name: w, kind: weights}]\nsegment_dir: " + dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := cfg.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if of := p.tables[0].steps(slog.New(slog.DiscardHandler)); of.Path != filepath.Join(dir, "g%2Fh.manifests") || of.ChunkBytes != 1<<20 {
+		t.Errorf("%+v", of)
 	}
 }
 
@@ -169,6 +211,25 @@ func TestBadConfig(t *testing.T) {
 		"poll":                 {table + "local_producers: {poll: 2s}", "busy"},
 		"local producers":      {table + "local_producers: {max: 0}", "must be 1 to"},
 		"local prefetch":       {table + "local_producers: {prefetch: 65}", "must be 1 to 64"},
+		"kind":                 {"tables: [{name: a, kind: things}]", "none of samples, tensors and weights"},
+		"spec of tensors":      {"tables: [{name: a, kind: tensors, spec: 'x:U8'}]", "spec: a table of kind tensors has none; take it out: whoever sends"},
+		"spec of weights":      {"tables: [{name: a, kind: weights, spec: 'x:U8'}]", "spec: a table of kind weights has none"},
+		"chunks of samples":    {"tables: [{name: a, spec: 'x:U8', chunk_bytes: 64KiB}]", "that is for tables of kind tensors"},
+		"lag of samples":       {"tables: [{name: a, spec: 'x:U8', max_lag: 3}]", "that is for tables of kind tensors"},
+		"generations, samples": {"tables: [{name: a, spec: 'x:U8', generations: 3}]", "that is for tables of kind weights"},
+		"small chunks":         {"tables: [{name: a, kind: tensors, chunk_bytes: 61440}]", "is 60KiB, must be 64KiB to 64MiB"},
+		"large chunks":         {"tables: [{name: a, kind: tensors, chunk_bytes: 67112960}]", "must be 64KiB to 64MiB"},
+		"odd chunks":           {"tables: [{name: a, kind: tensors, chunk_bytes: 65537}]", "multiple of 4096"},
+		"chunks that wait":     {"tables: [{name: a, kind: tensors, batch_size: 2}]", "give a linger"},
+		"lag is no number":     {"tables: [{name: a, kind: tensors, max_lag: -1}]", "is not a whole number"},
+		"one generation":       {"tables: [{name: a, kind: weights, generations: 1}]", "must be 2 to 64"},
+		"many generations":     {"tables: [{name: a, kind: weights, generations: 65}]", "must be 2 to 64"},
+		"little weights":       {"tables: [{name: a, kind: weights, capacity: 4KiB}]", "must be 64KiB to"},
+		"batches of weights":   {"tables: [{name: a, kind: weights, batches: 4}]", "generations"},
+		"kept weights":         {"tables: [{name: a, kind: weights, segment_dir: /var}]", "lie in memory"},
+		"groups of weights":    {"tables: [{name: a, kind: weights, groups: [{name: g}]}]", "that is for tables of kind samples"},
+		"sessions of weights":  {"tables: [{name: a, kind: weights, sessions: 4}]", "that is for tables of kind samples"},
+		"echo to tensors":      {"tables: [{name: a, kind: tensors}]\nlisten: ['echo://127.0.0.1:0']", "samples only"},
 		"no handshake timeout": {table + "limits: {handshake_timeout: 0s}", "above 0"},
 	} {
 		t.Run(name, func(t *testing.T) {

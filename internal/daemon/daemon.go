@@ -55,6 +55,7 @@ type table struct {
 	plan     *tablePlan
 	memory   *shm.Memory
 	attached atomic.Int32 // trainers of other processes; its end wakes the ring's Space, too
+	left     uint64       // of tensors: chunks that no reader was given when the daemon stopped; Run's own
 }
 
 type listener struct {
@@ -317,6 +318,12 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		}()
 	}
 	if hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe {
+		if hello.InPlace && !d.mayPublishInPlace(hello.Table) {
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
+			return wire.WriteRefusal(conn, wire.Refuse(wire.CodeNotPermitted,
+				"the configuration (local_producers) lets nobody write weights of table %q in place; publish without in_place", hello.Table))
+		}
 		return d.weights.Serve(d.cutOff, conn, hello)
 	}
 	local, ok := conn.(*net.UnixConn)
@@ -324,6 +331,16 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}
 	return d.trainers.Serve(d.cutOff, local, hello)
+}
+
+// mayPublishInPlace tells whether the configuration offers that at all; who may, package weights judges.
+func (d *Daemon) mayPublishInPlace(table string) bool {
+	for i := range d.plan.weights {
+		if t := &d.plan.weights[i]; t.Name == table && t.LocalProducers != nil && !*t.LocalProducers {
+			return false
+		}
+	}
+	return d.plan.LocalProducers.Enabled
 }
 
 // enter counts an attachment, unless none may begin any more because the segments are going away.

@@ -18,8 +18,9 @@ type Status struct {
 	Started   time.Time       `json:"started"`
 	Now       time.Time       `json:"now"`
 	Addresses Addresses       `json:"addresses"`
-	Waits     []Wait          `json:"waits"` // who waits for whom, the longest first within each kind
-	Tables    []TableStatus   `json:"tables"`
+	Waits     []Wait          `json:"waits"`   // who waits for whom, the longest first within each kind
+	Tables    []TableStatus   `json:"tables"`  // of kinds samples and tensors
+	Weights   []WeightsStatus `json:"weights"` // tables of that kind
 	Producers ProducerStatus  `json:"producers"`
 	Local     LocalStatus     `json:"local_producers"`
 	Trainers  []TrainerStatus `json:"trainers"`
@@ -41,6 +42,7 @@ type Waits struct {
 // TableStatus is one table.
 type TableStatus struct {
 	Name         string         `json:"name"`
+	Kind         string         `json:"kind"` // samples, tensors
 	Spec         string         `json:"spec"`
 	Fingerprint  string         `json:"fingerprint"`
 	SampleBytes  int64          `json:"sample_bytes"`
@@ -66,6 +68,7 @@ type TableStatus struct {
 	Opened       uint64         `json:"streams_opened"`
 	Sessions     int            `json:"sessions"`       // known, with and without a connection
 	Taken        uint64         `json:"sessions_taken"` // from one connection by another
+	Tensors      *TensorsStatus `json:"tensors,omitempty"`
 }
 
 // GroupStatus is one group of trainers.
@@ -170,13 +173,17 @@ type LeaseStatus struct {
 func (d *Daemon) Status() Status {
 	s := Status{
 		Version: d.version, State: stateNames[d.state.Load()], Started: d.started, Now: time.Now(), Addresses: d.Addresses(),
-		Waits: []Wait{}, Trainers: []TrainerStatus{},
+		Waits: []Wait{}, Tables: []TableStatus{}, Weights: []WeightsStatus{}, Trainers: []TrainerStatus{},
 	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
 		s.Tables = append(s.Tables, tableStatus(d.tables[i], &st))
 		h, _ := d.tables[i].Holder()
 		full[st.Table] = engine.Blame(h, s.Now)
+	}
+	stores, served := d.weightsStats()
+	for i := range stores {
+		s.Weights = append(s.Weights, weightsStatus(&stores[i], &served))
 	}
 	in := d.ingest.Stats()
 	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Notes, []ConnectionStatus{}}
@@ -297,7 +304,7 @@ func groupStatus(g *sampler.GroupStats) GroupStatus {
 
 func tableStatus(t *table, st *engine.Stats) TableStatus {
 	s := TableStatus{
-		Name: t.Name(), Spec: t.Spec().Text(), Fingerprint: t.Spec().Fingerprint().String(), SampleBytes: t.Spec().SampleBytes(), SegmentBytes: t.plan.bytes,
+		Name: t.Name(), Kind: t.plan.Kind, Tensors: tensorsStatus(t, st), Spec: t.Spec().Text(), Fingerprint: t.Spec().Fingerprint().String(), SampleBytes: t.Spec().SampleBytes(), SegmentBytes: t.plan.bytes,
 		Path: t.plan.path, Unread: t.unread(),
 		BatchSize: t.Ring().BatchSize(), Batches: t.Ring().Batches(), Places: st.Places,
 		Fill:   1 - float64(st.Places["free"])/float64(t.Ring().Batches()),

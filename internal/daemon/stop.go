@@ -10,6 +10,7 @@ import (
 
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/ring"
+	"github.com/ingestd/ingestd/steps"
 )
 
 const (
@@ -44,6 +45,7 @@ func (d *Daemon) stop() error {
 	}()
 	d.endTables(drain)
 	d.awaitReaders(drain)
+	d.countChunks()
 	d.farewell(drain)
 	err := <-gone
 	<-filled
@@ -95,6 +97,10 @@ func (d *Daemon) awaitReaders(ctx context.Context) {
 }
 
 func (t *table) awaitReaders(ctx context.Context) {
+	if t.Steps() != nil {
+		t.awaitGradReaders(ctx)
+		return
+	}
 	over := func() bool { return t.attached.Load() == 0 || t.unread() == 0 }
 	seat, space := park.NewWaiter(), &t.Ring().Space
 	for !over() {
@@ -104,6 +110,64 @@ func (t *table) awaitReaders(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// handedOut is how often it is looked whether readers of tensors have been given everything: no event tells that.
+const handedOut = 10 * time.Millisecond
+
+// awaitGradReaders waits until readers of tensors have been given every chunk. They keep those of steps that are not complete, and none will be any more.
+func (t *table) awaitGradReaders(ctx context.Context) {
+	again := time.NewTicker(handedOut)
+	defer again.Stop()
+	for t.attached.Load() > 0 {
+		unread := 0
+		for _, g := range t.Sampler().Stats().Groups {
+			if g.Members > 0 {
+				unread = max(unread, g.Unread)
+			}
+		}
+		if unread == 0 {
+			return
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// countChunks counts the chunks with data that no reader was given, of tables of tensors; what a reader has is its own affair.
+func (d *Daemon) countChunks() {
+	held := map[string]map[uint64]bool{}
+	for _, tr := range d.trainers.Stats().Trainers {
+		for _, l := range tr.Held {
+			if held[tr.Table] == nil {
+				held[tr.Table] = map[uint64]bool{}
+			}
+			held[tr.Table][l.Number] = true
+		}
+	}
+	for _, t := range d.tables {
+		if t.Steps() == nil {
+			continue
+		}
+		t.left = 0
+		r := t.Ring()
+		for i := range r.Batches() {
+			if b := r.BatchState(i); (b.State == ring.Published || b.State == ring.Leased) && !held[t.Name()][b.Number] {
+				t.left += steps.CountData(r.PlaceColumn(ring.Place{Index: uint32(i)}, 0), b.Count)
+			}
+		}
+	}
+}
+
+// lost counts the samples that are gone with the table.
+func (t *table) lost() uint64 {
+	if t.Steps() != nil {
+		return t.left
+	}
+	return t.unread()
 }
 
 // unread counts the samples that are published or in the hands of a trainer.
@@ -178,7 +242,7 @@ type UnreadError struct {
 func (d *Daemon) unread() *UnreadError {
 	e := &UnreadError{Samples: map[string]uint64{}}
 	for _, t := range d.tables {
-		if n := t.unread(); n > 0 && t.plan.path == "" {
+		if n := t.lost(); n > 0 && t.plan.path == "" {
 			e.Samples[t.Name()] = n
 		}
 	}

@@ -16,6 +16,7 @@ var Names = []string{
 	"client/filler/filled",
 	"client/filler/handed",
 	"client/publisher/begun",
+	"client/publisher/committed",
 	"client/publisher/copied",
 	"client/publisher/summed",
 	"client/publisher/written",

@@ -138,7 +138,7 @@ func (w *world) stopper(k kind) {
 
 // daemonPoints are the failpoints of the daemon's process.
 func daemonPoints() []string {
-	return slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return strings.HasPrefix(name, "client/") })
+	return slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return strings.HasPrefix(name, "client/") || ofWeights(name) })
 }
 
 // daemonKiller ends the daemon over and over, and starts the next one, until that was enough and every point was struck or tried so often. The last daemon has no
@@ -232,7 +232,12 @@ func (w *world) struckAt(name string) int {
 // alwaysPassed tells whether a point is passed again and again wherever there are daemon, producers and trainers. The others are passed here only where peers happen to meet; all
 // those of ring and drainer are struck in TestRingOwnerKilled.
 func alwaysPassed(name string) bool {
-	return !strings.HasPrefix(name, "ring/") && !strings.HasPrefix(name, "drainer/settle/") && name != "client/filler/copying"
+	return !strings.HasPrefix(name, "ring/") && !strings.HasPrefix(name, "drainer/settle/") && name != "client/filler/copying" && !ofWeights(name)
+}
+
+// ofWeights tells whether a point is passed only where weights are published: they are struck in weights_test.go.
+func ofWeights(name string) bool {
+	return strings.HasPrefix(name, "weights/") || strings.HasPrefix(name, "client/publisher/")
 }
 
 // triesAt is how often it is tried to strike a point.

@@ -1,4 +1,4 @@
-"""Push samples to ingestd and read its batches as numpy arrays, without a copy.
+"""Push samples to ingestd and read its batches as numpy arrays, without a copy; send gradients, and sum them.
 
 =====================  =================================================================================
 :class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
@@ -6,6 +6,12 @@
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
+:class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
+:class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
+:class:`GradReader`    reads the steps of all producers, and sums them from where they lie
+:class:`Publisher`     publishes generations of a model's tensors
+:class:`Subscription`  reads the newest one, mapped over ``unix://`` or received over ``tcp://``
+:class:`Weights`       one generation, pinned: read-only arrays by name, which keep the pin
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -18,6 +24,8 @@ array that they are given, so what they make must be used before the release, or
 from .batch import Batch
 from .errors import (
     AllHeld,
+    BadSum,
+    ChunkError,
     Closed,
     Difference,
     Ended,
@@ -27,38 +35,66 @@ from .errors import (
     Full,
     Lost,
     LostBatches,
+    NoGeneration,
     Note,
+    NotWritten,
+    OldGeneration,
     PeerClosed,
+    Pin,
+    Pinned,
     Refused,
     Released,
     SessionTaken,
     ShuttingDown,
     SpecError,
+    StepIncomplete,
+    StepOrder,
+    StepRefused,
+    StepTimeout,
+    TensorMismatch,
     Timeout,
 )
 from .fill import FillProducer, Slots
+from .grads import GradReader, GradStats, GradStep
+from .manifest import Manifest, Tensor
 from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
+from .steps import StepProducer, StepTx
 from .version import __version__
+from .weights import Draft, Published, Publisher, Subscription, Weights, subscribe
 
 __all__ = [
     "AllHeld",
+    "BadSum",
     "Batch",
+    "ChunkError",
     "Closed",
     "Difference",
+    "Draft",
     "EndOfStream",
     "Ended",
     "Error",
     "FillProducer",
     "FormatError",
     "Full",
+    "GradReader",
+    "GradStats",
+    "GradStep",
     "Leaf",
     "Lost",
     "LostBatches",
+    "Manifest",
+    "NoGeneration",
+    "NotWritten",
     "Note",
+    "OldGeneration",
     "PeerClosed",
+    "Pin",
+    "Pinned",
     "Producer",
+    "Published",
+    "Publisher",
     "Reader",
     "Refused",
     "Released",
@@ -67,7 +103,18 @@ __all__ = [
     "Slots",
     "Spec",
     "SpecError",
+    "StepIncomplete",
+    "StepOrder",
+    "StepProducer",
+    "StepRefused",
+    "StepTimeout",
+    "StepTx",
+    "Subscription",
+    "Tensor",
+    "TensorMismatch",
     "Timeout",
+    "Weights",
     "__version__",
     "diff",
+    "subscribe",
 ]

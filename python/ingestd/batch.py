@@ -22,7 +22,7 @@ from .segment import LEASED, Segment
 if TYPE_CHECKING:
     from .spec import Array, Leaf, Spec
 
-__all__ = ["Batch", "Window"]
+__all__ = ["Batch", "Window", "caller_level"]
 
 _POISON = 0xCC
 _MAP_FIXED = 0x10  # the same on every Linux architecture that numpy runs on
@@ -80,7 +80,7 @@ def _references(held: list[Array]) -> int:
 _ALONE = _references([np.empty(0)])
 
 
-def _caller_level() -> int:
+def caller_level() -> int:
     """The stacklevel for warnings.warn, called by our caller, of the first frame outside of this package."""
     level, frame = 1, sys._getframe(1)
     here = os.path.dirname(__file__)
@@ -279,7 +279,7 @@ class Batch:
                 f"batch {self.seq} was released while arrays of {', '.join(sorted(escaped))} are still in use: "
                 "they will show other samples; copy them before the release, or release later",
                 ResourceWarning,
-                stacklevel=_caller_level(),
+                stacklevel=caller_level(),
             )
 
     def _escaped(self) -> list[str]:

@@ -327,17 +327,18 @@ class Cutter:
         return slice(self.manifest.offsets[i] // ALIGN, -(-self.manifest.ends[i] // ALIGN))
 
     def _check_new(self, i: int, flat: int, end: int) -> None:
-        there = self._there[flat // ALIGN : -(-end // ALIGN)] if end > flat else self._there[:0]
-        at = flat // ALIGN + int(there.argmax()) if there.any() else -1
-        for block in {flat // ALIGN, (end - 1) // ALIGN}:
-            edge = self._edges.get(block)
-            if edge is not None and end > flat:
-                begin = block * ALIGN
-                if edge.there[max(flat - begin, 0) : end - begin].any():
-                    at = block
-        if at >= 0:
-            byte = max(at * ALIGN, flat) - self.manifest.offsets[i]
-            raise ChunkError("it was put in this step before", self._name(i), byte)
+        if flat == end:
+            return
+        first, last = flat // ALIGN, (end - 1) // ALIGN
+        there = self._there[first : last + 1]
+        found = [max((first + int(there.argmax())) * ALIGN, flat)] if there.any() else []
+        for block, edge in self._edges.items():
+            if first <= block <= last:
+                begin = max(block * ALIGN, flat)
+                taken = edge.there[begin - block * ALIGN : end - block * ALIGN]
+                found += [begin + int(taken.argmax())] if taken.any() else []
+        if found:
+            raise ChunkError("it was put in this step before", self._name(i), min(found) - self.manifest.offsets[i])
 
     def _put_edge(self, i: int, flat: int, data: Raw) -> None:
         block = flat // ALIGN

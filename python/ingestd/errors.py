@@ -16,6 +16,11 @@
 :class:`Closed`       use after close, or after a fork
 :class:`SpecError`    a spec, or data that does not fit a spec
 :class:`FormatError`  bytes from the daemon that break the documented formats
+:class:`Pinned`       a Timeout: readers hold every generation of a table of weights, and these are they
+:class:`NoGeneration` nothing was published to a table of weights yet
+:class:`BadSum`       bytes of a tensor are not those that were published
+:class:`NotWritten`   a generation was committed before all of its tensors were written
+:class:`OldGeneration` the number asked for is not above the newest generation
 :class:`ChunkError`   a chunk of a tensor that is damaged or in a wrong place (a FormatError)
 :class:`StepRefused`  the daemon does not use a step: it is too old
 :class:`StepTimeout`  a Timeout: too few producers were complete in a step; says who is missing, and why
@@ -33,6 +38,7 @@ from typing import NamedTuple
 
 __all__ = [
     "AllHeld",
+    "BadSum",
     "ChunkError",
     "Closed",
     "Difference",
@@ -43,8 +49,13 @@ __all__ = [
     "Full",
     "Lost",
     "LostBatches",
+    "NoGeneration",
+    "NotWritten",
     "Note",
+    "OldGeneration",
     "PeerClosed",
+    "Pin",
+    "Pinned",
     "Refused",
     "Released",
     "SessionTaken",
@@ -224,6 +235,51 @@ class SpecError(Error, ValueError):
 
 class FormatError(Error, ValueError):
     """Bytes from the daemon that are not what ``docs/`` says; both sides should be of the same version."""
+
+
+class Pin(NamedTuple):
+    """A reader that holds a generation of weights, as the daemon names it to a publisher; ``since`` in Unix ns."""
+
+    reader: int
+    client: str = ""
+    pid: int = 0
+    generation: int = 0
+    since: int = 0
+    addr: str = ""  # of a reader elsewhere
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since // 10**9))
+        where = f", pid {self.pid}" if self.pid else f" at {self.addr}" if self.addr else ""
+        who = f"reader {self.reader} ({self.client!r}{where})"
+        return f"{who} holds generation {self.generation} since {since}"
+
+
+class Pinned(Timeout):
+    """A deadline passed while readers held every generation that a table of weights has a place for.
+
+    ``pins`` says who holds which; the daemon names 16 at most.
+    """
+
+    def __init__(self, reason: str, pins: list[Pin]) -> None:
+        super().__init__("\n".join([f"no place for another generation: {reason}", *(f"  {pin}" for pin in pins)]))
+        self.reason = reason
+        self.pins = pins
+
+
+class NoGeneration(Error):
+    """Nothing was published to this table of weights yet; ``wait`` waits for it."""
+
+
+class BadSum(Error):
+    """The bytes of a tensor are not those that were published: they have another CRC-32C."""
+
+
+class NotWritten(Error):
+    """A generation was committed before all of its tensors were written; readers see nothing of it."""
+
+
+class OldGeneration(Error, ValueError):
+    """The number asked for is not above that of the newest generation."""
 
 
 class ChunkError(FormatError):

@@ -1,18 +1,20 @@
-"""The lease of one batch, which its batch holds and every array that must outlive it, and how such arrays are made."""
+"""The lease of one batch, or the pin of one generation of weights: what it is of holds it, and every array that must
+outlive that; and how such arrays are made.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .dtypes import RAW
-from .spec import Array, Leaf
+from .spec import Array
 
-__all__ = ["Lease", "Leased"]
+__all__ = ["Lease", "Leased", "LeasedBytes", "Named"]
 
 _CPU = (1, 0)  # kDLCPU, device 0
 #: Whether numpy can tell a consumer of DLPack that memory is read-only (DLPack 1.0).
@@ -77,27 +79,37 @@ class _Holder:
             lease.let_go()
 
 
-class _Bytes(_Holder):
-    """A holder whose memory numpy takes as an array."""
+class LeasedBytes(_Holder):
+    """A holder whose memory numpy takes as an array: ``size`` bytes at ``address``, which lies in ``memory``."""
 
     def __init__(self, lease: Lease, memory: Any, address: int, size: int, writable: bool) -> None:
         super().__init__(lease, memory)
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, not writable)}
 
 
-class Leased(_Holder):
-    """A leaf of a batch for any library that takes DLPack: ``np.from_dlpack(x)``, ``torch.from_dlpack(x)``.
+class Named(Protocol):
+    """What an array is: a leaf of a batch, or a tensor of a generation of weights."""
 
-    What they make shares the memory and keeps the batch leased as long as it lives, and so does this object. Leaves of
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+class Leased(_Holder):
+    """A leaf or a tensor for any library that takes DLPack: ``np.from_dlpack(x)``, ``torch.from_dlpack(x)``.
+
+    What they make shares the memory and keeps the lease as long as it lives, and so does this object. Leaves of
     BF16 and F8 go over as unsigned integers of their width. The memory is read-only: libraries that can be told so
     are (DLPack 1.0 and numpy 2.1); a write through the others ends the process with SIGSEGV.
     """
 
-    def __init__(self, lease: Lease, memory: Any, leaf: Leaf, array: Array) -> None:
+    def __init__(self, lease: Lease, memory: Any, leaf: Named, array: Array) -> None:
         super().__init__(lease, memory)
-        #: the leaf that this is
+        #: the leaf or tensor that this is
         self.leaf = leaf
-        #: rows first, as in the batch
+        #: of a batch: rows first
         self.shape = array.shape
         self._dtype = RAW.get(leaf.dtype, array.dtype)
         # Not the array itself: the batch looks at its release whether anybody has one that does not keep the lease.
@@ -109,7 +121,7 @@ class Leased(_Holder):
         ``writable`` only makes it look so, for those that cannot be told otherwise: the mapping remains read-only.
         """
         assert self._lease is not None
-        base = np.asarray(_Bytes(self._lease, self._memory, self._address, self._nbytes, writable))
+        base = np.asarray(LeasedBytes(self._lease, self._memory, self._address, self._nbytes, writable))
         return base.view(self._dtype).reshape(self.shape)
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:

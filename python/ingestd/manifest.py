@@ -379,7 +379,7 @@ def read_safetensors_header(file: BinaryIO) -> Header:
         raise SpecError(f"{where}: '__metadata__' is not an object of texts")
     start = 8 + length
     placed = [_placed(name, item, start, where) for name, item in top.items()]
-    placed.sort(key=lambda p: (p.begin, p.end))
+    placed.sort(key=lambda p: (p.begin, p.end, p.tensor.name.encode()))
     end = start
     for before, p in zip([None, *placed], placed):
         if p.begin != end:

@@ -13,7 +13,7 @@ from ._io import Deadline, receive, send_all
 from .errors import Difference, Error, FormatError, Note, PeerClosed, Refused, ShuttingDown
 from .spec import Spec
 
-__all__ = ["Reply", "encode_hello", "handshake", "hello", "parse_note", "parse_notice", "parse_reply"]
+__all__ = ["Reply", "encode_hello", "handshake", "hello", "json_object", "parse_note", "parse_notice", "parse_reply"]
 
 MAGIC = b"INGESTD\n"
 VERSION = 1
@@ -100,7 +100,7 @@ def parse_reply(data: bytes) -> Reply:
     version, status, length = parse_reply_head(data[: _HEAD.size])
     if len(data) != _HEAD.size + length:
         raise FormatError(f"the reply announces a body of {length} bytes, got {len(data) - _HEAD.size}")
-    body = _object(data[_HEAD.size :], "the reply")
+    body = json_object(data[_HEAD.size :], "the reply")
     if status == 1:
         raise _refused(body)
     if version != VERSION:
@@ -122,13 +122,13 @@ def _refused(body: dict[str, Any]) -> Error:
 
 def parse_notice(body: bytes) -> tuple[str, str]:
     """``(code, reason)`` of the JSON body of a closing notice. Raises FormatError."""
-    fields = _object(body, "the closing notice")
+    fields = json_object(body, "the closing notice")
     return str(fields.get("code", "unknown")), str(fields.get("reason", "no reason given"))
 
 
 def parse_note(body: bytes) -> Note:
     """The JSON body of a note; fields that are missing or of another type are left empty. Raises FormatError."""
-    fields = _object(body, "the note")
+    fields = json_object(body, "the note")
     known = Note(str(fields.get("code", "unknown")), str(fields.get("reason", "no reason given")))
     more = {
         field: fields[field]
@@ -138,7 +138,7 @@ def parse_note(body: bytes) -> Note:
     return known._replace(**more)
 
 
-def _object(text: bytes, what: str) -> dict[str, Any]:
+def json_object(text: bytes, what: str) -> dict[str, Any]:
     try:
         body = json.loads(text.decode())
     except (ValueError, RecursionError) as e:

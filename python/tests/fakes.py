@@ -283,10 +283,18 @@ class FakeDaemon:
     """A table, one trainer's channel, and the unix socket to attach at."""
 
     def __init__(
-        self, path: str, spec: Spec, *, batch_size: int = 4, batches: int = 3, prefetch: int = 2, **reply: Any
+        self,
+        path: str,
+        spec: Spec,
+        *,
+        batch_size: int = 4,
+        batches: int = 3,
+        prefetch: int = 2,
+        capacity: int = 8,
+        **reply: Any,
     ) -> None:
         self.segment = SegmentMaker(spec, batch_size, batches)
-        self.channel = ChannelMaker()
+        self.channel = ChannelMaker(capacity)
         self.listener = Listener.unix(path)
         self.address = self.listener.address
         self.prefetch = prefetch
@@ -479,11 +487,12 @@ class FillDaemon:
         self.address = self.listener.address
         self.made: list[SegmentMaker] = []
         self.keep = keep
+        self.batch_size = 4
         self.fillings: list[Filling] = []
 
     def segment(self) -> SegmentMaker:
         if not self.made or not self.keep:
-            self.made.append(SegmentMaker(self.spec, batches=self.batches))
+            self.made.append(SegmentMaker(self.spec, self.batch_size, self.batches))
         return self.made[-1]
 
     def serve(self, *scripts: Callable[[Peer, Filling], None]) -> None:

@@ -38,7 +38,7 @@ type options struct {
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "peer: say produce, fill, train, own or scribble")
+		fmt.Fprintln(os.Stderr, "peer: say produce, fill, train, own, scribble, publish or subscribe")
 		os.Exit(2)
 	}
 	o := &options{}
@@ -49,7 +49,7 @@ func main() {
 	f.StringVar(&o.group, "group", "", "train: group")
 	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked; own: the first part of the names of such files")
 	f.StringVar(&o.name, "name", "", "produce: name of the session; empty: none, which cannot come back")
-	f.StringVar(&o.role, "role", "train", "scribble: train or fill")
+	f.StringVar(&o.role, "role", "train", "scribble: train or fill; subscribe: hold keeps the first generation; publish: stream sends instead of writing in place")
 	f.Uint64Var(&o.session, "session", 0, "produce: number of the session, which stands in its samples")
 	f.Uint64Var(&o.seed, "seed", 0, "of its random choices")
 	f.IntVar(&o.most, "most", 8, "produce: samples at once; train: batches held at once")
@@ -70,6 +70,12 @@ func main() {
 }
 
 func (o *options) run(ctx context.Context, kind string) (err error) {
+	switch kind {
+	case "publish":
+		return o.publish(ctx)
+	case "subscribe":
+		return o.subscribe(ctx)
+	}
 	if o.spec, err = spec.ParseText(o.specText); err != nil {
 		return err
 	}
