@@ -269,7 +269,9 @@ func TestGreet(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var a AcceptedManifest
-			err := Greet(c.daemon, c.daemon, &Hello{Role: RoleManifest, Table: "t", ManifestID: strings.Repeat("0", 16)}, c.token, c.exporter, &a)
+			h := &Hello{Role: RoleManifest, Table: "t", ManifestID: strings.Repeat("0", 16)}
+			h.SetToken(c.token)
+			err := Greet(c.daemon, c.daemon, h, c.exporter, &a)
 			if c.want != nil && !errors.Is(err, c.want) || (err != nil) != (c.want != nil || c.says != "") || err != nil && !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v; want %v, %q", err, c.want, c.says)
 			}
@@ -290,7 +292,8 @@ func TestGreetAnew(t *testing.T) {
 	nonces := map[Nonce]bool{}
 	for range 3 {
 		daemon := honest(t, token.Secret, nil)
-		if err := Greet(daemon, daemon, h, token, nil, new(AcceptedManifest)); err != nil {
+		h.SetToken(token)
+		if err := Greet(daemon, daemon, h, nil, new(AcceptedManifest)); err != nil {
 			t.Fatal(err)
 		}
 		nonces[h.Nonce] = true
@@ -299,7 +302,8 @@ func TestGreetAnew(t *testing.T) {
 		t.Errorf("nonces: %v", nonces)
 	}
 	daemon := honest(t, token.Secret, nil)
-	if err := Greet(daemon, daemon, h, Token{}, nil, new(AcceptedManifest)); err == nil || h.Token != "" || !h.Nonce.IsZero() {
+	h.SetToken(Token{})
+	if err := Greet(daemon, daemon, h, nil, new(AcceptedManifest)); err == nil || h.Token != "" || !h.Nonce.IsZero() {
 		t.Errorf("%v, %+v", err, h)
 	}
 }

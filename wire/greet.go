@@ -14,15 +14,16 @@ var (
 	ErrDaemonUnproven = errors.New("the daemon does not know this token with this secret: one of them is wrong, or it is not the daemon it should be")
 )
 
-// Greet says hello on w and reads the reply from r, which may be the same connection; with a token it proves both sides to each other. It sets the hello's Token and Nonce,
-// so the hello may be used for one Greet after another. exporter is what TLS exports under ExporterLabel, nil where there is no TLS. The caller bounds the time.
+// Greet says hello on w and reads the reply from r, which may be the same connection; if the hello names a token it proves both sides to each other. It sets the hello's Nonce
+// anew, so that the same hello may be used for one Greet after another. exporter is what TLS exports under ExporterLabel, nil where there is no TLS. The caller bounds the time.
 //
 // Errors are those of AppendHello and ReadReply, ErrNotChallenged, ErrDaemonUnproven, and *WriteError when the daemon did not take what it was sent and left no reply.
-func Greet(w io.Writer, r io.Reader, h *Hello, token Token, exporter []byte, into Accepted) error {
+func Greet(w io.Writer, r io.Reader, h *Hello, exporter []byte, into Accepted) error {
+	token := Token{h.Token, h.Secret}
 	if err := token.Check(); err != nil {
-		return fmt.Errorf("wire: hello: %w", err)
+		return fmt.Errorf("%w: %w", ErrHello, err)
 	}
-	h.Token, h.Nonce = token.Name, Nonce{}
+	h.Nonce = Nonce{}
 	if !token.IsZero() {
 		h.Nonce = NewNonce()
 	}

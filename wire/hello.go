@@ -84,7 +84,8 @@ type Hello struct {
 	Client        string           // free text for status and logs
 	Compression   Compression      // push; the way of the samples
 	Token         string           // name of the token that the client proves to have; needs Nonce
-	Nonce         Nonce            // of the client, made anew for every hello
+	Nonce         Nonce            // of the client, made anew for every hello: Greet does
+	Secret        Secret           // of the token; it is never sent: Greet proves it
 
 	Manifest   json.RawMessage // push, fill and publish: the tensors that will come, a JSON object
 	ManifestID string          // manifest: 16 hex digits
@@ -132,6 +133,12 @@ type helloBody struct {
 	Nonce         Nonce            `json:"nonce,omitzero"`
 }
 
+// ErrHello is wrapped when a hello cannot be said.
+var ErrHello = errors.New("wire: hello")
+
+// SetToken puts a token's name and secret into the hello, for Greet. The zero Token takes them out.
+func (h *Hello) SetToken(t Token) { h.Token, h.Secret = t.Name, t.Secret }
+
 // AppendHello appends the encoded hello, or says which field a daemon would refuse.
 func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 	low, high := h.VersionMin, h.VersionMax
@@ -143,7 +150,7 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 		refusal = h.check(h.given())
 	}
 	if refusal != nil {
-		return dst, fmt.Errorf("wire: hello: %s", refusal.Reason)
+		return dst, fmt.Errorf("%w: %s", ErrHello, refusal.Reason)
 	}
 	body, err := encode(helloBody{
 		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes,
@@ -151,10 +158,10 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 		h.Compression, h.Token, h.Nonce,
 	})
 	if err != nil {
-		return dst, fmt.Errorf("wire: hello: %w", err)
+		return dst, fmt.Errorf("%w: %w", ErrHello, err)
 	}
 	if len(body) > BodyBytesMax {
-		return dst, fmt.Errorf("wire: hello: the body has %d bytes, at most %d are allowed; shorten the names of leaves or tensors", len(body), BodyBytesMax)
+		return dst, fmt.Errorf("%w: the body has %d bytes, at most %d are allowed; shorten the names of leaves or tensors", ErrHello, len(body), BodyBytesMax)
 	}
 	return appendFrame(dst, low, high, body), nil
 }
