@@ -73,7 +73,9 @@ func (x *session) run(ctx context.Context) error {
 	if notice == nil {
 		return quiet(err)
 	}
-	x.publishing.Close() // before the peer reads of it
+	if x.receiver != nil { // one in place may go on writing until its socket ends
+		x.publishing.Close() // before the peer reads of it
+	}
 	dismiss(ctx, x.conn, notice, x.limits.linger)
 	return notice
 }
