@@ -41,8 +41,9 @@ build: ## build bin/ingestd
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ingestd ./cmd/ingestd
 
 .PHONY: demo
-demo: build $(VENV)/.ready ## train on digits that four processes stream in; under a minute
+demo: build $(VENV)/.ready ## train on digits that four processes stream in, then data-parallel, then move a checkpoint; under 2 minutes
 	@$(IN_VENV)/python examples/digits/run.py --daemon bin/ingestd
+	@$(IN_VENV)/python examples/dataparallel/run.py --daemon bin/ingestd
 
 .PHONY: test
 test: test-go test-race test-python ## run all tests
@@ -59,6 +60,7 @@ test-race: ## run the Go tests of the heap-only algorithms under the race detect
 test-python: build $(VENV)/.ready ## run the Python tests
 	cd python && INGESTD_BIN=$(CURDIR)/bin/ingestd $(IN_VENV)/python -m pytest -q
 	$(IN_VENV)/python -m pytest -q examples/digits
+	OPENBLAS_NUM_THREADS=1 $(IN_VENV)/python -m pytest -q examples/dataparallel
 
 .PHONY: lint
 lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy
@@ -70,6 +72,8 @@ lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy
 	cd python && $(IN_VENV)/ruff check . && $(IN_VENV)/ruff format --check . && $(IN_VENV)/mypy
 	cd examples/digits && $(IN_VENV)/ruff check $(RUFF_RULES) . && $(IN_VENV)/ruff format --check $(RUFF_RULES) . && \
 		MYPYPATH=$(CURDIR)/python $(IN_VENV)/mypy --strict --explicit-package-bases .
+	cd examples/dataparallel && $(IN_VENV)/ruff check $(RUFF_RULES) . && $(IN_VENV)/ruff format --check $(RUFF_RULES) . && \
+		MYPYPATH=$(CURDIR)/python:$(CURDIR)/examples/digits $(IN_VENV)/mypy --strict --explicit-package-bases .
 
 .PHONY: cross
 cross: ## build what producers need for other systems
@@ -88,6 +92,10 @@ bench: build ## measure the whole path beside its baselines (BENCH="--json out.j
 .PHONY: bench-shm
 bench-shm: build bench-shmipc ## measure shared memory beside its baselines (BENCH="--json out.json" adds flags)
 	bin/ingestd bench shm --shmipc bin/shmipc-peer $(BENCH)
+
+.PHONY: bench-tensors
+bench-tensors: build $(VENV)/.ready ## measure gradients and weights beside their baselines (BENCH="--json out.json" adds flags)
+	bin/ingestd bench tensors --python $(IN_VENV)/python $(BENCH)
 
 .PHONY: bench-shmipc
 bench-shmipc: ## build bin/shmipc-peer, the shmipc-go baseline of `ingestd bench shm`; its module is its own

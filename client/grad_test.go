@@ -124,7 +124,7 @@ func TestWhyMissing(t *testing.T) {
 		rows func(p *fakeProducer) []gradRow
 		want string
 	}{
-		"nothing": {func(p *fakeProducer) []gradRow { return []gradRow{p.opened()} }, "incomplete: 0 bytes"},
+		"nothing": {func(p *fakeProducer) []gradRow { return []gradRow{p.opened()} }, "incomplete: 0 of 440 bytes"},
 		"a part":  {func(p *fakeProducer) []gradRow { return []gradRow{part(p, 5, tensor.FlagBegin)} }, "incomplete: 256 of 440 bytes"},
 		"gone":    {func(p *fakeProducer) []gradRow { return []gradRow{p.opened(), p.closed()} }, "connection ended"},
 		"a part, gone": {func(p *fakeProducer) []gradRow {
@@ -146,7 +146,7 @@ func TestWhyMissing(t *testing.T) {
 		}, "incomplete: 3 chunks did not come to this reader"},
 		"ahead": {func(p *fakeProducer) []gradRow {
 			return []gradRow{part(p, 4, tensor.FlagBegin), part(p, 6, tensor.FlagBegin)}
-		}, "incomplete: 0 bytes, it is at step 6"},
+		}, "incomplete: 0 of 440 bytes, and it is at step 6"},
 		"next begun": {func(p *fakeProducer) []gradRow {
 			return []gradRow{part(p, 5, tensor.FlagBegin), part(p, 6, tensor.FlagBegin)}
 		}, "incomplete: 256 of 440 bytes"},
@@ -204,7 +204,7 @@ func TestWhyMissing(t *testing.T) {
 			rows := []gradRow{p.opened()}
 			p.manifest = fakeManifest(t, floatTensor("unknown", 64, tensor.Encoding{}))
 			return append(rows, part(p, 5, tensor.FlagBegin), part(p, 5, 0))
-		}, "incomplete: 0 bytes"},
+		}, "incomplete: 0 of 440 bytes"},
 		"manifest differs": {func(p *fakeProducer) []gradRow {
 			rows := p.send(newRand(), 5, flat)
 			q := p.ring.producer("q", 2, other)
@@ -468,7 +468,7 @@ func TestManifests(t *testing.T) {
 		q := ring.producer("q", 2, other)
 		ring.rows = append(ring.rows, q.opened())
 	}
-	wantReason(t, r, 2, "q", "incomplete: 0 bytes")
+	wantReason(t, r, 2, "q", "incomplete: 0 of 4 bytes")
 	if len(r.layouts) > layoutsMax {
 		t.Errorf("%d manifests are remembered", len(r.layouts))
 	}
@@ -573,7 +573,7 @@ func TestStepsAhead(t *testing.T) {
 		ring.rows = append(ring.rows, p.row(tensor.Header{Flags: flags, Step: step}, nil))
 	}
 	r := ring.reader()
-	wantReason(t, r, 1, "p", "incomplete: 0 bytes, it is at step")
+	wantReason(t, r, 1, "p", "incomplete: 0 of 440 bytes, and it is at step")
 	if n := len(r.core.producers[1].ends); n != aheadMax {
 		t.Errorf("%d steps are remembered", n)
 	}

@@ -16,8 +16,8 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// dialog is what a publisher and the daemon say after the handshake. After an error that is not one of its answers the connection is of no use any more. One goroutine at a time
-// uses it.
+// dialog is what a publisher and the daemon say after the handshake. After an error that is not one of its answers the connection is of no use any more. One
+// goroutine at a time uses it.
 type dialog struct {
 	conn    net.Conn
 	timeout time.Duration // for an answer that is not waited for
@@ -89,7 +89,9 @@ func (d *dialog) tryBegin(ctx context.Context, want uint64) (*weights.Answer, er
 		}
 		<-aborted
 		if err == nil && a.Op != weights.OpAborted { // the answer to the begin came first
-			pins = append(pins, a.Pins...)
+			if len(a.Pins) > 0 {
+				pins = a.Pins
+			}
 			a, err = d.hear(d.timeout)
 		}
 		switch {

@@ -141,7 +141,8 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// again attaches anew where old has ended. Where that fails the old attachment stays, and with it the reason why it had ended, so that a later call tries again.
+// again attaches anew where old has ended. Where that fails the old attachment stays, and with it the reason why it had ended, so that a later call tries
+// again.
 func (m *mapped) again(ctx context.Context, old *weights.Attachment, why error) error {
 	m.attaching.Lock()
 	defer m.attaching.Unlock()

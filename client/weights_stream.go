@@ -217,8 +217,8 @@ func (p *streamed) abort() error {
 	return err
 }
 
-// SentBytes returns how many bytes of tensors a publisher over a connection has sent of the generation under way, or of the last one; 0 where it writes in place. Any
-// goroutine may call it.
+// SentBytes returns how many bytes of tensors a publisher over a connection has sent of the generation under way, or of the last one; 0 where it writes in
+// place. Any goroutine may call it.
 func (p *Publisher) SentBytes() int64 {
 	if s, ok := p.sink.(*streamed); ok {
 		return s.sent.Load()

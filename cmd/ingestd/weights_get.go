@@ -27,8 +27,8 @@ func weightsGetCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get [flags] -o FILE",
 		Short: "Write the newest generation of a table to a safetensors file",
-		Long: `Write the newest generation, or with --select some of its tensors, to a .safetensors file whose data starts on a multiple of 64 bytes. It is verified first; the file
-appears when it is complete, and an existing one is not replaced.`,
+		Long: `Write the newest generation, or with --select some of its tensors, to a .safetensors file whose data starts on a multiple of 64 bytes. It is verified
+first; the file appears when it is complete, and an existing one is not replaced.`,
 		Example: `  ingestd weights get --table model -o copy.safetensors
   ingestd weights get --table model --select 'layers.0.*' --select head.w -o part.safetensors
   ingestd weights get --table model --addr tcp://127.0.0.1:7420 --newer-than 7 --deadline 1m -o next.safetensors`,
@@ -129,6 +129,7 @@ func (o *getOptions) print(w io.Writer, r getResult, took time.Duration, err err
 	if err != nil {
 		return nil
 	}
-	_, printed := fmt.Fprintf(w, "wrote generation %d of table %q to %s: %d tensors, %s\n  digest %s\n", r.Generation, r.Table, r.Out, r.Tensors, rateText(r.Bytes, took), r.Digest)
+	_, printed := fmt.Fprintf(w, "wrote generation %d of table %q to %s: %d tensors, %s\n  digest %s\n",
+		r.Generation, r.Table, r.Out, r.Tensors, rateText(r.Bytes, took), r.Digest)
 	return printed
 }

@@ -105,8 +105,8 @@ func wrongWeights(s *weights.Segment, generation uint64, place int) string {
 	return ""
 }
 
-// TestPublisherKilled: a publisher is killed at each of its stages, in place. What it had not published is not there, the next one goes on, and readers see whole generations
-// only.
+// TestPublisherKilled: a publisher is killed at each of its stages, in place. What it had not published is not there, the next one goes on, and readers see
+// whole generations only.
 func TestPublisherKilled(t *testing.T) {
 	t.Parallel()
 	w := newWeightsWorld(t, 3, "")
@@ -166,8 +166,8 @@ func (w *weightsWorld) newest() uint64 {
 	return generation
 }
 
-// TestDaemonKilledAtCommit: the daemon is killed at each point of a publication. What readers have mapped is whole, before and after; publisher and readers go on with the next
-// daemon.
+// TestDaemonKilledAtCommit: the daemon is killed at each point of a publication. What readers have mapped is whole, before and after; publisher and readers
+// go on with the next daemon.
 func TestDaemonKilledAtCommit(t *testing.T) {
 	t.Parallel()
 	for _, name := range failpoint.Names {
