@@ -217,7 +217,8 @@ class LocalSource:
     def close(self) -> None:
         """Ends waiting calls (Closed). What is held stays so."""
         self._closed = True
-        self._bell.ring()
+        if self._forks == _io.forks():  # in a child the bell is the parent's
+            self._bell.ring()
         attached, self._attached = self._attached, None
         if attached is not None:
             attached.retire()
