@@ -32,6 +32,12 @@
 // yet in the ring, or copies the oldest to the heap when it may hold no more, so that a step may be larger than the ring. It sums a part of the tensors as soon as all who are expected
 // have it, always in the order of names, and anew if it turns out that others are complete; so sums repeat bit by bit whatever comes first. The memory of a GradStep is valid until its Release.
 //
+// Weights: a Publisher makes generations of named tensors visible, each whole or not at all, and a Subscription reads the newest one, which stays as it is until its Weights are
+// released. Over a unix socket both use the daemon's own memory; over a connection a Publisher sends the caller's memory in chunks, borrowed until Commit returns, and a Subscription
+// receives into memory of its own, verifies every sum before it shows anything, and makes another connection by itself when one breaks: a transfer goes on where it was. Its memory is that of
+// two generations, and one more for each that callers hold, up to SubscribeConfig.Generations; when they hold all of it, it lets the daemon go and comes back when one is released. A Publisher
+// whose connection broke makes another at the next Begin; what was under way is gone. A Subscription over a connection has one goroutine, until Close.
+//
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.

@@ -21,8 +21,9 @@ func weightsCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "weights",
 		Short: "Publish a model's weights, read them back, and see who holds which generation",
-		Long: `Weights are whole generations of named tensors in a table of kind weights. publish makes a safetensors file the newest generation; readers see all of it, or nothing.
-get, verify and watch read the newest one: over a unix socket where it lies in the daemon's memory, over tcp:// as a copy that was verified.`,
+		Long: `Weights are whole generations of named tensors in a table of kind weights. publish makes a safetensors file the newest generation;
+readers see all of it, or nothing. get, verify and watch read the newest one: over a unix socket where it lies in the
+daemon's memory, over tcp:// as a copy that was verified.`,
 		Example: `  ingestd serve --table model --kind weights
   ingestd weights publish --table model model.safetensors
   ingestd weights get --table model -o copy.safetensors

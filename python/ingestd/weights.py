@@ -16,8 +16,9 @@ from types import TracebackType
 from . import _io
 from .redial import PATIENCE_S
 from .version import CLIENT
+from .weights_draft import Draft, Published
 from .weights_local import LocalSource
-from .weights_publish import Draft, Published, Publisher
+from .weights_publish import Publisher
 from .weights_remote import RemoteSource, RemoteStats
 from .weights_view import Weights
 

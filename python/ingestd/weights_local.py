@@ -187,6 +187,8 @@ class LocalSource:
         self._bell = _io.Bell()
         self._closed = False
         self._forks = _io.forks()
+        self._last = 0  # the newest generation that was seen
+        self._before = 0  # numbers up to this one are of an earlier life of the daemon
         with contextlib.suppress(NoGeneration):
             self._attach(False, until)
 
@@ -196,7 +198,7 @@ class LocalSource:
             with self._leading() as leads:
                 attached = self._current(False, until) if leads else self._attached
                 if attached is not None:
-                    weights = attached.take(0)
+                    weights = self._take(attached, 0)
                     if weights is None:
                         raise self._nothing()
                     return weights
@@ -207,7 +209,7 @@ class LocalSource:
         while True:
             with self._leading() as leads:
                 attached = self._current_patiently(until) if leads else self._attached
-                weights = attached.take(newer_than) if attached is not None else None
+                weights = self._take(attached, newer_than) if attached is not None else None
                 if weights is not None:
                     return weights
                 if leads and attached is not None:
@@ -227,6 +229,16 @@ class LocalSource:
     def reader(self) -> int:
         """Number of this reader in the daemon's life; 0 while it is not attached."""
         return self._attached.reader if self._attached is not None else 0
+
+    def _take(self, attached: Attachment, newer_than: int) -> Weights | None:
+        """Numbers from before a restart of the daemon are above those of the one that serves now, and older."""
+        newest = attached.segment.newest()
+        if newest is None:
+            return None
+        if newest.generation < self._last:
+            self._before = max(self._before, self._last)
+        self._last = newest.generation
+        return attached.take(0 if newest.generation < newer_than <= self._before else newer_than)
 
     def _current(self, wait: bool, until: Deadline) -> Attachment:
         """The attachment, made again where it has ended. Raises as the daemon ended it, once."""
