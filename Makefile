@@ -13,7 +13,7 @@ SEED     ?= 0
 BENCH    ?=
 
 # What the Python tests need, and what lint needs. The linters are pinned: a new version has new opinions, and those come as a change of this line.
-PYTHON_TOOLS := numpy pytest ml_dtypes
+PYTHON_TOOLS := numpy pytest ml_dtypes safetensors
 LINT_TOOLS   := mypy==2.4.1 ruff==0.17.6
 
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -25,10 +25,10 @@ RUFF_RULES := --config $(CURDIR)/python/pyproject.toml
 # What runs twice, and why. The race detector follows Go's heap. On mapped memory it misses real races and reports correct code, so the algorithms take
 # plain bytes: `go test ./...` runs everything once without it, mappings and processes included, and then the packages below run
 # again with it, on heap memory. A test in one of them that touches a mapping has `//go:build !race` in its file.
-RACE_PACKAGES := ./spec ./wire ./internal/park ./spsc ./ring ./drainer ./sampler ./engine ./tcpingest ./client ./fuzz
+RACE_PACKAGES := ./spec ./wire ./auth ./bans ./tensor ./reduce ./internal/park ./spsc ./ring ./drainer ./sampler ./steps ./engine ./tcpingest ./weights ./client ./fuzz
 
 # What must build where the daemon does not run: producers.
-PORTABLE_PACKAGES := ./spec ./wire ./client
+PORTABLE_PACKAGES := ./spec ./wire ./tensor ./reduce ./client
 PORTABLE_SYSTEMS  := darwin windows
 
 .PHONY: help
@@ -41,8 +41,9 @@ build: ## build bin/ingestd
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ingestd ./cmd/ingestd
 
 .PHONY: demo
-demo: build $(VENV)/.ready ## train on digits that four processes stream in; under a minute
+demo: build $(VENV)/.ready ## train on digits that four processes stream in, then data-parallel, then move a checkpoint; under 2 minutes
 	@$(IN_VENV)/python examples/digits/run.py --daemon bin/ingestd
+	@$(IN_VENV)/python examples/dataparallel/run.py --daemon bin/ingestd
 
 .PHONY: test
 test: test-go test-race test-python ## run all tests
@@ -59,6 +60,7 @@ test-race: ## run the Go tests of the heap-only algorithms under the race detect
 test-python: build $(VENV)/.ready ## run the Python tests
 	cd python && INGESTD_BIN=$(CURDIR)/bin/ingestd $(IN_VENV)/python -m pytest -q
 	$(IN_VENV)/python -m pytest -q examples/digits
+	OPENBLAS_NUM_THREADS=1 $(IN_VENV)/python -m pytest -q examples/dataparallel
 
 .PHONY: lint
 lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy
@@ -70,6 +72,8 @@ lint: $(VENV)/.lint ## gofmt, go mod tidy, go vet, staticcheck, ruff, mypy
 	cd python && $(IN_VENV)/ruff check . && $(IN_VENV)/ruff format --check . && $(IN_VENV)/mypy
 	cd examples/digits && $(IN_VENV)/ruff check $(RUFF_RULES) . && $(IN_VENV)/ruff format --check $(RUFF_RULES) . && \
 		MYPYPATH=$(CURDIR)/python $(IN_VENV)/mypy --strict --explicit-package-bases .
+	cd examples/dataparallel && $(IN_VENV)/ruff check $(RUFF_RULES) . && $(IN_VENV)/ruff format --check $(RUFF_RULES) . && \
+		MYPYPATH=$(CURDIR)/python:$(CURDIR)/examples/digits $(IN_VENV)/mypy --strict --explicit-package-bases .
 
 .PHONY: cross
 cross: ## build what producers need for other systems
@@ -88,6 +92,10 @@ bench: build ## measure the whole path beside its baselines (BENCH="--json out.j
 .PHONY: bench-shm
 bench-shm: build bench-shmipc ## measure shared memory beside its baselines (BENCH="--json out.json" adds flags)
 	bin/ingestd bench shm --shmipc bin/shmipc-peer $(BENCH)
+
+.PHONY: bench-tensors
+bench-tensors: build $(VENV)/.ready ## measure gradients and weights beside their baselines (BENCH="--json out.json" adds flags)
+	bin/ingestd bench tensors --python $(IN_VENV)/python $(BENCH)
 
 .PHONY: bench-shmipc
 bench-shmipc: ## build bin/shmipc-peer, the shmipc-go baseline of `ingestd bench shm`; its module is its own

@@ -116,6 +116,24 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// TestDocumentedFile reads the file that docs/operations.md shows.
+func TestDocumentedFile(t *testing.T) {
+	text, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Tokens\n")
+	_, shown, _ := strings.Cut(section, "```yaml\n")
+	shown, _, _ = strings.Cut(shown, "```")
+	tokens, err := Parse([]byte(shown))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := tokens.Stats().Tokens; len(st) != 1 || !st[0].Rotating || !reflect.DeepEqual(st[0].Tables, []string{"grads", "w*"}) {
+		t.Errorf("%+v", st)
+	}
+}
+
 // TestErrorsShowNoSecret puts a secret into every place of a file where it does not belong.
 func TestErrorsShowNoSecret(t *testing.T) {
 	whole := file("worker", b, c)

@@ -22,8 +22,9 @@ func Command() *cobra.Command {
 		Long: "Measure this machine. Every figure stands beside its baseline from the same run: compare the ratios, the absolute figures are of this\n" +
 			"machine and this moment.",
 	}
-	cmd.AddCommand(tcpCommand(), shmCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
-		fillerCommand(), handoffCommand(), wakeCommand(), watcherCommand(), sessionsCommand())
+	cmd.AddCommand(tcpCommand(), shmCommand(), tensorsCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
+		fillerCommand(), handoffCommand(), wakeCommand(), watcherCommand(), sessionsCommand(),
+		gradSenderCommand(), gradReaderCommand(), publisherCommand(), subscriberCommand(), sendfileCommand())
 	return cmd
 }
 

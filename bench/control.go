@@ -30,6 +30,14 @@ const (
 	doProfile    = "profile"
 	doFill       = "fill" // filler: go on until so many samples were committed
 	doStop       = "stop"
+
+	doCopy        = "copy"         // publisher: one copy() of a generation's size
+	doPublish     = "publish"      // publisher: one generation
+	doSeen        = "seen"         // subscriber: when generation Upto was seen
+	doFetch       = "fetch"        // receiver of the sendfile loop: one transfer
+	doFetchVerify = "fetch verify" // the same, and sum it
+	doStep        = "step"         // reader of steps: wait for step Upto and sum it
+	doLoop        = "loop"         // reader of steps: a plain loop over as many bytes
 )
 
 // reply is a line from a child to its parent.
@@ -38,7 +46,22 @@ type reply struct {
 	Ready      *ready      `json:"ready,omitempty"`
 	Snapshot   *snapshot   `json:"snapshot,omitempty"`
 	Histograms *histograms `json:"histograms,omitempty"`
+
+	// Times in nanoseconds, and numbers, of what was asked for.
+	Values map[string]int64 `json:"values,omitempty"`
 }
+
+// Names of values.
+const (
+	valueTook       = "took"
+	valueBegan      = "began" // CLOCK_MONOTONIC
+	valueGeneration = "generation"
+	valueFirst      = "first"   // byte of the tensor that readers look at
+	valueSeen       = "seen"    // CLOCK_MONOTONIC
+	valueView       = "view"    // from being awake to the first byte of a tensor
+	valueShown      = "shown"   // from the daemon's stamp of publication to being seen
+	valueSpilled    = "spilled" // bytes of a step that did not stay in the ring
+)
 
 // ready is what a child says first.
 type ready struct {
@@ -55,9 +78,10 @@ type snapshot struct {
 	Batches uint64        `json:"batches"`
 	Wrong   uint64        `json:"wrong"` // samples whose first bytes were not the sender's
 	Streams []uint64      `json:"streams,omitempty"`
-	Last    int64         `json:"last,omitempty"`  // CLOCK_MONOTONIC, ns: when the last batch, or the end that was waited for, came
-	Stall   int64         `json:"stall,omitempty"` // ns: the longest time in which a producer got no ack, since record
-	Lost    uint64        `json:"lost,omitempty"`  // samples that a producer says the daemon has lost
+	Last    int64         `json:"last,omitempty"`    // CLOCK_MONOTONIC, ns: when the last batch, or the end that was waited for, came
+	Stall   int64         `json:"stall,omitempty"`   // ns: the longest time in which a producer got no ack, since record
+	Spilled uint64        `json:"spilled,omitempty"` // bytes that a reader of steps has copied out of the ring
+	Lost    uint64        `json:"lost,omitempty"`    // samples that a producer says the daemon has lost
 }
 
 // takeSnapshot reads the clocks; the caller adds its counters.

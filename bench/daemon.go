@@ -45,13 +45,31 @@ func startDaemon(ctx context.Context, opt *Options, c Case, extra ...string) (*d
 	if err != nil {
 		return nil, fmt.Errorf("make a folder for the daemon's socket: %w", err)
 	}
+	return beginDaemon(ctx, opt, folder, append([]string{
+		"--table", tableName, "--spec", layout.Text(), "--batch-size", strconv.Itoa(c.BatchSize), "--batches", strconv.Itoa(c.Batches),
+	}, extra...))
+}
+
+// startConfigured starts a daemon with the configuration in this YAML text.
+func startConfigured(ctx context.Context, opt *Options, config string) (*daemon, error) {
+	folder, err := os.MkdirTemp("", "ingestd-bench-")
+	if err != nil {
+		return nil, fmt.Errorf("make a folder for the daemon's socket: %w", err)
+	}
+	file := filepath.Join(folder, "ingestd.yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(folder))
+	}
+	return beginDaemon(ctx, opt, folder, []string{"--config", file})
+}
+
+// beginDaemon starts it with its socket in the folder, which is its own from now on.
+func beginDaemon(ctx context.Context, opt *Options, folder string, tables []string) (*daemon, error) {
 	d := &daemon{folder: folder}
-	args := slices.Concat([]string{
-		"serve", "--table", tableName, "--spec", layout.Text(),
-		"--batch-size", strconv.Itoa(c.BatchSize), "--batches", strconv.Itoa(c.Batches),
+	args := slices.Concat([]string{"serve"}, tables, []string{
 		"--listen", anyPort, "--listen", "unix://" + filepath.Join(folder, "ingestd.sock"),
 		"--admin", "127.0.0.1:0", "--ready-file", d.readyFile(),
-	}, opt.ServeArgs, extra)
+	}, opt.ServeArgs)
 	d.launch = launch{name: "daemon", binary: opt.Binary, args: args}
 	if err := d.begin(ctx); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(folder))
@@ -213,13 +231,13 @@ type Memory struct {
 	Ratio      float64 `json:"ratio"`       // peak to bound
 }
 
-// readMemory reads /proc/PID/status.
-func readMemory(pid int, c Case) (*Memory, error) {
+// statusBytes reads what /proc/PID/status says in kB.
+func statusBytes(pid int) (map[string]int64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return nil, err
 	}
-	kibOf := map[string]int64{}
+	bytesOf := map[string]int64{}
 	for line := range strings.Lines(string(text)) {
 		name, value, _ := strings.Cut(line, ":")
 		if fields := strings.Fields(value); len(fields) == 2 && fields[1] == "kB" {
@@ -227,16 +245,25 @@ func readMemory(pid int, c Case) (*Memory, error) {
 			if err != nil {
 				return nil, fmt.Errorf("line %q of /proc/%d/status: %w", line, pid, err)
 			}
-			kibOf[name] = n * kib
+			bytesOf[name] = n * kib
 		}
+	}
+	return bytesOf, nil
+}
+
+// readMemory reads what a daemon with a ring holds.
+func readMemory(pid int, c Case) (*Memory, error) {
+	of, err := statusBytes(pid)
+	if err != nil {
+		return nil, err
 	}
 	segment, err := c.segmentBytes()
 	if err != nil {
 		return nil, err
 	}
 	m := &Memory{
-		PeakBytes: kibOf["VmHWM"] + kibOf["HugetlbPages"], AnonBytes: kibOf["RssAnon"], ShmemBytes: kibOf["RssShmem"], FileBytes: kibOf["RssFile"],
-		HugeBytes: kibOf["HugetlbPages"], RingBytes: segment, BoundBytes: segment + 64*mib + int64(c.Connections)*512*kib,
+		PeakBytes: of["VmHWM"] + of["HugetlbPages"], AnonBytes: of["RssAnon"], ShmemBytes: of["RssShmem"], FileBytes: of["RssFile"],
+		HugeBytes: of["HugetlbPages"], RingBytes: segment, BoundBytes: segment + 64*mib + int64(c.Connections)*512*kib,
 	}
 	m.Ratio = float64(m.PeakBytes) / float64(m.BoundBytes)
 	return m, nil

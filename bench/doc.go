@@ -9,6 +9,10 @@
 // between two processes, shmipc-go (bench/shmipc, a module of its own) and plain memory writes; latency beside one bare eventfd; and what faults cost: a daemon
 // killed under load, a large ring taken up again, a trainer killed with leases.
 //
+// `ingestd bench tensors` measures the workload of training: gradients over TCP and in place to a reader that sums them, beside the bare loop; the sum of a step
+// that lies in the ring, beside a plain loop and numpy; weights published in place, beside one copy, and streamed, beside a bare sendfile loop; CRC-32C beside
+// copy; and the memory of the daemon. A case's figures, ours and the baselines', go into one table, which names for each ratio what it is a ratio to.
+//
 // It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
 //
 // Processes: the parent only starts, asks and stops; while a window is measured it sleeps. Children answer one JSON line on standard output for every

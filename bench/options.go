@@ -38,6 +38,7 @@ type Options struct {
 	AskSamples   int64         `json:"window_samples,omitempty"` // that the sender asks for; 0: the receiver's limit
 	AskBytes     int64         `json:"window_bytes,omitempty"`
 	Client       bool          `json:"client,omitempty"`
+	SourceBytes  int           `json:"source_bytes,omitempty"` // memory that the sender sends from; 0: one write's
 }
 
 // Contenders, in the order of the first run: the daemon comes first, because the bare loop is then given the window that the daemon granted.

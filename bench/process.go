@@ -39,6 +39,7 @@ type launch struct {
 	name, binary string
 	args         []string
 	files        []*os.File // its descriptors from 3 on
+	env          []string   // beside ours
 }
 
 // child starts a process that speaks the control protocol and waits until it is ready.
@@ -63,6 +64,9 @@ func (l launch) start() (*process, error) {
 	name := l.name
 	p := &process{name: name, cmd: exec.Command(l.binary, l.args...), log: &lastLines{}, done: make(chan struct{})}
 	p.cmd.ExtraFiles = l.files
+	if len(l.env) > 0 {
+		p.cmd.Env = append(os.Environ(), l.env...)
+	}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	p.cmd.Stderr = p.log
 	in, err := p.cmd.StdinPipe()
@@ -136,6 +140,20 @@ func (p *process) ask(r request) (reply, error) {
 		return reply{}, p.fail(fmt.Errorf("ask for %s: %w", r.Do, err))
 	}
 	return p.receive()
+}
+
+// values asks for one thing and returns the figures of the answer; the answer has those that are named.
+func (p *process) values(r request, names ...string) (map[string]int64, error) {
+	answer, err := p.ask(r)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if _, ok := answer.Values[name]; !ok {
+			return nil, p.fail(fmt.Errorf("answered %s without %q", r.Do, name))
+		}
+	}
+	return answer.Values, nil
 }
 
 func (p *process) snapshot(pids ...int) (*snapshot, error) {

@@ -43,6 +43,7 @@ type Measurement struct {
 	MallocsPerSecond float64 `json:"mallocs_per_second,omitempty"`
 
 	OpenRate float64 `json:"open_rate,omitempty"` // samples/s offered in the open loop
+	Spilled  float64 `json:"spilled,omitempty"`   // share of the bytes that a reader of steps has copied out of the ring
 	Memory   *Memory `json:"memory,omitempty"`
 }
 
@@ -92,7 +93,7 @@ func (g *rig) startSender(address, layout string) error {
 	args := []string{
 		"_sender", "--address", address, "--table", tableName, "--spec", layout,
 		"--connections", strconv.Itoa(g.c.Connections), "--write-bytes", strconv.Itoa(g.opt.WriteBytes),
-		"--send-buffer", strconv.Itoa(g.opt.SendBuffer),
+		"--send-buffer", strconv.Itoa(g.opt.SendBuffer), "--source-bytes", strconv.Itoa(g.opt.SourceBytes),
 		"--window-samples", strconv.FormatInt(g.opt.AskSamples, 10), "--window-bytes", strconv.FormatInt(g.opt.AskBytes, 10),
 	}
 	if g.opt.Client {

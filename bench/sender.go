@@ -26,6 +26,7 @@ type senderOptions struct {
 	connections   int
 	writeBytes    int
 	sendBuffer    int
+	sourceBytes   int
 	windowSamples int64
 	windowBytes   int64
 	client        bool
@@ -48,7 +49,8 @@ type senderConn struct {
 	window    uint64 // samples that may be without an ack
 	perWrite  uint64 // most samples in one write
 	leastFree uint64 // room that is worth a write: a window that opens by one sample is not
-	source    []byte // hot: the same bytes over and over
+	source    []byte // the same bytes over and over; hot, if it is one part
+	part      int    // of the source: what one write takes
 	sent      uint64
 	ackEvent  park.Event
 	seat      *park.Waiter
@@ -81,6 +83,7 @@ func senderCommand() *cobra.Command {
 	f.IntVar(&opt.connections, "connections", 1, "connections to open")
 	f.IntVar(&opt.writeBytes, "write-bytes", senderWriteBytes, "most bytes of one write")
 	f.IntVar(&opt.sendBuffer, "send-buffer", senderBuffer, "SO_SNDBUF; 0: the kernel's choice")
+	f.IntVar(&opt.sourceBytes, "source-bytes", 0, "memory to send from; less than a write: one write's, which stays in the cache")
 	f.Int64Var(&opt.windowSamples, "window-samples", 0, "window to ask for; 0: the receiver's limit")
 	f.Int64Var(&opt.windowBytes, "window-bytes", 0, "window to ask for; 0: the receiver's limit")
 	f.BoolVar(&opt.client, "client", false, "send with the client library at full speed, not with this program's own loop")
@@ -170,13 +173,17 @@ func (s *sender) dial(ctx context.Context) (*senderConn, error) {
 		return nil, errors.Join(fmt.Errorf("read the reply: %w", err), conn.Close())
 	}
 	s.window.WindowSamples, s.window.WindowBytes = accepted.WindowSamples, accepted.WindowBytes
-	return newSenderConn(conn, s.spec.SampleBytes(), &accepted, s.opt.writeBytes), nil
+	return newSenderConn(conn, s.spec.SampleBytes(), &accepted, s.opt.writeBytes, s.opt.sourceBytes), nil
 }
 
-func newSenderConn(conn net.Conn, sample int64, accepted *wire.AcceptedPush, writeBytes int) *senderConn {
+func newSenderConn(conn net.Conn, sample int64, accepted *wire.AcceptedPush, writeBytes, sourceBytes int) *senderConn {
 	window := max(1, min(accepted.WindowSamples, accepted.WindowBytes/sample))
 	perWrite := max(1, min(int64(writeBytes)/sample, window))
-	source := make([]byte, max(min(perWrite*sample, int64(writeBytes)), stampBytes))
+	part := max(min(perWrite*sample, int64(writeBytes)), stampBytes)
+	if part != perWrite*sample {
+		sourceBytes = 0 // a part is not made of whole samples
+	}
+	source := make([]byte, part*max(1, int64(sourceBytes)/part))
 	for i := range source {
 		source[i] = byte(i * 7)
 	}
@@ -185,7 +192,7 @@ func newSenderConn(conn net.Conn, sample int64, accepted *wire.AcceptedPush, wri
 	}
 	return &senderConn{
 		conn: conn, sample: int(sample), window: uint64(window), perWrite: uint64(perWrite), leastFree: uint64(max(1, min(perWrite, window/4))),
-		source: source, seat: park.NewWaiter(),
+		source: source, part: int(part), seat: park.NewWaiter(),
 	}
 }
 
@@ -282,13 +289,16 @@ func (c *senderConn) send(ctx context.Context) error {
 }
 
 func (c *senderConn) sendClosed(ctx context.Context) error {
-	for c.open.Load() == nil {
+	for at := 0; c.open.Load() == nil; {
 		room, err := c.awaitRoom(ctx, c.leastFree)
 		if err != nil {
 			return err
 		}
-		if err := c.write(c.source, min(room, c.perWrite)); err != nil {
+		if err := c.write(c.source[at:at+c.part], min(room, c.perWrite)); err != nil {
 			return err
+		}
+		if at += c.part; at == len(c.source) {
+			at = 0
 		}
 	}
 	return nil

@@ -1,7 +1,8 @@
 // Package client is the Go library for the two ends of ingestd: Producer pushes samples to a daemon, Filler (Linux) writes them where
-// trainers read them, and Trainer (Linux) maps a table's ring and reads whole batches from it.
+// trainers read them, and Trainer (Linux) maps a table's ring and reads whole batches from it. StepProducer and GradReader (Linux) do the same with gradients: named tensors, of
+// which a reader gets whole steps or nothing.
 //
-// What a sample is, is left to spec; the bytes of the handshake to wire; mapping and descriptor passing to shm.
+// What a sample is, is left to spec; what tensors, chunks and encodings are, to tensor; adding them, to reduce; the bytes of the handshake to wire; mapping and descriptor passing to shm.
 //
 // Ownership: the slices given to Push and PushMany are the caller's again when the call returns, whatever it returns. A
 // sample is taken when Push returns nil: then the Producer has written it or holds a copy. After an error it was not taken and
@@ -22,6 +23,21 @@
 // copied at their Commit. Its acks are always committed ones. One goroutine uses a Filler, and Abort, Committed, Held, Accepted and Stats are for any; it has
 // two of its own, until Close or Abort: one watches the socket, one attaches anew and copies.
 //
+// Steps: a StepProducer sends chunks as the samples of a Producer with a session, or of a Filler. Pushed, the arrays of a transaction are borrowed from Put until Commit has returned nil, or
+// Abort has returned: chunks are summed and written from where they lie, by the producer's goroutine, so that Put waits for nothing and Commit for the rest; after a
+// reconnect they are written from there again, and all of the transaction is, from its beginning, where a daemon was started anew and has nothing of it. In place, Put copies a
+// chunk into the ring, and waits for a place until Step's context ends, after which the transaction can only be aborted.
+//
+// GradReader: everything happens in its calls, which one goroutine makes. Step takes chunks, verifies headers and sums, keeps track of who is there, and holds the chunks of steps that were not released
+// yet in the ring, or copies the oldest to the heap when it may hold no more, so that a step may be larger than the ring. It sums a part of the tensors as soon as all who are expected
+// have it, always in the order of names, and anew if it turns out that others are complete; so sums repeat bit by bit whatever comes first. The memory of a GradStep is valid until its Release.
+//
+// Weights: a Publisher makes generations of named tensors visible, each whole or not at all, and a Subscription reads the newest one, which stays as it is until its Weights are
+// released. Over a unix socket both use the daemon's own memory; over a connection a Publisher sends the caller's memory in chunks, borrowed until Commit returns, and a Subscription
+// receives into memory of its own, verifies every sum before it shows anything, and makes another connection by itself when one breaks: a transfer goes on where it was. Its memory is that of
+// two generations, and one more for each that callers hold, up to SubscribeConfig.Generations; when they hold all of it, it lets the daemon go and comes back when one is released. A Publisher
+// whose connection broke makes another at the next Begin; what was under way is gone. A Subscription over a connection has one goroutine, until Close.
+//
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.
@@ -39,6 +55,12 @@
 //	daemon ended the stream                                  *wire.Notice
 //	daemon refused                                           *wire.Refusal
 //	acked samples lost                                       *LostError             or Config.ContinueAfterLoss
+//	step too old                                             *StepRefusedError      abort the transaction, go on with a newer step
+//	step goes back                                           *StepOrderError        as if the call had not been made, also all below
+//	no such tensor                                           *UnknownTensorError
+//	wrong place in a tensor                                  *tensor.PlaceError
+//	tensors are missing                                      *tensor.IncompleteError
+//	no quorum in time        os.ErrDeadlineExceeded          *StepTimeoutError      it says who has the step, and why the others have not
 //	Close or Abort           os.ErrClosed
 //	not an ingestd daemon    wire.ErrProtocol
 //
@@ -55,5 +77,8 @@
 // Proof: producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
 // producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), producer_session_test.go (a model:
 // random cuts of connections against a daemon that keeps the session, with and without loss), producer_reconnect_test.go (pauses,
-// patience, takeover, loss), and the conformance suite of the transports. BenchmarkPush sets the rates beside bare writes.
+// patience, takeover, loss), and the conformance suite of the transports. BenchmarkPush sets the rates beside bare writes. Of steps: step_test.go (a model: random tensors in random
+// order, connections that end anywhere, daemons that forget), grad_model_test.go (a model of the reader: transactions given up, begun again, damaged, doubled, in any order of arrival, against sums
+// made one by one), grad_test.go (each reason, each error, each byte of a chunk flipped, each limit), grad_daemon_test.go and grad_lives_test.go (against a daemon, over every way: deaths, restarts, latecomers,
+// encodings, 10,000 tensors, a tensor larger than the ring).
 package client

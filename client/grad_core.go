@@ -3,7 +3,6 @@
 package client
 
 import (
-	"bytes"
 	"cmp"
 	"fmt"
 	"maps"
@@ -24,64 +23,6 @@ const (
 // aheadMax is the most steps of one producer, ended in whatever way, that a reader remembers before somebody asks for them.
 const aheadMax = 1024
 
-// gradLease is a batch of the ring that is held. A Batch is one.
-type gradLease interface {
-	Release()
-	Intact() bool
-}
-
-// gradBatch is a lease with the chunks that lie in it.
-type gradBatch struct {
-	lease  gradLease
-	chunks []*gradChunk // not dropped yet
-	rows   int          // not looked at yet
-}
-
-// gradChunk is a verified chunk with data.
-type gradChunk struct {
-	flat  int64
-	data  []byte
-	batch *gradBatch // in whose memory the data lies; nil: on the heap
-}
-
-func (c *gradChunk) end() int64 { return c.flat + int64(len(c.data)) }
-
-// gradTx is what came of one transaction.
-type gradTx struct {
-	producer *gradProducer
-	step     uint64
-	layout   *gradLayout
-	covered  *tensor.Coverage
-	chunks   []*gradChunk // by flat offset
-	subset   []uint32     // tensors of which it consists; nil: all, or not known yet
-	latest   time.Time    // when its last chunk came
-	lacks    []int64      // per unit of the sum that is being made: bytes that it needs and has not
-}
-
-// at returns the data at a flat offset, to the end of its chunk.
-func (t *gradTx) at(flat int64) []byte {
-	i, found := slices.BinarySearchFunc(t.chunks, flat, func(c *gradChunk, flat int64) int { return cmp.Compare(c.flat, flat) })
-	if !found {
-		i--
-	}
-	c := t.chunks[i]
-	return c.data[flat-c.flat:]
-}
-
-// has says whether the transaction has a tensor.
-func (t *gradTx) has(i int) bool {
-	if t.subset == nil {
-		return true
-	}
-	_, found := slices.BinarySearch(t.subset, uint32(i))
-	return found
-}
-
-func (t *gradTx) progress() string {
-	have, of := t.covered.Bytes(t.subset)
-	return fmt.Sprintf("incomplete: %d of %d bytes", have, of)
-}
-
 // gradEnd is how a step of a producer ended: complete, or why not.
 type gradEnd struct {
 	tx     *gradTx // nil: it is missing
@@ -99,12 +40,12 @@ type gradProducer struct {
 	numbered bool
 	next     uint64 // number of its next sample
 
-	tx       *gradTx            // that is coming in; nil: none
-	ends     map[uint64]gradEnd // by step
-	newest   uint64             // the last step that it began
-	began    bool
-	damaged  string // why the last chunk of unknown step was dropped
-	manifest uint64 // of the last chunk that told
+	tx      *gradTx            // that is coming in; nil: none
+	ends    map[uint64]gradEnd // by step
+	newest  uint64             // the last step that it began
+	began   bool
+	damaged string      // why the last chunk of unknown step was dropped
+	layout  *gradLayout // of its last chunk, or of when it came; nil: not known
 }
 
 // gradCore takes chunks and keeps track of producers and their steps. It belongs to one goroutine, and neither waits nor does it know where chunks come from.
@@ -130,77 +71,6 @@ type gradCore struct {
 
 func newGradCore(chunkBytes int, keep time.Duration) *gradCore {
 	return &gradCore{chunkBytes: chunkBytes, keep: keep, now: time.Now, producers: map[uint64]*gradProducer{}}
-}
-
-// add takes a batch of so many rows, each of which is to be given to take.
-func (c *gradCore) add(lease gradLease, rows int) *gradBatch {
-	b := &gradBatch{lease: lease, rows: rows}
-	c.held = append(c.held, b)
-	c.holding++
-	return b
-}
-
-// looked says that one row of a batch was dealt with.
-func (c *gradCore) looked(b *gradBatch) {
-	b.rows--
-	c.letGo(b)
-}
-
-// letGo gives a batch back when nothing of it is needed.
-func (c *gradCore) letGo(b *gradBatch) {
-	if b.rows > 0 || len(b.chunks) > 0 || b.lease == nil {
-		return
-	}
-	b.lease.Release()
-	b.lease = nil
-	c.holding--
-	if len(c.held) > 2*c.holding+16 {
-		c.held = slices.DeleteFunc(c.held, func(b *gradBatch) bool { return b.lease == nil })
-	}
-}
-
-// drop forgets a chunk.
-func (c *gradCore) drop(chunk *gradChunk) {
-	b := chunk.batch
-	if b == nil {
-		c.counts.spilled.Add(-int64(len(chunk.data)))
-		return
-	}
-	if i := slices.Index(b.chunks, chunk); i >= 0 {
-		b.chunks = slices.Delete(b.chunks, i, i+1)
-	}
-	chunk.batch = nil
-	c.letGo(b)
-}
-
-func (c *gradCore) dropAll(t *gradTx) {
-	for _, chunk := range t.chunks {
-		c.drop(chunk)
-	}
-	t.chunks = nil
-}
-
-// spill copies what is held of the oldest batch to the heap and gives the batch back. It returns how many bytes that were, and false if there is nothing to give back, or what was
-// copied was no longer there.
-func (c *gradCore) spill() (n int64, ok bool) {
-	for len(c.held) > 0 && c.held[0].lease == nil {
-		c.held = c.held[1:]
-	}
-	if len(c.held) == 0 || c.held[0].rows > 0 {
-		return 0, false
-	}
-	b := c.held[0]
-	for _, chunk := range b.chunks {
-		chunk.data = bytes.Clone(chunk.data)
-		chunk.batch = nil
-		n += int64(len(chunk.data))
-	}
-	intact := b.lease.Intact()
-	b.chunks = nil
-	c.letGo(b)
-	c.counts.spilled.Add(n)
-	c.counts.spilledAll.Add(uint64(n))
-	return n, intact
 }
 
 // producer finds or makes what is known of a stream's producer.
@@ -273,13 +143,13 @@ func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64
 		c.damaged(stream, number, err)
 		return nil
 	case herald:
-		c.comesOrGoes(p, &h)
+		c.comesOrGoes(p, &h, layout)
 		return nil
 	}
 	if !c.inOrder(p, number) {
 		return nil
 	}
-	c.alive(p, h.Manifest)
+	c.alive(p, layout)
 	c.chunk(b, p, layout, &h, data)
 	return nil
 }
@@ -300,9 +170,9 @@ func (c *gradCore) damaged(stream, number uint64, err error) {
 }
 
 // comesOrGoes deals with what the daemon says of a producer.
-func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header) {
+func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header, layout *gradLayout) {
 	if h.Flags&tensor.FlagOpened != 0 {
-		c.alive(p, h.Manifest)
+		c.alive(p, layout)
 		return
 	}
 	p.live, p.left = false, c.now()
@@ -310,10 +180,10 @@ func (c *gradCore) comesOrGoes(p *gradProducer, h *tensor.Header) {
 }
 
 // alive notes that a producer is there.
-func (c *gradCore) alive(p *gradProducer, manifest uint64) {
-	if !p.live || p.manifest != manifest {
-		p.live, p.manifest = true, manifest
-		c.newest = manifest // all that are there at one time have the same
+func (c *gradCore) alive(p *gradProducer, layout *gradLayout) {
+	if !p.live || p.layout.m.ID() != layout.m.ID() {
+		p.live, p.layout = true, layout
+		c.newest = layout.m.ID() // all that are there at one time have the same
 		c.changed = true
 	}
 }
@@ -386,83 +256,6 @@ func (c *gradCore) begin(p *gradProducer, layout *gradLayout, step uint64) {
 	p.tx = &gradTx{producer: p, step: step, layout: layout, covered: tensor.NewCoverage(layout.m), latest: c.now()}
 	p.newest, p.began = step, true
 	c.changed = true
-}
-
-// addChunk verifies the data of a chunk and adds it to its transaction.
-func (c *gradCore) addChunk(b *gradBatch, t *gradTx, h *tensor.Header, data []byte) error {
-	data = data[:h.Length:h.Length]
-	if err := h.CheckData(t.layout.m, data); err != nil {
-		return err
-	}
-	t.latest = c.now()
-	if h.Flags&tensor.FlagEnd != 0 {
-		subset, err := tensor.ParseEnd(t.layout.m, data)
-		if err != nil {
-			return err
-		}
-		return c.setSubset(t, subset)
-	}
-	if h.Length == 0 {
-		return nil
-	}
-	flat := h.Flat(t.layout.m)
-	if err := t.layout.checkSparse(flat, data); err != nil {
-		return err
-	}
-	switch added := t.covered.Add(flat, h.Length, h.DataCRC); added {
-	case tensor.Same:
-		if h.Flags&tensor.FlagNoCRC != 0 && !bytes.Equal(t.at(flat)[:len(data)], data) {
-			return &tensor.ChunkError{Tensor: t.layout.m.Tensor(int(h.Tensor)).Name, Offset: int64(h.Offset), Reason: "other bytes came for this place before"}
-		}
-		c.counts.duplicates.Add(1)
-		return nil
-	case tensor.New:
-	default:
-		return &tensor.ChunkError{Tensor: t.layout.m.Tensor(int(h.Tensor)).Name, Offset: int64(h.Offset), Reason: fmt.Sprintf("%v: bytes of it came before", added)}
-	}
-	chunk := &gradChunk{flat: flat, data: data, batch: b}
-	b.chunks = append(b.chunks, chunk)
-	i := len(t.chunks)
-	if i > 0 && t.chunks[i-1].flat > flat {
-		i, _ = slices.BinarySearchFunc(t.chunks, flat, func(c *gradChunk, flat int64) int { return cmp.Compare(c.flat, flat) })
-	}
-	t.chunks = slices.Insert(t.chunks, i, chunk)
-	if t.subset != nil {
-		if err := t.onlySubset(chunk); err != nil {
-			return err
-		}
-	}
-	switch {
-	case c.asked == nil || c.asked.step != t.step:
-	case c.changed: // its members may not be what they were
-		t.lacks = nil
-	default:
-		c.asked.arrived(t, chunk)
-	}
-	return nil
-}
-
-// setSubset notes of which tensors a transaction consists. There may be bytes of no others.
-func (c *gradCore) setSubset(t *gradTx, subset []uint32) error {
-	t.subset, t.lacks = subset, nil
-	for _, chunk := range t.chunks {
-		if err := t.onlySubset(chunk); err != nil {
-			return err
-		}
-	}
-	c.changed = true
-	return nil
-}
-
-// onlySubset checks that a chunk has bytes of no tensor that the transaction's end does not list.
-func (t *gradTx) onlySubset(chunk *gradChunk) error {
-	m := t.layout.m
-	for i := m.At(chunk.flat); i < m.Len() && m.Offset(i) < chunk.end(); i++ {
-		if m.EncodedBytes(i) > 0 && !t.has(i) {
-			return fmt.Errorf("chunk: the step's end does not list tensor %q, of which bytes came", m.Tensor(i).Name)
-		}
-	}
-	return nil
 }
 
 // fail notes why a step of a producer is missing, and drops what came of it.
@@ -583,19 +376,7 @@ func (c *gradCore) why(p *gradProducer, step uint64) string {
 	case p.tx != nil && p.tx.step == step:
 		return p.tx.progress()
 	case p.began && p.newest > step:
-		return fmt.Sprintf("incomplete: 0 bytes, it is at step %d", p.newest)
+		return fmt.Sprintf("incomplete: 0 of %d bytes, and it is at step %d", p.layout.all(), p.newest)
 	}
-	return "incomplete: 0 bytes"
-}
-
-// release gives everything back, at the end.
-func (c *gradCore) release() {
-	for _, b := range c.held {
-		if b.lease != nil {
-			b.lease.Release()
-			b.lease, b.rows, b.chunks = nil, 0, nil
-		}
-	}
-	c.held, c.holding = nil, 0
-	clear(c.producers)
+	return fmt.Sprintf("incomplete: 0 of %d bytes", p.layout.all())
 }

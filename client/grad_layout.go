@@ -55,6 +55,9 @@ func kindOf(t *tensor.Tensor) reduce.Kind {
 	return 0
 }
 
+// all is how many bytes all tensors have.
+func (l *gradLayout) all() int64 { return l.before[l.m.Len()] }
+
 // isSparse says whether a tensor consists of pairs.
 func (l *gradLayout) isSparse(i int) bool {
 	k := sort.SearchInts(l.sparse, i)

@@ -254,9 +254,8 @@ func (g *gradModel) run() GradStats {
 		if len(have) == 0 || g.r.IntN(8) == 0 { // nobody asks for it
 			continue
 		}
-		want := g.wantSums(step, false)
 		out := map[string][]float32{}
-		for name, values := range want {
+		for name, values := range g.wantSums(step, false) {
 			if g.r.IntN(4) > 0 {
 				out[name] = make([]float32, len(values))
 			}
@@ -277,13 +276,13 @@ func (g *gradModel) run() GradStats {
 		if !slices.Equal(s.Have, have) {
 			g.t.Fatalf("step %d: have %q, want %q; missing %v", step, s.Have, have, s.Missing)
 		}
-		g.check(s, step, out, want)
+		g.check(s, step, out)
 		s.Release()
 	}
 	return reader.Stats()
 }
 
-func (g *gradModel) check(s *GradStep, step int, out, want map[string][]float32) {
+func (g *gradModel) check(s *GradStep, step int, out map[string][]float32) {
 	for k, mean := range []bool{g.r.IntN(2) == 0, g.r.IntN(2) == 0} {
 		for _, values := range out {
 			for i := range values {
@@ -292,13 +291,12 @@ func (g *gradModel) check(s *GradStep, step int, out, want map[string][]float32)
 				}
 			}
 		}
-		what := "sum"
+		what, want := "sum", g.wantSums(step, mean)
 		err := error(nil)
 		if mean {
-			what, want = "mean", g.wantSums(step, true)
+			what = "mean"
 			err = s.Mean(out)
 		} else {
-			want = g.wantSums(step, false)
 			err = s.Sum(out)
 		}
 		if err != nil {

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ingestd/ingestd/reduce"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/tensor"
 )
@@ -124,7 +125,7 @@ func TestWhyMissing(t *testing.T) {
 		rows func(p *fakeProducer) []gradRow
 		want string
 	}{
-		"nothing": {func(p *fakeProducer) []gradRow { return []gradRow{p.opened()} }, "incomplete: 0 bytes"},
+		"nothing": {func(p *fakeProducer) []gradRow { return []gradRow{p.opened()} }, "incomplete: 0 of 440 bytes"},
 		"a part":  {func(p *fakeProducer) []gradRow { return []gradRow{part(p, 5, tensor.FlagBegin)} }, "incomplete: 256 of 440 bytes"},
 		"gone":    {func(p *fakeProducer) []gradRow { return []gradRow{p.opened(), p.closed()} }, "connection ended"},
 		"a part, gone": {func(p *fakeProducer) []gradRow {
@@ -146,7 +147,7 @@ func TestWhyMissing(t *testing.T) {
 		}, "incomplete: 3 chunks did not come to this reader"},
 		"ahead": {func(p *fakeProducer) []gradRow {
 			return []gradRow{part(p, 4, tensor.FlagBegin), part(p, 6, tensor.FlagBegin)}
-		}, "incomplete: 0 bytes, it is at step 6"},
+		}, "incomplete: 0 of 440 bytes, and it is at step 6"},
 		"next begun": {func(p *fakeProducer) []gradRow {
 			return []gradRow{part(p, 5, tensor.FlagBegin), part(p, 6, tensor.FlagBegin)}
 		}, "incomplete: 256 of 440 bytes"},
@@ -204,7 +205,7 @@ func TestWhyMissing(t *testing.T) {
 			rows := []gradRow{p.opened()}
 			p.manifest = fakeManifest(t, floatTensor("unknown", 64, tensor.Encoding{}))
 			return append(rows, part(p, 5, tensor.FlagBegin), part(p, 5, 0))
-		}, "incomplete: 0 bytes"},
+		}, "incomplete: 0 of 440 bytes"},
 		"manifest differs": {func(p *fakeProducer) []gradRow {
 			rows := p.send(newRand(), 5, flat)
 			q := p.ring.producer("q", 2, other)
@@ -256,6 +257,11 @@ func TestWhoIsWaitedFor(t *testing.T) {
 			return append([]gradRow{q.row(tensor.Header{Flags: tensor.FlagBegin, Step: 1}, nil), q.row(tensor.Header{Flags: tensor.FlagAbort, Step: 1}, nil)},
 				p.send(newRand(), 1, flat)...)
 		}, 1, 1},
+		"one gives it up and begins again": {func(p, q *fakeProducer) []gradRow {
+			given := []gradRow{q.row(tensor.Header{Flags: tensor.FlagBegin, Step: 1}, nil), q.row(tensor.Header{Flags: tensor.FlagAbort, Step: 1}, nil)}
+			again := q.send(newRand(), 1, flat)
+			return slices.Concat(given, again[:1], p.send(newRand(), 1, flat), again[1:])
+		}, 1, 2},
 		"one complete, then gone": {func(p, q *fakeProducer) []gradRow {
 			return slices.Concat(q.send(newRand(), 1, flat), []gradRow{q.closed()}, p.send(newRand(), 1, flat))
 		}, 2, 2},
@@ -323,6 +329,43 @@ func TestOrderOfArrivalDoesNotMatter(t *testing.T) {
 				if math.Float32bits(out[name][i]) != math.Float32bits(first[name][i]) {
 					t.Fatalf("order %d: element %d of %s is %v, was %v", order, i, name, out[name][i], first[name][i])
 				}
+			}
+		}
+	}
+}
+
+// TestManyProducers: more than are added in one pass over memory.
+func TestManyProducers(t *testing.T) {
+	const producers = 2*reduce.SumMax + 3
+	m := fakeManifest(t, floatTensor("w", 700, tensor.Encoding{}), floatTensor("b", 65, tensor.Encoding{Kind: tensor.F16}))
+	ring := newFakeRing(t, m)
+	want := map[string][]float32{"w": make([]float32, 700), "b": make([]float32, 65)}
+	for k := range producers {
+		encoded := randomTensors(t, rand.New(rand.NewPCG(4, uint64(k))), m)
+		ring.rows = append(ring.rows, ring.producer(fmt.Sprintf("w%02d", k), uint64(k+1), m).send(newRand(), 0, flatBytes(m, encoded))...)
+		for i := range m.Len() {
+			x := m.Tensor(i)
+			for e, v := range decoded(&x, encoded[i]) {
+				if k == 0 {
+					want[x.Name][e] = v
+				} else {
+					want[x.Name][e] += v
+				}
+			}
+		}
+	}
+	s, err := ring.reader().Step(t.Context(), 0, StepOptions{Quorum: producers})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string][]float32{"w": make([]float32, 700), "b": make([]float32, 65)}
+	if err := s.Sum(out); err != nil {
+		t.Fatal(err)
+	}
+	for name := range out {
+		for e, got := range out[name] {
+			if w := want[name][e]; math.Float32bits(got) != math.Float32bits(w) && (got == got || w == w) {
+				t.Fatalf("element %d of %s is %v, want %v", e, name, got, w)
 			}
 		}
 	}
@@ -468,7 +511,7 @@ func TestManifests(t *testing.T) {
 		q := ring.producer("q", 2, other)
 		ring.rows = append(ring.rows, q.opened())
 	}
-	wantReason(t, r, 2, "q", "incomplete: 0 bytes")
+	wantReason(t, r, 2, "q", "incomplete: 0 of 4 bytes")
 	if len(r.layouts) > layoutsMax {
 		t.Errorf("%d manifests are remembered", len(r.layouts))
 	}
@@ -573,7 +616,7 @@ func TestStepsAhead(t *testing.T) {
 		ring.rows = append(ring.rows, p.row(tensor.Header{Flags: flags, Step: step}, nil))
 	}
 	r := ring.reader()
-	wantReason(t, r, 1, "p", "incomplete: 0 bytes, it is at step")
+	wantReason(t, r, 1, "p", "incomplete: 0 of 440 bytes, and it is at step")
 	if n := len(r.core.producers[1].ends); n != aheadMax {
 		t.Errorf("%d steps are remembered", n)
 	}

@@ -26,6 +26,7 @@ type stepDaemon struct {
 	lossy  bool              // a connection may find that what was held is gone, and another stream
 	refuse map[uint64]string // steps that are too old, and why
 	window int64             // samples
+	hold   chan struct{}     // nothing is read before it is closed, if it is there
 	notice *wire.Notice      // said instead of the first ack, if there is one
 
 	mu       sync.Mutex
@@ -35,7 +36,6 @@ type stepDaemon struct {
 	tx       *stepSeen            // of the stream, that is coming in
 	complete map[uint64]*stepSeen // ever, by step
 	aborted  map[uint64]int
-	resent   int
 }
 
 // stepSeen is a transaction as it came.
@@ -116,6 +116,9 @@ func (d *stepDaemon) connection(conn net.Conn) {
 
 // samples reads chunks, until so many came, and then half of the next.
 func (d *stepDaemon) samples(conn net.Conn, cut int) {
+	if d.hold != nil {
+		<-d.hold
+	}
 	sample := make([]byte, tensor.HeaderBytes+fakeStepChunk)
 	for n := 0; ; n++ {
 		if n == cut {

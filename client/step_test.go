@@ -337,6 +337,42 @@ func TestStepRefused(t *testing.T) {
 	}
 }
 
+// TestAbortDoesNotWait: the daemon reads nothing, and a chunk is half written. The arrays are the caller's as soon as Abort returns, and what was begun comes as it was.
+func TestAbortDoesNotWait(t *testing.T) {
+	m := stepManifest(t, raw("w", 2_000_000))
+	d := &stepDaemon{m: m, window: 1000, hold: make(chan struct{})}
+	p := stepsOf(t, serveSteps(t, d, "unix"), m, nil)
+	values := make([]float32, 2_000_000)
+	for i := range values {
+		values[i] = float32(i)
+	}
+	tx, err := p.Step(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.PutFloats("w", values); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	wantIs(t, tx.Commit(ended), context.Canceled)
+	tx.Abort()
+	clear(values)
+	close(d.hold)
+	if tx, err = p.Step(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(tx.PutFloats("w", values), tx.Commit(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if sent := p.Stats().Chunks; d.complete[0] != nil || d.complete[1] == nil || sent >= 2*uint64(len(values))*4/fakeStepChunk {
+		t.Errorf("%d chunks sent, complete %v", sent, d.complete)
+	}
+}
+
 // TestStepSessionTaken: another producer of the same name ends this one, and it does not come back.
 func TestStepSessionTaken(t *testing.T) {
 	m := stepManifest(t, raw("w", 10))

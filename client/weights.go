@@ -13,8 +13,8 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// ErrReplaced is wrapped when a table has generations of another manifest now. A Subscription over a connection ends with it; one that maps the memory attaches again
-// by itself, and does not.
+// ErrReplaced is wrapped when a table has generations of another manifest now. A Subscription over a connection ends with it; one that maps the memory
+// attaches again by itself, and does not.
 var ErrReplaced = errors.New("the weights have another manifest now")
 
 // SubscribeConfig says which weights to read, and how. All but Table may be left zero.
@@ -98,8 +98,8 @@ func (c SubscribeConfig) check() error {
 	return nil
 }
 
-// Subscription reads the generations of a table of weights: always the newest, each whole, and unchanged for as long as it is held. All methods may be called from any
-// goroutine.
+// Subscription reads the generations of a table of weights: always the newest, each whole, and unchanged for as long as it is held. All methods may be called
+// from any goroutine.
 type Subscription struct {
 	table  string
 	source source
@@ -127,8 +127,8 @@ type heldWeights struct {
 	release    func()             // called once
 }
 
-// Subscribe opens a subscription. addr is unix:///path or shm:///path, which map the memory of a daemon on this machine, or tcp://host:port. ctx bounds the subscribing only,
-// which with cfg.Wait lasts until something was published.
+// Subscribe opens a subscription. addr is unix:///path or shm:///path, which map the memory of a daemon on this machine, or tcp://host:port. ctx bounds the
+// subscribing only, which with cfg.Wait lasts until something was published.
 //
 // A *wire.Refusal in the error says why the daemon would not.
 func Subscribe(ctx context.Context, addr string, cfg SubscribeConfig) (*Subscription, error) {
@@ -175,8 +175,8 @@ func (s *Subscription) Latest() (*Weights, error) {
 	return s.weights(held, err)
 }
 
-// Wait returns the newest generation if it is above newerThan, or waits for one, to be released. If the daemon was restarted and numbers began anew, one of before the restart
-// is older than all.
+// Wait returns the newest generation if it is above newerThan, or waits for one, to be released. If the daemon was restarted and numbers began anew, one of
+// before the restart is older than all.
 //
 // Its errors are those of Latest, and the context's, which for a deadline is also os.ErrDeadlineExceeded, and after which Wait may be called again.
 func (s *Subscription) Wait(ctx context.Context, newerThan uint64) (*Weights, error) {
@@ -196,6 +196,6 @@ func (s *Subscription) weights(held *heldWeights, err error) (*Weights, error) {
 	return &Weights{table: s.table, held: held}, nil
 }
 
-// Close ends the subscription: a Wait under way returns os.ErrClosed. What is held stays as it is until it is released, and the daemon keeps it pinned until then. Closing
-// twice is no error.
+// Close ends the subscription: a Wait under way returns os.ErrClosed. What is held stays as it is until it is released, and the daemon keeps it pinned until
+// then. Closing twice is no error.
 func (s *Subscription) Close() error { return s.source.close() }

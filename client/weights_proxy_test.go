@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// cuttingProxy is a proxy that ends connections after so many bytes from the daemon; later connections have later limits, and the last limit is for all that follow.
+// cuttingProxy is a proxy that ends connections after so many bytes from the daemon; later connections have later limits, and the last limit is for all that
+// follow.
 type cuttingProxy struct {
 	addr string
 

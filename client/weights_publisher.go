@@ -42,7 +42,8 @@ type PublisherConfig struct {
 	// Stream sends generations over a unix socket instead of writing them into the daemon's memory.
 	Stream bool
 
-	// Timeout is how long the daemon may take to answer, but for a place that is waited for. Default DefaultHandshakeTimeout. To make a large segment takes it 0.35 s per GiB.
+	// Timeout is how long the daemon may take to answer, but for a place that is waited for. Default DefaultHandshakeTimeout. To make a large segment takes it
+	// 0.35 s per GiB.
 	Timeout time.Duration
 
 	// Dialer makes connections. Streamed only. Default: net.Dialer.
@@ -77,7 +78,8 @@ func (c PublisherConfig) check() error {
 	return nil
 }
 
-// Publisher publishes generations of weights: readers see each whole, or not at all. One goroutine at a time uses it and what Begin gave; Close may be called from any.
+// Publisher publishes generations of weights: readers see each whole, or not at all. One goroutine at a time uses it and what Begin gave; Close may be called
+// from any.
 type Publisher struct {
 	cfg    PublisherConfig
 	blocks *blocks
@@ -106,8 +108,8 @@ type begun struct {
 	data       []byte // the flat bytes, to be written; nil: tensors are sent with put
 }
 
-// OpenPublisher becomes the publisher of a table. addr is unix:///path or shm:///path, through which generations are written into the memory of a daemon on this machine, or tcp://host:port. ctx bounds
-// the opening only.
+// OpenPublisher becomes the publisher of a table. addr is unix:///path or shm:///path, through which generations are written into the memory of a daemon on
+// this machine, or tcp://host:port. ctx bounds the opening only.
 //
 // A *wire.Refusal in the error says why the daemon would not; ErrPublisherActive that it has another one, which is worth another try.
 func OpenPublisher(ctx context.Context, addr string, cfg PublisherConfig) (*Publisher, error) {
@@ -166,9 +168,10 @@ func (p *Publisher) Publish(ctx context.Context, data func(i int) []byte) (Publi
 }
 
 // Begin begins the next generation, or generation want if that is not 0. While readers pin all places but the newest, it waits, and is told who they are.
+// If the connection has ended since the last generation, it makes another.
 //
-// *PinnedError, which is os.ErrDeadlineExceeded where ctx had a deadline: they still did when ctx ended; *OldGenerationError; *wire.Notice when the daemon ended this
-// publisher; ErrDaemonGone; os.ErrClosed.
+// *PinnedError, which is os.ErrDeadlineExceeded where ctx had a deadline: they still did when ctx ended; *OldGenerationError; *wire.Notice when the daemon
+// ended this publisher; ErrDaemonGone; os.ErrClosed.
 func (p *Publisher) Begin(ctx context.Context, want uint64) (*Generation, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -213,8 +216,8 @@ type Generation struct {
 // Number returns its number.
 func (g *Generation) Number() uint64 { return g.begun.generation }
 
-// Tensor returns the bytes of a tensor in the daemon's memory, to be written in place; what they are before is not specified. Only in place. They must not be touched after
-// Commit or Abort, or Close of the publisher.
+// Tensor returns the bytes of a tensor in the daemon's memory, to be written in place; what they are before is not specified. Only in place. They must not be
+// touched after Commit or Abort, or Close of the publisher.
 func (g *Generation) Tensor(name string) ([]byte, error) {
 	i, err := g.index(name)
 	if err != nil {
@@ -239,7 +242,8 @@ func (g *Generation) index(name string) (int, error) {
 	return i, nil
 }
 
-// Put gives a tensor its bytes, as the manifest's encoding has them. They are borrowed until Commit or Abort returns: in place they are copied by Commit, on all cores.
+// Put gives a tensor its bytes, as the manifest's encoding has them. They are borrowed until Commit or Abort returns: in place they are copied by Commit, on
+// all cores.
 func (g *Generation) Put(ctx context.Context, name string, data []byte) error {
 	i, err := g.index(name)
 	if err != nil {
@@ -266,8 +270,8 @@ func (g *Generation) PutAt(ctx context.Context, i int, data []byte) error {
 	return nil
 }
 
-// Commit publishes the generation, once every tensor was written: *IncompleteError if one was not, after which the generation is still under way. If another error
-// comes back, it has ended; whether readers see it is then known only if the error is the daemon's answer.
+// Commit publishes the generation, once every tensor was written: *IncompleteError if one was not, after which the generation is still under way. If another
+// error comes back, it has ended; whether readers see it is then known only if the error is the daemon's answer.
 func (g *Generation) Commit(ctx context.Context) (Published, error) {
 	p := g.publisher
 	p.mu.Lock()

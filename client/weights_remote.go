@@ -141,7 +141,8 @@ func (r *remoteWeights) agree(a *wire.AcceptedSubscribe) error {
 	case r.tensors != nil && !r.tensors.Equal(m):
 		return &wire.Notice{Code: wire.CodeReplaced, Reason: fmt.Sprintf("table %q has generations of another manifest now: subscribe again", r.cfg.Table)}
 	case m.DataBytes() > r.cfg.CapacityBytes:
-		return fmt.Errorf("one generation of table %q has %d bytes, and SubscribeConfig.CapacityBytes is %d: raise it", r.cfg.Table, m.DataBytes(), r.cfg.CapacityBytes)
+		return fmt.Errorf("one generation of table %q has %d bytes, and SubscribeConfig.CapacityBytes is %d: raise it",
+			r.cfg.Table, m.DataBytes(), r.cfg.CapacityBytes)
 	}
 	if r.tensors == nil {
 		r.tensors = m
@@ -267,7 +268,8 @@ func (r *remoteWeights) pause() bool {
 	down := time.Since(o.began)
 	var err error
 	if down >= cfg.ReconnectFor {
-		err = fmt.Errorf("%w: no connection for %v in %d tries since %s: %v", ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
+		err = fmt.Errorf("%w: no connection for %v in %d tries since %s: %v",
+			ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
 		if answered(o.last) {
 			err = o.last
 		}
@@ -309,7 +311,8 @@ func (r *remoteWeights) latest(newerThan uint64) (*heldWeights, error) {
 	return nil, nil
 }
 
-// newer says whether the newest is newer than that. Numbers from before a restart of the daemon are above those of the daemon that serves now, and older. It wants mu.
+// newer says whether the newest is newer than that. Numbers from before a restart of the daemon are above those of the daemon that serves now, and older. It
+// wants mu.
 func (r *remoteWeights) newer(than uint64) bool {
 	return r.newest.generation > than || than > r.newest.generation && than <= r.before
 }

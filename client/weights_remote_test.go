@@ -105,7 +105,8 @@ func TestRemoteResumes(t *testing.T) {
 	}
 }
 
-// TestRemoteBreaksBetween: a reader that lost its connection keeps what it has, gets the newest when it is back, as what differs, and numbers that were skipped are counted.
+// TestRemoteBreaksBetween: a reader that lost its connection keeps what it has, gets the newest when it is back, as what differs, and numbers that were
+// skipped are counted.
 func TestRemoteBreaksBetween(t *testing.T) {
 	m := vectors(t, 100_000, 200_000)
 	d := serveWeights(t, "tcp", weights.ServerConfig{}, weights.StoreConfig{Generations: 8})
@@ -155,7 +156,8 @@ func TestRemoteDeltaBytes(t *testing.T) {
 	}
 }
 
-// TestRemoteHeld: what callers hold is never written over; when they hold all there is memory for, the daemon is not kept waiting, and the newest comes once they let go.
+// TestRemoteHeld: what callers hold is never written over; when they hold all there is memory for, the daemon is not kept waiting, and the newest comes once
+// they let go.
 func TestRemoteHeld(t *testing.T) {
 	m := vectors(t, 300_000)
 	d := serveWeights(t, "tcp", weights.ServerConfig{}, weights.StoreConfig{})
@@ -202,7 +204,8 @@ func TestRemoteHeld(t *testing.T) {
 	}
 }
 
-// TestRemoteDamaged: bytes that do not have their sums are not shown; the error of a wait that ends meanwhile names the tensor, and the next generation is shown.
+// TestRemoteDamaged: bytes that do not have their sums are not shown; the error of a wait that ends meanwhile names the tensor, and the next generation is
+// shown.
 func TestRemoteDamaged(t *testing.T) {
 	m := vectors(t, 1000, 300_000)
 	d := serveWeights(t, "tcp", weights.ServerConfig{}, weights.StoreConfig{})
@@ -232,7 +235,12 @@ func TestRemoteDamaged(t *testing.T) {
 	}
 	publish(1, 1)
 	s := subscribed(t, d.addr, SubscribeConfig{})
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for remoteStats(t, s).BadSums < 2 {
+		<-tick.C
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	if _, err := s.Wait(ctx, 0); !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "layers.1.w") {
 		t.Fatalf("got %v", err)

@@ -12,8 +12,8 @@ import (
 	"github.com/ingestd/ingestd/weights"
 )
 
-// Weights is a generation, held until Release: it is whole and does not change. Asking it for tensors after that panics; the slices it gave out must not be used
-// any more either, and show other data if they are.
+// Weights is a generation, held until Release: it is whole and does not change. Asking it for tensors after that panics; the slices it gave out must not be
+// used any more either, and show other data if they are.
 //
 // All methods may be called from any goroutine.
 type Weights struct {
@@ -34,7 +34,8 @@ func (e *BadSumError) Error() string {
 	if e.Tensor == "" {
 		return fmt.Sprintf("generation %d of table %q: its digest is not that of its sums: do not use it", e.Generation, e.Table)
 	}
-	return fmt.Sprintf("generation %d of table %q: tensor %q has the sum %08x, it was published with %08x: do not use it", e.Generation, e.Table, e.Tensor, e.Got, e.Want)
+	return fmt.Sprintf("generation %d of table %q: tensor %q has the sum %08x, it was published with %08x: do not use it",
+		e.Generation, e.Table, e.Tensor, e.Got, e.Want)
 }
 
 // Release lets go of the generation. Releasing twice is no error, so it can be deferred.
@@ -63,8 +64,8 @@ func (w *Weights) Published() time.Time { return w.held.published }
 // Manifest returns what tensors it has.
 func (w *Weights) Manifest() *tensor.Manifest { return w.held.manifest }
 
-// At returns the bytes of tensor i as the manifest's encoding has them, starting on a multiple of 64. It is shared memory and read-only: writing to it may end the
-// process. An index that is not there panics.
+// At returns the bytes of tensor i as the manifest's encoding has them, starting on a multiple of 64. It is shared memory and read-only: writing to it may
+// end the process. An index that is not there panics.
 func (w *Weights) At(i int) []byte {
 	h := w.check()
 	from, n := h.manifest.Offset(i), h.manifest.EncodedBytes(i)
@@ -115,8 +116,8 @@ type Selected struct {
 	Data []byte // as Weights.At
 }
 
-// Select returns the tensors whose names match a pattern, in the manifest's order: * stands for any characters, ? for one, [a-z] for one of these. A pattern that is malformed
-// is path.ErrBadPattern.
+// Select returns the tensors whose names match a pattern, in the manifest's order: * stands for any characters, ? for one, [a-z] for one of these. A pattern
+// that is malformed is path.ErrBadPattern.
 func (w *Weights) Select(pattern string) ([]Selected, error) {
 	slashless := strings.NewReplacer("/", "\x00") // to path.Match a slash is not any character; names have no zero byte
 	pattern = slashless.Replace(pattern)
@@ -153,8 +154,8 @@ func (w *Weights) Verify() error {
 	return nil
 }
 
-// CopyInto verifies the generation and copies tensors into the caller's memory, by name: each must have the length of its tensor. Nothing is copied if the generation or one of
-// the lengths is wrong.
+// CopyInto verifies the generation and copies tensors into the caller's memory, by name: each must have the length of its tensor. Nothing is copied if the
+// generation or one of the lengths is wrong.
 func (w *Weights) CopyInto(into map[string][]byte) error {
 	for name, dst := range into {
 		i, err := w.index(name)

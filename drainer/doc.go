@@ -16,6 +16,9 @@
 // publishes full places as they are, and settles (copies into the batch that all share) what must not wait for the rest. It keeps the order of its stream:
 // nothing is published in place before everything of the stream that was copied earlier.
 //
+// A stream may have a Checker, which sees each run of filled slots, or of rows called complete, before it is committed: what it turns down ends the producer,
+// and is in no batch. It is called once per run, and tables of samples have none.
+//
 // Backpressure is one chain: ring full → Reserve waits → the transport does not read and does not ack → the producer's window closes.
 //
 // Errors: os.ErrClosed when the ring or the stream is closed, or the context's; *LeaseError for rows that a producer cannot have filled; *StrandedError.

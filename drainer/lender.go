@@ -391,8 +391,9 @@ func (e *StrandedError) Error() string {
 
 func (e *StrandedError) Unwrap() error { return e.Err }
 
-// StayLent says that the places outlive this process in a segment that is kept, and that the producer may still write to them: what it calls complete too late for us it copies
-// from there to the next process. So End publishes none of them; those with samples that it cannot copy are Stranded, and found by the next process as well.
+// StayLent says that the places outlive this process in a segment that is kept, and that the producer may still write to them: what it calls complete too late
+// for us it copies from there to the next process. So End publishes none of them; those with samples that it cannot copy are Stranded, and found by the next
+// process as well.
 func (l *Lender) StayLent() { l.stay = true }
 
 // End sees that everything committed is where trainers find it, and says so through Done. Nothing is committed or lent any more; the places stay the

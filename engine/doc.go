@@ -22,6 +22,9 @@
 // Trainers in one group share the batches, and every group gets them all; Config.Groups are there from the start. With Config.Recover a table goes on in a
 // segment that an earlier process left, however that ended: what was committed and not released is offered again.
 //
+// With Config.Steps the samples are chunks of named tensors: a stream needs a manifest and a session, headers are checked (package steps), and a goroutine of
+// Run announces in the ring who comes and goes; Close says the last of that.
+//
 // Errors: New says which part of the configuration cannot be. os.ErrClosed from OpenStream and Reserve after Close; *FullError, which names who holds the ring
 // up, from a Reserve that ran out of time; io.EOF from Next after the last batch; the context's error, wrapped, from Close when streams are still open.
 // Releasing a batch twice, or pushing to a closed stream, panics.

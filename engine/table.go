@@ -48,8 +48,8 @@ type Config struct {
 	DefaultGroup sampler.GroupConfig
 	GroupKeep    time.Duration
 
-	// Steps makes it a table of kind tensors, whose Spec is steps.Spec of its ChunkBytes: the samples are chunks, their headers are checked, and the herald says in the
-	// ring who is there, which needs Run. Nil: a table of samples.
+	// Steps makes it a table of kind tensors, whose Spec is steps.Spec of its ChunkBytes: the samples are chunks, their headers are checked, and the herald says
+	// in the ring who is there, which needs Run. Nil: a table of samples.
 	Steps *steps.Config
 
 	// Memory makes the segment's memory; nil takes it from the heap.

@@ -312,7 +312,7 @@ func (c *conversation) check() {
 	}
 	r := bytes.NewReader(c.said)
 	hello, helloErr := wire.ReadHello(r)
-	welcome := helloErr == nil && hello.Role == wire.RolePush && hello.Table == connectionTable && hello.CheckSpec(c.spec) == nil
+	welcome := helloErr == nil && hello.Role == wire.RolePush && hello.Table == connectionTable && hello.CheckSpec(c.spec) == nil && hello.Manifest == nil
 	samples := c.said[len(c.said)-r.Len():]
 	size := int(c.spec.SampleBytes())
 	whole, got := len(samples)/size, len(c.delivered)/size

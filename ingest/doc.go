@@ -5,6 +5,9 @@
 // fills them in place, pushes them, acks. When the stream ends, for whatever reason, it counts the reason and closes the stream. A new
 // transport is a new package that does this; ingesttest is the suite that it must pass.
 //
+// Tables have a kind (kind.go), which says which roles they have: CheckKind refuses the others, before a connection is handed to whoever serves its role.
+// Manifest answers the role of that name.
+//
 // A session's streams are numbered through: OpenPush waits for the connection that had it, and answers how many samples are held. Errors of a table become
 // refusals in RefuseStream, and a full ring a note in RingFull.
 //

@@ -34,7 +34,8 @@ func CheckKind(tables Tables, h *wire.Hello) *wire.Refusal {
 	case kind == "":
 		return unknownTable(tables, h)
 	case !slices.Contains(kindsOf[h.Role], kind):
-		return wire.Refuse(wire.CodeWrongKind, "table %q is of kind %s, which does not have the role %q; %s", h.Table, kind, h.Role, advice(tables, kindsOf[h.Role]...))
+		return wire.Refuse(wire.CodeWrongKind, "table %q is of kind %s, which does not have the role %q; %s", h.Table, kind, h.Role,
+			advice(tables, kindsOf[h.Role]...))
 	case producer && kind == KindTensors:
 		return checkTensors(h)
 	case producer && h.Manifest != nil:
@@ -47,9 +48,11 @@ func CheckKind(tables Tables, h *wire.Hello) *wire.Refusal {
 func checkTensors(h *wire.Hello) *wire.Refusal {
 	switch {
 	case h.Manifest == nil:
-		return wire.Refuse(wire.CodeBadHandshake, "table %q is of kind tensors: a producer says in the field \"manifest\" which tensors it sends; samples go to a table of kind samples", h.Table)
+		return wire.Refuse(wire.CodeBadHandshake,
+			"table %q is of kind tensors: a producer says in the field \"manifest\" which tensors it sends; samples go to a table of kind samples", h.Table)
 	case h.Session == "":
-		return wire.Refuse(wire.CodeBadHandshake, "table %q is of kind tensors: a producer says in the field \"session\" who it is, since readers know it by that name", h.Table)
+		return wire.Refuse(wire.CodeBadHandshake,
+			"table %q is of kind tensors: a producer says in the field \"session\" who it is, since readers know it by that name", h.Table)
 	}
 	return nil
 }
@@ -102,7 +105,8 @@ func Manifest(tables Tables, h *wire.Hello) (*wire.AcceptedManifest, *wire.Refus
 	}
 	text, ok := t.Steps().Manifest(id)
 	if !ok {
-		return nil, wire.Refuse(wire.CodeUnknownManifest, "no manifest %s is known of table %q: its producers have gone, and others came since; read chunks that are newer",
+		return nil, wire.Refuse(wire.CodeUnknownManifest,
+			"no manifest %s is known of table %q: its producers have gone, and others came since; read chunks that are newer",
 			h.ManifestID, h.Table)
 	}
 	return &wire.AcceptedManifest{Table: h.Table, Manifest: text}, nil

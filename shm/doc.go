@@ -17,10 +17,14 @@
 // not wait, and for notes). All end before Serve returns. An Attachment has one, which watches the socket until Close. Waiting is on eventfds through the
 // runtime's poller, so no wait takes a thread. One goroutine at a time may be in Attachment.Next, any may Release and Close.
 //
-// Trust: the daemon believes nothing that a peer can write. Each descriptor is compared with what was lent to that peer, cursors are
-// checked by spsc, a socket that says anything is cut off; all of it ends that peer alone, with the notice bad_peer. Trainers map the
-// segment read-only and the kernel holds them to it. Producers that fill map it writable, so they must be of the daemon's own user or listed
-// (FillConfig): one that means harm can spoil every sample and the segment's own words, but not the daemon's process. A client checks seals, sizes and headers, since they may come from another version.
+// Chunks of tensors that are written in place are checked when they are called complete, before they are published; their producer is told of steps that are
+// too old on its socket, before it is told that the chunk was taken. The daemon does not look again: a producer that writes to a place afterwards is one that
+// means harm.
+//
+// Trust: the daemon believes nothing that a peer can write. Each descriptor is compared with what was lent to that peer, cursors are checked by spsc, a socket
+// that says anything is cut off; all of it ends that peer alone, with the notice bad_peer. Trainers map the segment read-only and the kernel holds them to it.
+// Producers that fill map it writable, so they must be of the daemon's own user or listed (FillConfig): one that means harm can spoil every sample and the
+// segment's own words, but not the daemon's process. A client checks seals, sizes and headers, since they may come from another version.
 //
 // Errors: *InsufficientError (nothing was allocated), *wire.Refusal and *wire.Notice (what the daemon said), *PeerGoneError (it died),
 // *FormatError (it shared what makes no sense), io.EOF, os.ErrClosed and the context's. What panics: releasing a batch that is not held,

@@ -387,12 +387,8 @@ func (f *filler) handle(ctx context.Context, descs []spsc.Desc, arrival uint64) 
 			k++
 		}
 		full, err := f.lender.Commit(d.A, int(rows), arrival)
-		var bad *drainer.CheckError
-		switch {
-		case errors.As(err, &bad):
-			return 0, wireNotice(wire.CodeBadChunk, "%v", bad)
-		case err != nil:
-			return 0, wireNotice(wire.CodeBadPeer, "giveback queue: %v", err)
+		if err != nil {
+			return 0, turnedDown(err)
 		}
 		failpoint.Hit("shm/filler/committed")
 		f.tellChecked()
@@ -602,6 +598,14 @@ func (f *filler) sendNote() {
 	}
 	f.sentNotes.Add(1)
 	f.note.Reset(noteAgain)
+}
+
+// turnedDown is what the producer is told when rows were not committed.
+func turnedDown(err error) error {
+	if bad := (*drainer.CheckError)(nil); errors.As(err, &bad) {
+		return wireNotice(wire.CodeBadChunk, "%v", bad)
+	}
+	return wireNotice(wire.CodeBadPeer, "giveback queue: %v", err)
 }
 
 // tellChecked writes what the stream's Checker has for the producer, before the rows that it is about are acked.

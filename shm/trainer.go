@@ -406,12 +406,19 @@ func (t *trainer) takeBack(buf []spsc.Desc) (int, error) {
 	return n, nil
 }
 
+// heldMany is from how many batches on the list of those held is not moved up for the oldest.
+const heldMany = 64
+
 func (t *trainer) unlend(d spsc.Desc) (ring.Batch, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for i, h := range t.held {
 		if h.batch.Number == d.A && uint64(h.batch.Index) == d.B {
-			t.held = append(t.held[:i], t.held[i+1:]...)
+			if i == 0 && len(t.held) > heldMany { // mostly the oldest comes back, and moving thousands would cost more than a batch
+				t.held = t.held[1:]
+			} else {
+				t.held = append(t.held[:i], t.held[i+1:]...)
+			}
 			t.givenBack++
 			return h.batch, true
 		}

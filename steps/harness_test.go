@@ -18,18 +18,18 @@ const chunkBytes = tensor.ChunkBytesMin
 // newRing is a ring of so many chunks on the heap.
 func newRing(t testing.TB, batches int) *ring.Ring {
 	t.Helper()
-	r, _ := newRingIn(t, batches)
+	r, _ := newRingIn(t, batches, 1)
 	return r
 }
 
 // newRingIn also returns its memory.
-func newRingIn(t testing.TB, batches int) (*ring.Ring, []byte) {
+func newRingIn(t testing.TB, batches, batchSize int) (*ring.Ring, []byte) {
 	t.Helper()
 	s, err := Spec(chunkBytes)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := ring.Layout{BatchSize: 1, Batches: batches, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: "grads", Created: time.Unix(1, 0)}
+	l := ring.Layout{BatchSize: batchSize, Batches: batches, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: "grads", Created: time.Unix(1, 0)}
 	size, err := l.Bytes()
 	if err != nil {
 		t.Fatal(err)

@@ -39,8 +39,8 @@ func newHerald(r *ring.Ring) *herald {
 	return h
 }
 
-// say adds an announcement, and writes it if there is a slot at once: what a producer sends then lies behind it. One of the same stream that was not written yet is
-// replaced: a chunk CLOSED lies behind all that the stream sent wherever it comes, and a producer that is back is not said to have been away.
+// say adds an announcement, and writes it if there is a slot at once: what a producer sends then lies behind it. One of the same stream that was not written
+// yet is replaced: a chunk CLOSED lies behind all that the stream sent wherever it comes, and a producer that is back is not said to have been away.
 func (h *herald) say(a announcement) {
 	h.add(a)
 	if !h.tryWrite() {

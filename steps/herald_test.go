@@ -72,6 +72,20 @@ func TestHeraldSaysAtOnce(t *testing.T) {
 	}
 }
 
+// TestHeraldDoesNotWaitForItsBatch: where a batch has several chunks, what is said is published short.
+func TestHeraldDoesNotWaitForItsBatch(t *testing.T) {
+	r, _ := newRingIn(t, 4, 3)
+	k := New(r, Config{ChunkBytes: chunkBytes}, nil)
+	p := open(t, k, "a", 1, manifest(t))
+	if got := read(r); got != "+1" {
+		t.Errorf("said %q", got)
+	}
+	p.Close()
+	if got := read(r); got != "-1" {
+		t.Errorf("said %q", got)
+	}
+}
+
 // TestHeraldInAFullRing: nobody waits for it, what it has to say of a stream is kept once, and is said as it is when there is room.
 func TestHeraldInAFullRing(t *testing.T) {
 	r := newRing(t, 2)

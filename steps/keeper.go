@@ -54,11 +54,14 @@ type Keeper struct {
 	away   []transaction        // what producers left unfinished, the latest at the end; at most awayMax
 }
 
-// awayMax bounds what is remembered of producers that went away inside a step, in case they go on with it.
-const awayMax = 64
+// What is remembered of producers that went away inside a step, in case they go on with it: the steps of so many, each of at most so many chunks (12 bytes each).
+const (
+	awayMax       = 64
+	awayChunksMax = 1 << 16
+)
 
-// New returns the keeper of a table. found is what its ring was recovered from, nil if it was made anew: the producers that have unread chunks there are announced as
-// gone until they come back. A file of manifests that cannot be read is logged and left out.
+// New returns the keeper of a table. found is what its ring was recovered from, nil if it was made anew: the producers that have unread chunks there are
+// announced as gone until they come back. A file of manifests that cannot be read is logged and left out.
 func New(r *ring.Ring, cfg Config, found *ring.Recovery) *Keeper {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -157,8 +160,8 @@ func (k *Keeper) save() {
 	}
 }
 
-// Open makes the checker of a stream that was opened for a producer that was admitted, and announces it. The producer of that name before was closed. The error is a
-// *MismatchError: another one came first.
+// Open makes the checker of a stream that was opened for a producer that was admitted, and announces it. The producer of that name before was closed. The error
+// is a *MismatchError: another one came first.
 func (k *Keeper) Open(name string, stream uint64, m *tensor.Manifest) (*Producer, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -200,10 +203,12 @@ func (k *Keeper) close(p *Producer) {
 		if came {
 			k.counts.cutShort.Add(1)
 		}
-		if len(k.away) == awayMax {
-			k.away = slices.Delete(k.away, 0, 1)
+		if p.at.came.Chunks() <= awayChunksMax {
+			if len(k.away) == awayMax {
+				k.away = slices.Delete(k.away, 0, 1)
+			}
+			k.away = append(k.away, p.at)
 		}
-		k.away = append(k.away, p.at)
 	}
 	p.entry.users--
 	k.known.trim()

@@ -124,7 +124,7 @@ func TestManifestFile(t *testing.T) {
 
 // TestFoundInASegment: producers whose chunks an earlier process left unread, and that do not come back, are said to be gone, once; others are not mentioned.
 func TestFoundInASegment(t *testing.T) {
-	r, mem := newRingIn(t, 16)
+	r, mem := newRingIn(t, 16, 1)
 	cfg := Config{ChunkBytes: chunkBytes}
 	k := New(r, cfg, nil)
 	m := manifest(t)

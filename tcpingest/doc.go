@@ -6,6 +6,10 @@
 // it is hot. Slots are reserved only for samples whose bytes are in the socket buffer already, so a slow sender holds nothing up; a sample larger
 // than heldMin cannot wait there, so it is received in place, and its slot is given back if it stalls.
 //
+// Of tables of tensors the samples are chunks, whose headers the stream's checker sees when they are pushed: at the first bad one the connection ends with
+// bad_chunk, and what the checker has to say is written before the acks. Role manifest is answered here; other roles are handed to Config.Attach: publish and
+// subscribe from TCP as well.
+//
 // A session has one connection. When another asks for it, the one that has it takes nothing more, whatever it waits for just then, closes its stream at once
 // and acks afterwards, so that a peer that is half dead holds nobody up. While a stream waits for a slot, a timer looks after its peer (watch.go): a peer that
 // wants them gets notes, and one that is gone is let go.

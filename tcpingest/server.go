@@ -274,9 +274,11 @@ func (s *Server) manifest(c *conn, hello *wire.Hello) {
 // attach hands a connection of another role to whom it may concern. From then on it is none of this server's:
 // neither its limits nor Shutdown concern it.
 func (s *Server) attach(c *conn, hello *wire.Hello) {
-	if r := ingest.CheckKind(s.cfg.Tables, hello); r != nil {
-		s.refuse(c, r)
-		return
+	if s.cfg.Tables.Kind(hello.Table) != "" { // else who serves the role says so
+		if r := ingest.CheckKind(s.cfg.Tables, hello); r != nil {
+			s.refuse(c, r)
+			return
+		}
 	}
 	_, local := c.netConn.(*net.UnixConn)
 	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe; s.cfg.Attach == nil || !local && !anywhere {

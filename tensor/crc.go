@@ -4,11 +4,22 @@ import "hash/crc32"
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+// aheadBytes are asked for while as many before them are summed: the processor alone fetches what is summed too late. Of 64 MiB in memory, 4 KiB ahead gave 18 GB/s instead of 7, and
+// twice or four times as much less than that.
+const aheadBytes = 4 << 10
+
 // CRC is the CRC-32C (Castagnoli, RFC 3720) of b.
-func CRC(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+func CRC(b []byte) uint32 { return UpdateCRC(0, b) }
 
 // UpdateCRC is the CRC of what sum is of, followed by b.
-func UpdateCRC(sum uint32, b []byte) uint32 { return crc32.Update(sum, castagnoli, b) }
+func UpdateCRC(sum uint32, b []byte) uint32 {
+	for len(b) >= 2*aheadBytes {
+		prefetch(&b[aheadBytes], aheadBytes/64)
+		sum = crc32.Update(sum, castagnoli, b[:aheadBytes])
+		b = b[aheadBytes:]
+	}
+	return crc32.Update(sum, castagnoli, b)
+}
 
 // CombineCRC is the CRC of A followed by B, from the CRCs of A and B and the length of B (0 or more).
 //

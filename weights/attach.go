@@ -33,8 +33,8 @@ type Attachment struct {
 	closed  bool
 }
 
-// Attach becomes a reader of a table of the daemon whose socket is at path. Role and versions of the hello may be left out. ctx bounds the attaching only, which with
-// hello.Wait lasts until something was published.
+// Attach becomes a reader of a table of the daemon whose socket is at path. Role and versions of the hello may be left out. ctx bounds the attaching only,
+// which with hello.Wait lasts until something was published.
 //
 // A *wire.Refusal in the error says why the daemon would not; *shm.FormatError that it shared what makes no sense.
 func Attach(ctx context.Context, path string, hello wire.Hello) (*Attachment, error) {
@@ -119,23 +119,24 @@ func (a *Attachment) Segment() *Segment { return a.segment }
 // Accepted returns what the daemon said.
 func (a *Attachment) Accepted() wire.AcceptedSubscribe { return a.accepted }
 
-// Changed returns a channel that is closed when the daemon next says that there is a newer generation, or when the attachment ends. To wait for either, take it first
-// and then look.
+// Changed returns a channel that is closed when the daemon next says that there is a newer generation, or when the attachment ends. To wait for either, take
+// it first and then look.
 func (a *Attachment) Changed() <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.changed
 }
 
-// Err returns why the attachment has ended, or nil: a *wire.Notice, with code replaced if the table has another segment now; an *shm.PeerGoneError; os.ErrClosed. What is
-// pinned may still be read after a notice of that code, and after the daemon's death: nobody writes it.
+// Err returns why the attachment has ended, or nil: a *wire.Notice, with code replaced if the table has another segment now; an *shm.PeerGoneError;
+// os.ErrClosed. What is pinned may still be read after a notice of that code, and after the daemon's death: nobody writes it.
 func (a *Attachment) Err() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.err
 }
 
-// Pin pins the newest generation, if it is above newerThan; false: there is none, or the attachment was closed. It costs no system call and no round trip. Unpin must follow.
+// Pin pins the newest generation, if it is above newerThan; false: there is none, or the attachment was closed. It costs no system call and no round trip.
+// Unpin must follow.
 func (a *Attachment) Pin(newerThan uint64) (generation uint64, place int, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -161,7 +162,8 @@ func (a *Attachment) Unpin(place int) {
 	}
 }
 
-// Close ends the attachment: nothing more can be pinned. What is pinned stays so, with the connection and the memory, until the last Unpin. Closing twice is no error.
+// Close ends the attachment: nothing more can be pinned. What is pinned stays so, with the connection and the memory, until the last Unpin. Closing twice is
+// no error.
 func (a *Attachment) Close() error {
 	a.change(fmt.Errorf("weights: %w", os.ErrClosed))
 	a.mu.Lock()

@@ -12,8 +12,8 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// PublisherAttachment is an in-place publisher's side of a table in another process: its segment, mapped writable. What is said over its connection is left to the caller. One
-// goroutine at a time uses it.
+// PublisherAttachment is an in-place publisher's side of a table in another process: its segment, mapped writable. What is said over its connection is left
+// to the caller. One goroutine at a time uses it.
 type PublisherAttachment struct {
 	conn     *net.UnixConn
 	accepted wire.AcceptedPublish
@@ -21,9 +21,9 @@ type PublisherAttachment struct {
 	segment  *Segment
 }
 
-// AttachPublisher becomes the publisher of a table of the daemon whose socket is at path. The hello must have the manifest; role, versions and in_place may be left out. ctx bounds the
-// attaching only: the daemon makes the segment meanwhile, if it has to, and then all of it is made present in this process too (0.1 to 0.3 s per GiB), so that the
-// first generations cost no more than the later ones.
+// AttachPublisher becomes the publisher of a table of the daemon whose socket is at path. The hello must have the manifest; role, versions and in_place may
+// be left out. ctx bounds the attaching only: the daemon makes the segment meanwhile, if it has to, and then all of it is made present in this process too
+// (0.1 to 0.3 s per GiB), so that the first generations cost no more than the later ones.
 //
 // A *wire.Refusal in the error says why the daemon would not; *shm.FormatError that it shared what makes no sense.
 func AttachPublisher(ctx context.Context, path string, hello wire.Hello) (*PublisherAttachment, error) {
@@ -64,7 +64,8 @@ func (a *PublisherAttachment) Conn() net.Conn { return a.conn }
 // Accepted returns what the daemon said.
 func (a *PublisherAttachment) Accepted() wire.AcceptedPublish { return a.accepted }
 
-// Segment returns the segment. Only Data and SumBytes of a place that the daemon gave may be written, until the commit is said. It must not be used after Close.
+// Segment returns the segment. Only Data and SumBytes of a place that the daemon gave may be written, until the commit is said. It must not be used after
+// Close.
 func (a *PublisherAttachment) Segment() *Segment { return a.segment }
 
 // Close ends the publisher: what it has begun and not committed is not there. Closing twice is no error.

@@ -47,7 +47,8 @@ func dump(mem []byte) string {
 	return b.String()
 }
 
-// TestExampleOfDocs: the bytes in docs/weights.md are those that a Store writes, and a reader understands them. The Python package's tests read the same section.
+// TestExampleOfDocs: the bytes in docs/weights.md are those that a Store writes, and a reader understands them. The Python package's tests read the same
+// section.
 func TestExampleOfDocs(t *testing.T) {
 	page := string(must(os.ReadFile("../docs/weights.md"))(t))
 	_, section, ok := strings.Cut(page, "\n## Example\n")

@@ -9,8 +9,8 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// storeModel is a table as it should be: plain values and no memory.
-type storeModel struct {
+// tableModel is a table as it should be: plain values and no memory.
+type tableModel struct {
 	places  int
 	newest  uint64
 	whole   map[uint64]bool               // generations of the newest segment that are there
@@ -33,7 +33,7 @@ type modelHeld struct {
 }
 
 // pinned tells whether a reader holds a generation of the newest segment.
-func (m *storeModel) pinned(generation uint64) bool {
+func (m *tableModel) pinned(generation uint64) bool {
 	for r, all := range m.held {
 		for _, h := range all {
 			if r.segment == m.segment && h.generation == generation {
@@ -45,7 +45,7 @@ func (m *storeModel) pinned(generation uint64) bool {
 }
 
 // begin tells whether there is a place for one more generation: one that holds nothing, or an old generation's that nobody pins. It takes the oldest of those.
-func (m *storeModel) begin() bool {
+func (m *tableModel) begin() bool {
 	if len(m.whole) < m.places {
 		return true
 	}
@@ -59,18 +59,18 @@ func (m *storeModel) begin() bool {
 	return oldest != 0
 }
 
-// life runs random publishers and readers against a store and the storeModel, and compares all that can be seen after each step.
+// life runs random publishers and readers against a store and the model, and compares all that can be seen after each step.
 type life struct {
-	t          *testing.T
-	rng        *rand.Rand
-	store      *Store
-	storeModel *storeModel
-	manifests  []*tensor.Manifest
-	readers    []*modelReader
-	p          *Publishing
-	place      *Place
-	own        int // which manifest p publishes; what of the newest segment is
-	current    int
+	t         *testing.T
+	rng       *rand.Rand
+	store     *Store
+	model     *tableModel
+	manifests []*tensor.Manifest
+	readers   []*modelReader
+	p         *Publishing
+	place     *Place
+	own       int // which manifest p publishes; what of the newest segment is
+	current   int
 }
 
 func TestModel(t *testing.T) {
@@ -79,8 +79,8 @@ func TestModel(t *testing.T) {
 			places := 2 + int(seed%3)
 			l := &life{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), store: heapStore(t, places), current: -1,
-				manifests:  []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
-				storeModel: &storeModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
+				manifests: []*tensor.Manifest{manifestOf(t, 40, 0, 9), manifestOf(t, 300)},
+				model:     &tableModel{places: places, whole: map[uint64]bool{}, held: map[*modelReader][]*modelHeld{}},
 			}
 			for step := 0; step < 400 && !t.Failed(); step++ {
 				l.step()
@@ -108,7 +108,7 @@ func (l *life) step() {
 	case n < 40:
 		l.place.Abort()
 		l.place = nil
-	case n < 45 && l.storeModel.newest > 0 && len(l.readers) < 5:
+	case n < 45 && l.model.newest > 0 && len(l.readers) < 5:
 		l.open()
 	case len(l.readers) == 0:
 	case n < 50:
@@ -121,15 +121,15 @@ func (l *life) step() {
 }
 
 func (l *life) begin() {
-	ok := l.own != l.current || l.storeModel.begin() // a segment that nothing was published of has place
+	ok := l.own != l.current || l.model.begin() // a segment that nothing was published of has place
 	place, err := l.p.TryBegin(0)
 	if busy := (*PinnedError)(nil); ok != (err == nil) || err != nil && !errors.As(err, &busy) {
-		l.t.Fatalf("begin: %v; the storeModel says %v", err, ok)
+		l.t.Fatalf("begin: %v; the model says %v", err, ok)
 	}
 	if err == nil {
 		l.place = place
-		if place.Generation() != l.storeModel.newest+1 {
-			l.t.Fatalf("generation %d after %d", place.Generation(), l.storeModel.newest)
+		if place.Generation() != l.model.newest+1 {
+			l.t.Fatalf("generation %d after %d", place.Generation(), l.model.newest)
 		}
 		write(place)
 	}
@@ -138,17 +138,17 @@ func (l *life) begin() {
 func (l *life) commit() {
 	must(l.place.Commit())(l.t)
 	if l.own != l.current {
-		l.storeModel.whole = map[uint64]bool{}
-		l.storeModel.segment++
+		l.model.whole = map[uint64]bool{}
+		l.model.segment++
 		l.current = l.own
 	}
-	l.storeModel.newest = l.place.Generation()
-	l.storeModel.whole[l.storeModel.newest] = true
+	l.model.newest = l.place.Generation()
+	l.model.whole[l.model.newest] = true
 	l.place = nil
 }
 
 func (l *life) open() {
-	r := &modelReader{segment: l.storeModel.segment}
+	r := &modelReader{segment: l.model.segment}
 	if l.rng.IntN(2) == 0 {
 		r.inside = must(l.store.OpenReader(Who{}))(l.t)
 	} else {
@@ -161,14 +161,14 @@ func (l *life) open() {
 func (l *life) close(i int) {
 	r := l.readers[i]
 	if r.inside != nil {
-		for _, h := range l.storeModel.held[r] {
+		for _, h := range l.model.held[r] {
 			h.held.Release()
 		}
 		check(l.t, r.inside.Close())
 	} else {
 		check(l.t, r.page.Close())
 	}
-	delete(l.storeModel.held, r)
+	delete(l.model.held, r)
 	l.readers = append(l.readers[:i], l.readers[i+1:]...)
 }
 
@@ -182,14 +182,14 @@ func (l *life) pin(r *modelReader) {
 	} else {
 		h.generation, h.place, ok = r.pins.Pin(r.view, 0)
 	}
-	if !ok || r.segment == l.storeModel.segment && h.generation != l.storeModel.newest {
-		l.t.Fatalf("pinned generation %d (%v), the newest is %d", h.generation, ok, l.storeModel.newest)
+	if !ok || r.segment == l.model.segment && h.generation != l.model.newest {
+		l.t.Fatalf("pinned generation %d (%v), the newest is %d", h.generation, ok, l.model.newest)
 	}
-	l.storeModel.held[r] = append(l.storeModel.held[r], h)
+	l.model.held[r] = append(l.model.held[r], h)
 }
 
 func (l *life) release(r *modelReader) {
-	all := l.storeModel.held[r]
+	all := l.model.held[r]
 	if len(all) == 0 {
 		return
 	}
@@ -199,7 +199,7 @@ func (l *life) release(r *modelReader) {
 	} else {
 		r.pins.Unpin(all[i].place)
 	}
-	l.storeModel.held[r] = append(all[:i], all[i+1:]...)
+	l.model.held[r] = append(all[:i], all[i+1:]...)
 }
 
 // compare looks at all that can be seen.
@@ -208,14 +208,14 @@ func (l *life) compare() {
 	there := map[uint64]bool{}
 	for _, g := range st.Generations {
 		there[g.Generation] = true
-		if (len(g.Pins) > 0) != l.storeModel.pinned(g.Generation) {
-			l.t.Errorf("generation %d has pins %v, the storeModel says %v", g.Generation, g.Pins, l.storeModel.pinned(g.Generation))
+		if (len(g.Pins) > 0) != l.model.pinned(g.Generation) {
+			l.t.Errorf("generation %d has pins %v, the model says %v", g.Generation, g.Pins, l.model.pinned(g.Generation))
 		}
 	}
-	if st.Newest != l.storeModel.newest || fmt.Sprint(there) != fmt.Sprint(l.storeModel.whole) {
-		l.t.Errorf("newest %d of %v, the storeModel has %d of %v", st.Newest, there, l.storeModel.newest, l.storeModel.whole)
+	if st.Newest != l.model.newest || fmt.Sprint(there) != fmt.Sprint(l.model.whole) {
+		l.t.Errorf("newest %d of %v, the model has %d of %v", st.Newest, there, l.model.newest, l.model.whole)
 	}
-	for r, all := range l.storeModel.held {
+	for r, all := range l.model.held {
 		for _, h := range all {
 			view := r.view
 			if r.inside != nil {

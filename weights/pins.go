@@ -31,8 +31,8 @@ func NewPins(page []byte) (*Pins, error) {
 	return &Pins{page: page[:PinsBytes]}, nil
 }
 
-// Pin pins the newest generation, if it is above newerThan; false: there is none. It must be followed by Unpin of that place. The same generation can be pinned more
-// than once.
+// Pin pins the newest generation, if it is above newerThan; false: there is none. It must be followed by Unpin of that place. The same generation can be
+// pinned more than once.
 func (p *Pins) Pin(s *Segment, newerThan uint64) (generation uint64, place int, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

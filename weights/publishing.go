@@ -176,7 +176,8 @@ func (pl *Place) Missing() error {
 	return &IncompleteError{pl.generation, pl.publishing.manifest.Tensor(first).Name, missing}
 }
 
-// Commit makes the generation the newest and returns its digest. The sums of all tensors must have been set: *IncompleteError, after which the place is still there.
+// Commit makes the generation the newest and returns its digest. The sums of all tensors must have been set: *IncompleteError, after which the place is still
+// there.
 func (pl *Place) Commit() (spec.Fingerprint, error) {
 	if err := pl.Missing(); err != nil {
 		pl.publishing.store.fail(FailedIncomplete)

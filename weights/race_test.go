@@ -26,8 +26,8 @@ func (p heapPage) Descriptor() int       { return -1 }
 func (p heapPage) Writable() (int, bool) { return -1, false }
 func (p heapPage) Close() error          { return nil }
 
-// TestNoByteChangesUnderAPin: publishers that go as fast as places come free, and readers of both kinds. What is pinned is read twice and must be its generation's content, by
-// which it proves itself; the race detector sees whether a place is ever written while it is read.
+// TestNoByteChangesUnderAPin: publishers that go as fast as places come free, and readers of both kinds. What is pinned is read twice and must be its
+// generation's content, by which it proves itself; the race detector sees whether a place is ever written while it is read.
 func TestNoByteChangesUnderAPin(t *testing.T) {
 	for _, places := range []int{2, 3} {
 		t.Run(fmt.Sprint(places), func(t *testing.T) {
@@ -175,7 +175,8 @@ func TestUnpinTwicePanics(t *testing.T) {
 	pins.Unpin(place)
 }
 
-// TestSpoiltWords: a publisher in place can write any word of the segment. What it spoils is what readers of the mapping see; a store and its own readers go on.
+// TestSpoiltWords: a publisher in place can write any word of the segment. What it spoils is what readers of the mapping see; a store and its own readers go
+// on.
 func TestSpoiltWords(t *testing.T) {
 	s := heapStore(t, 3)
 	p := must(s.OpenPublisher(manifestOf(t, 8), Who{}))(t)

@@ -97,8 +97,8 @@ func (r *Reader) ring() {
 	}
 }
 
-// News receives a value after something was published or the reader's Err has become one; several may be merged into one. One goroutine at a time waits for it, here or
-// in Wait.
+// News receives a value after something was published or the reader's Err has become one; several may be merged into one. One goroutine at a time waits for
+// it, here or in Wait.
 func (r *Reader) News() <-chan struct{} { return r.bell }
 
 // Latest pins the newest generation of the segment, if it is above newerThan; false: there is none. Any goroutine may call it.
@@ -132,8 +132,8 @@ func (r *Reader) hold(place int) *Held {
 	return &Held{reader: r, place: place, whole: w}
 }
 
-// Wait is Latest that waits. It returns the context's error, which for a deadline is also os.ErrDeadlineExceeded; *ReplacedError; os.ErrClosed. One goroutine at a
-// time may be in it.
+// Wait is Latest that waits. It returns the context's error, which for a deadline is also os.ErrDeadlineExceeded; *ReplacedError; os.ErrClosed. One goroutine
+// at a time may be in it.
 func (r *Reader) Wait(ctx context.Context, newerThan uint64) (*Held, error) {
 	for {
 		gone := r.Err() // first: what was published before it ended is still given out
@@ -162,8 +162,8 @@ func (r *Reader) Close() error {
 	return r.remove()
 }
 
-// remove takes a reader that is closed and holds nothing off the list. A page shared with another process holds nothing more: its process is gone, or was told so. Called
-// under the store's mu.
+// remove takes a reader that is closed and holds nothing off the list. A page shared with another process holds nothing more: its process is gone, or was
+// told so. Called under the store's mu.
 func (r *Reader) remove() error {
 	if !r.closing || r.removed || r.page == nil && r.pins.Pinned() > 0 {
 		return nil

@@ -88,7 +88,8 @@ func (rs *remotes) stats() (all []RemoteStats, sum RemoteCounts) {
 	return all, sum
 }
 
-// remote is a reader that is served over its connection: always the newest generation that it does not have. One goroutine writes to it, and one reads its answers.
+// remote is a reader that is served over its connection: always the newest generation that it does not have. One goroutine writes to it, and one reads its
+// answers.
 type remote struct {
 	conn    netConn
 	limits  limits
@@ -131,7 +132,8 @@ func (s *Server) serveRemote(ctx context.Context, conn net.Conn, hello *wire.Hel
 		conn: nc, limits: s.limits(), log: log, store: store, delta: hello.Delta, answers: make(chan byte, 1), sender: sender{conn: nc, stall: s.cfg.StallTimeout},
 	}
 	if !s.remotes.admit(r, s.cfg.RemoteReadersMax) {
-		return wire.Refuse(wire.CodeTooManyConnections, "%d readers are served over connections, which is this daemon's limit: end one, raise the limit, or try again later", s.cfg.RemoteReadersMax)
+		return wire.Refuse(wire.CodeTooManyConnections,
+			"%d readers are served over connections, which is this daemon's limit: end one, raise the limit, or try again later", s.cfg.RemoteReadersMax)
 	}
 	defer s.remotes.leave(r)
 	if err := s.awaitFirst(ctx, conn, store, hello); err != nil {
@@ -218,8 +220,8 @@ func (r *remote) accept(ctx context.Context, reader *Reader, who Who) error {
 	return r.sender.write(ctx, reply)
 }
 
-// serve sends generations until the connection or ctx ends, or there will be no more. It returns nil if the reader ended it, the *wire.Notice that it is to be ended with, or
-// what went wrong with the connection.
+// serve sends generations until the connection or ctx ends, or there will be no more. It returns nil if the reader ended it, the *wire.Notice that it is to be
+// ended with, or what went wrong with the connection.
 func (r *remote) serve(ctx context.Context, hello *wire.Hello) error {
 	ctx, gone := context.WithCancelCause(ctx)
 	defer gone(nil)
@@ -286,8 +288,8 @@ func (r *remote) claims(hello *wire.Hello) {
 	r.note(func(st *RemoteStats) { st.Have = have })
 }
 
-// give sends a generation, of which the reader has the first bytes or what does not differ from base, and waits for its answer. Both are let go of when it has answered: until
-// then what lies in the sockets' buffers is the memory itself.
+// give sends a generation, of which the reader has the first bytes or what does not differ from base, and waits for its answer. Both are let go of when it has
+// answered: until then what lies in the sockets' buffers is the memory itself.
 func (r *remote) give(ctx context.Context, held, base *Held, from int64) (err error) {
 	defer held.Release()
 	a := announce(held, base)
@@ -418,7 +420,8 @@ func (r *remote) notice(ctx context.Context, err error) *wire.Notice {
 	case cause != nil, errors.Is(err, errClosed):
 		return &wire.Notice{Code: wire.CodeShuttingDown, Reason: "the daemon is stopping"}
 	case errors.Is(err, errNoAnswer):
-		return &wire.Notice{Code: wire.CodeStalled, Reason: fmt.Sprintf("all of a generation was sent, and for %v the reader did not say whether it has it", r.limits.answer)}
+		reason := fmt.Sprintf("all of a generation was sent, and for %v the reader did not say whether it has it", r.limits.answer)
+		return &wire.Notice{Code: wire.CodeStalled, Reason: reason}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		r.log.Info("a reader took nothing for too long", "dur", r.limits.stall)
 	}

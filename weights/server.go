@@ -83,7 +83,8 @@ func (c ServerConfig) check() error {
 		return fmt.Errorf("weights: ChunkBytes: %w", err)
 	}
 	for name, d := range map[string]time.Duration{
-		"WriteTimeout": c.WriteTimeout, "IdleTimeout": c.IdleTimeout, "StallTimeout": c.StallTimeout, "AnswerTimeout": c.AnswerTimeout, "LingerTimeout": c.LingerTimeout,
+		"WriteTimeout": c.WriteTimeout, "IdleTimeout": c.IdleTimeout, "StallTimeout": c.StallTimeout, "AnswerTimeout": c.AnswerTimeout,
+		"LingerTimeout": c.LingerTimeout,
 	} {
 		if d < 0 {
 			return fmt.Errorf("weights: %s is %v, must not be negative", name, d)
@@ -133,10 +134,11 @@ func (s *Server) Stats() ServerStats {
 	return all
 }
 
-// Serve serves a peer whose hello, of role publish or subscribe, was read, and closes its connection. It returns when the peer has ended, or soon after ctx has.
+// Serve serves a peer whose hello, of role publish or subscribe, was read, and closes its connection. It returns when the peer has ended, or soon after ctx
+// has.
 //
-// It returns nil when the peer closed, whatever it left undone; a *wire.Refusal when it was refused and a *wire.Notice when it was cut off (both have been sent). Any other
-// error is the daemon's own trouble, or the connection's.
+// It returns nil when the peer closed, whatever it left undone; a *wire.Refusal when it was refused and a *wire.Notice when it was cut off (both have been
+// sent). Any other error is the daemon's own trouble, or the connection's.
 func (s *Server) Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) error {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Time{}) // that of the handshake is over
@@ -205,7 +207,8 @@ func (s *Server) tables() string {
 	return strings.Join(slices.Sorted(maps.Keys(s.cfg.Stores)), ", ")
 }
 
-// refuse sends the refusal, then reads and drops what the peer may still have sent: closing over unread bytes would reset the connection, and the reason would be lost.
+// refuse sends the refusal, then reads and drops what the peer may still have sent: closing over unread bytes would reset the connection, and the reason
+// would be lost.
 func (s *Server) refuse(conn net.Conn, refusal *wire.Refusal) {
 	_ = conn.SetDeadline(time.Now().Add(s.cfg.WriteTimeout))
 	if wire.WriteRefusal(conn, refusal) == nil {
@@ -271,8 +274,8 @@ func (s *Server) accepted(readers, publishers uint64) {
 	s.total.Publishers += publishers
 }
 
-// awaitFirst returns when the table has a generation. If there is none, a reader that did not ask to wait is refused; one that did may close meanwhile: io.EOF, or what the
-// connection said.
+// awaitFirst returns when the table has a generation. If there is none, a reader that did not ask to wait is refused; one that did may close meanwhile:
+// io.EOF, or what the connection said.
 func (s *Server) awaitFirst(ctx context.Context, conn net.Conn, store *Store, hello *wire.Hello) error {
 	select {
 	case <-store.First():

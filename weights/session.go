@@ -59,8 +59,8 @@ func newSession(conn netConn, p *Publishing, streamed bool, l limits, log *slog.
 	return x
 }
 
-// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong with the
-// connection. The place that it had begun is the caller's to give back, with the publisher's Close.
+// run serves the publisher until its connection ends. It returns nil if the publisher ended it, the *wire.Notice that it was ended with, or what went wrong
+// with the connection. The place that it had begun is the caller's to give back, with the publisher's Close.
 func (x *session) run(ctx context.Context) error {
 	x.ctx = ctx
 	_ = x.conn.SetDeadline(time.Time{})
@@ -73,7 +73,9 @@ func (x *session) run(ctx context.Context) error {
 	if notice == nil {
 		return quiet(err)
 	}
-	x.publishing.Close() // before the peer reads of it
+	if x.receiver != nil { // one in place may go on writing until its socket ends
+		x.publishing.Close() // before the peer reads of it
+	}
 	dismiss(ctx, x.conn, notice, x.limits.linger)
 	return notice
 }
@@ -300,8 +302,8 @@ func (x *session) notice(err error) *wire.Notice {
 // lingerBytes is the most that is read and dropped while a peer reads why it was ended.
 const lingerBytes = 64 << 20
 
-// dismiss tells a peer why it is ended, after a length of 0. What it still sends is read and dropped for a while: closing over unread bytes would reset the connection and
-// take the reason along.
+// dismiss tells a peer why it is ended, after a length of 0. What it still sends is read and dropped for a while: closing over unread bytes would reset the
+// connection and take the reason along.
 func dismiss(ctx context.Context, conn netConn, n *wire.Notice, linger time.Duration) {
 	_ = conn.SetDeadline(time.Now().Add(linger))
 	if _, err := conn.Write(wire.AppendNotice(binary.LittleEndian.AppendUint32(nil, 0), n)); err != nil || conn.CloseWrite() != nil {

@@ -125,8 +125,8 @@ func (s *Store) release(m *memory) {
 	}
 }
 
-// OpenPublisher gives the table to a publisher of this manifest, until it closes. If the newest generation has another manifest, or there is none, it makes a segment,
-// which takes the place of the other one at the publisher's first commit.
+// OpenPublisher gives the table to a publisher of this manifest, until it closes. If the newest generation has another manifest, or there is none, it makes a
+// segment, which takes the place of the other one at the publisher's first commit.
 //
 // *ActiveError: it has one; *CapacityError: its generations would be too large; an *shm.InsufficientError: there is not enough memory.
 func (s *Store) OpenPublisher(m *tensor.Manifest, who Who) (*Publishing, error) {

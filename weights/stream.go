@@ -72,7 +72,10 @@ type piece struct {
 }
 
 func newReceiver(p *Publishing, chunkBytes int) *receiver {
-	return &receiver{manifest: p.manifest, publisher: p.number, chunkBytes: chunkBytes, covered: tensor.NewCoverage(p.manifest), have: make([][]piece, p.manifest.Len())}
+	return &receiver{
+		manifest: p.manifest, publisher: p.number, chunkBytes: chunkBytes,
+		covered: tensor.NewCoverage(p.manifest), have: make([][]piece, p.manifest.Len()),
+	}
 }
 
 // begin makes ready for the chunks of a place.
@@ -147,8 +150,8 @@ func (r *receiver) wrong(h *tensor.Header, reason string) error {
 	return e
 }
 
-// parts calls f with the part of each tensor that lies in the n flat bytes from flat on, until it returns false: from is where the part starts in the tensor's bytes, at in
-// the n bytes.
+// parts calls f with the part of each tensor that lies in the n flat bytes from flat on, until it returns false: from is where the part starts in the tensor's
+// bytes, at in the n bytes.
 func (r *receiver) parts(flat, n int64, f func(i int, from, bytes, at int64) bool) {
 	m := r.manifest
 	for i := m.At(flat); i < m.Len() && m.Offset(i) < flat+n; i++ {

@@ -4,6 +4,7 @@ package weights
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -28,8 +29,8 @@ func socketPair(t testing.TB) (a, b *net.UnixConn) {
 	return a, b
 }
 
-// model is what a generation should hold: the plain way.
-type model struct {
+// sentModel is what a generation should hold: the plain way.
+type sentModel struct {
 	m      *tensor.Manifest
 	begun  uint64
 	flat   []byte
@@ -39,7 +40,7 @@ type model struct {
 }
 
 // take says whether the daemon takes a chunk, and takes it.
-func (o *model) take(h tensor.Header, data []byte) bool {
+func (o *sentModel) take(h tensor.Header, data []byte) bool {
 	if o.begun == 0 || h.Step != o.begun || h.Check(o.m, 64<<10) != nil || h.DataCRC != tensor.CRC(data) || h.Flags != 0 {
 		return false
 	}
@@ -68,7 +69,7 @@ func (o *model) take(h tensor.Header, data []byte) bool {
 	return true
 }
 
-func (o *model) whole() bool {
+func (o *sentModel) whole() bool {
 	for i := range o.m.Len() {
 		for at := o.m.Offset(i); at < endOf(o.m, i); at++ {
 			covered := false
@@ -83,7 +84,8 @@ func (o *model) whole() bool {
 	return true
 }
 
-// FuzzPublisher lives a whole life of a streamed publisher: what it publishes is what it sent, and it is ended where it breaks the rules, as a plain model says.
+// FuzzPublisher lives a whole life of a streamed publisher: what it publishes is what it sent, and it is ended where it breaks the rules, as a plain model
+// says.
 func FuzzPublisher(f *testing.F) {
 	whole := []byte{0, 3, 0, 3, 3, 1, 3, 6, 1, 1}
 	f.Add(whole)
@@ -107,7 +109,7 @@ func FuzzPublisher(f *testing.F) {
 			theirs.Close()
 		}()
 		check(t, ours.SetDeadline(time.Now().Add(10*time.Second)))
-		o := &model{m: m, flat: make([]byte, m.DataBytes())}
+		o := &sentModel{m: m, flat: make([]byte, m.DataBytes())}
 		live(t, ops, o, &rawPublisher{t: t, Conn: ours, m: m, accepted: wire.AcceptedPublish{Publisher: p.number}})
 		ours.Close()
 		<-served
@@ -131,7 +133,7 @@ func FuzzPublisher(f *testing.F) {
 }
 
 // live says what ops say, and compares the answers with the model.
-func live(t *testing.T, ops []byte, o *model, p *rawPublisher) {
+func live(t *testing.T, ops []byte, o *sentModel, p *rawPublisher) {
 	next := func() byte {
 		if len(ops) == 0 {
 			return 0
@@ -194,7 +196,9 @@ func live(t *testing.T, ops []byte, o *model, p *rawPublisher) {
 			_ = p.Conn.(*net.UnixConn).CloseWrite()
 			// Whatever that was, it cannot have been a whole conversation: a begin at most.
 			for {
-				if _, err := p.Read(make([]byte, 512)); err != nil {
+				if _, err := p.Read(make([]byte, 512)); errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatal(err)
+				} else if err != nil {
 					return
 				}
 			}
@@ -203,7 +207,7 @@ func live(t *testing.T, ops []byte, o *model, p *rawPublisher) {
 }
 
 // chunk sends a chunk and says whether the daemon takes it.
-func (o *model) chunk(p *rawPublisher, flat, n int64, damage byte) bool {
+func (o *sentModel) chunk(p *rawPublisher, flat, n int64, damage byte) bool {
 	i := min(o.m.At(flat), o.m.Len()-1)
 	n = min(n, max(o.m.DataBytes()-flat, 256))
 	if last := endOf(o.m, o.m.Len()-1); flat < last && flat+n > last {

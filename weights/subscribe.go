@@ -24,7 +24,8 @@ const newsMark = 0x01
 // subscribe serves a reader on this machine: it gives it the segment and a page of pins, and rings when something was published.
 func (s *Server) subscribe(ctx context.Context, conn *net.UnixConn, hello *wire.Hello, store *Store, who Who, log *slog.Logger) error {
 	if hello.Delta || hello.Have != 0 || hello.Resume != 0 {
-		return wire.Refuse(wire.CodeBadOption, "have, resume and delta are for readers to whom generations are streamed; this one maps them: take them out, or set stream")
+		return wire.Refuse(wire.CodeBadOption,
+			"have, resume and delta are for readers to whom generations are streamed; this one maps them: take them out, or set stream")
 	}
 	if err := s.awaitFirst(ctx, conn, store, hello); err != nil {
 		return quiet(err)
@@ -94,8 +95,8 @@ func (s *Server) acceptReader(conn *net.UnixConn, r *Reader, page backing) error
 	return nil
 }
 
-// ring writes the mark of news, if there is room for it: a reader that has not read so many has news enough. It never waits, so that a reader that is stopped, and still
-// pins what it reads, is not cut off for it.
+// ring writes the mark of news, if there is room for it: a reader that has not read so many has news enough. It never waits, so that a reader that is
+// stopped, and still pins what it reads, is not cut off for it.
 func ring(conn *net.UnixConn) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -109,8 +110,10 @@ func ring(conn *net.UnixConn) {
 
 // quiet makes nothing of a connection that the peer has closed.
 func quiet(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, net.ErrClosed) {
-		return nil
+	for _, closed := range [...]error{io.EOF, io.ErrUnexpectedEOF, unix.ECONNRESET, unix.EPIPE, net.ErrClosed} {
+		if errors.Is(err, closed) {
+			return nil
+		}
 	}
 	return err
 }

@@ -8,9 +8,9 @@ import (
 
 // word returns the 8 bytes at off as an atomic word.
 //
-// Safety: in bounds because the slice expression checks it; aligned because every offset of the format is a multiple of 8 and checkBase demands a base that is one of 64; alive
-// because the pointer keeps heap memory reachable, and a mapping outlives its users by contract of its maker; aliased only by other atomic
-// accesses: no plain access is ever made to these words after formatting.
+// Safety: in bounds because the slice expression checks it; aligned because every offset of the format is a multiple of 8 and checkBase demands a base that
+// is one of 64; alive because the pointer keeps heap memory reachable, and a mapping outlives its users by contract of its maker; aliased only by other
+// atomic accesses: no plain access is ever made to these words after formatting.
 func word(mem []byte, off int64) *atomic.Uint64 {
 	return (*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(mem[off : off+8])))
 }

@@ -267,7 +267,8 @@ func connectTable(line func(name, format string, args ...any), b *strings.Builde
 	case ingest.KindTensors:
 		fmt.Fprintf(b, "\n# table %s: tensors in chunks of %v, room for %d\n", t.Name, t.ChunkBytes, t.Batches*t.BatchSize)
 		if in != "" {
-			line("push", "python3 -c 'import ingestd, numpy as np; p = ingestd.StepProducer(%q, table=%q, name=\"w0\", tensors={\"w\": np.ones(4, \"f4\")})'", in, t.Name)
+			line("push", "python3 -c 'import ingestd, numpy as np; g = {\"w\": np.ones(4, \"f4\")}; p = ingestd.StepProducer(%q, table=%q, name=\"w0\", tensors=g); p.send(0, g); p.close()'",
+				in, t.Name)
 		}
 		if a.Unix != "" {
 			line("reduce", "python3 -c 'import ingestd; r = ingestd.GradReader(%q, table=%q); print(r.step(0, quorum=1, deadline=60).mean())'", a.Unix, t.Name)

@@ -27,8 +27,8 @@ func weightsGetCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get [flags] -o FILE",
 		Short: "Write the newest generation of a table to a safetensors file",
-		Long: `Write the newest generation, or with --select some of its tensors, to a .safetensors file whose data starts on a multiple of 64 bytes. It is verified first; the file
-appears when it is complete, and an existing one is not replaced.`,
+		Long: `Write the newest generation, or with --select some of its tensors, to a .safetensors file whose data starts on a multiple of 64 bytes. It is verified
+first; the file appears when it is complete, and an existing one is not replaced.`,
 		Example: `  ingestd weights get --table model -o copy.safetensors
   ingestd weights get --table model --select 'layers.0.*' --select head.w -o part.safetensors
   ingestd weights get --table model --addr tcp://127.0.0.1:7420 --newer-than 7 --deadline 1m -o next.safetensors`,
@@ -65,14 +65,14 @@ func (o *getOptions) run(ctx context.Context, std streams) error {
 	r := getResult{generationResult: generationResult{Table: o.table}, Out: o.out}
 	err := because(ctx, o.use(ctx, std, "get", o.progress, func(w *client.Weights) error {
 		r.generationResult = resultOf(o.table, w)
-		return o.write(w, &r)
+		return o.write(w, &r, std.err)
 	}))
 	r.Seconds = time.Since(began).Seconds()
 	return errors.Join(o.print(std.out, r, time.Since(began), err), err)
 }
 
 // write writes what was selected.
-func (o *getOptions) write(w *client.Weights, r *getResult) error {
+func (o *getOptions) write(w *client.Weights, r *getResult, log io.Writer) error {
 	numbers, err := o.selected(w)
 	if err != nil {
 		return err
@@ -92,7 +92,21 @@ func (o *getOptions) write(w *client.Weights, r *getResult) error {
 		return &codeError{exitData, err}
 	}
 	r.Tensors, r.Bytes = m.Len(), tensorBytes(m)
-	return safetensors.Write(o.out, m, w.Manifest().Metadata(), func(k int) []byte { return w.At(numbers[k]) })
+	bar, err := newProgress(log, o.progress, "write "+o.out, r.Bytes)
+	if err != nil {
+		return err
+	}
+	defer bar.done(log)
+	written := int64(0) // of the tensor before
+	err = safetensors.Write(o.out, m, w.Manifest().Metadata(), func(k int) []byte {
+		bar.add(written)
+		written = m.EncodedBytes(k)
+		return w.At(numbers[k])
+	})
+	if err == nil {
+		bar.add(written)
+	}
+	return err
 }
 
 // selected returns the numbers of the tensors to write, each once, in the manifest's order.
@@ -129,6 +143,7 @@ func (o *getOptions) print(w io.Writer, r getResult, took time.Duration, err err
 	if err != nil {
 		return nil
 	}
-	_, printed := fmt.Fprintf(w, "wrote generation %d of table %q to %s: %d tensors, %s\n  digest %s\n", r.Generation, r.Table, r.Out, r.Tensors, rateText(r.Bytes, took), r.Digest)
+	_, printed := fmt.Fprintf(w, "wrote generation %d of table %q to %s: %d tensors, %s\n  digest %s\n",
+		r.Generation, r.Table, r.Out, r.Tensors, rateText(r.Bytes, took), r.Digest)
 	return printed
 }

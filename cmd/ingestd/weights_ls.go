@@ -29,8 +29,9 @@ func weightsListCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls [flags]",
 		Short: "List generations, who holds them, and a table's tensors",
-		Long: `List the tables of weights of a running daemon with their generations, who pins them and since when, who publishes and who reads; --table shows that one alone. This asks the
-admin endpoint (--admin of ingestd serve) and changes nothing. With -l list the tensors of --table instead, which asks the daemon at --addr.`,
+		Long: `List the tables of weights of a running daemon with their generations, who pins them and since when, who publishes and
+who reads; --table shows that one alone. This asks the admin endpoint (--admin of ingestd serve) and changes nothing.
+With -l list the tensors of --table instead, which asks the daemon at --addr.`,
 		Example: `  ingestd weights ls
   ingestd weights ls -l --table model`,
 		Args: usageArgs(cobra.NoArgs),

@@ -31,9 +31,9 @@ func weightsPublishCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "publish [flags] FILE",
 		Short: "Make a safetensors file the newest generation of a table",
-		Long: `Publish the tensors of FILE: a .safetensors file, or the .json index of a sharded one. Readers see the new generation at once, when all of it is in and verified;
-if the command ends before that, nothing is left of it. Over a unix socket the tensors are copied into the daemon's memory, where the daemon permits that; else, and over
-tcp://, they are sent.
+		Long: `Publish the tensors of FILE: a .safetensors file, or the .json index of a sharded one. Readers see the new generation at once,
+when all of it is in and verified; if the command ends before that, nothing is left of it. Over a unix socket the tensors are copied into the daemon's memory,
+where the daemon permits that; else, and over tcp://, they are sent.
 
 While readers hold all generations but the newest, it waits, for as long as --deadline says, and then names them.`,
 		Example: `  ingestd weights publish --table model model.safetensors
@@ -78,17 +78,22 @@ func (o *publishOptions) run(ctx context.Context, std streams, path string) (err
 	if err != nil {
 		return because(ctx, err)
 	}
-	bar, err := newProgress(std.err, o.progress, "publish "+path, file.Manifest().DataBytes())
+	total := file.Manifest().DataBytes()
+	bar, err := newProgress(std.err, o.progress, "publish "+path, total)
 	if err != nil {
 		return errors.Join(err, p.Close())
 	}
-	r := publishResult{generationResult: generationResult{Table: o.table, Tensors: file.Manifest().Len(), Bytes: tensorBytes(file.Manifest())}, InPlace: o.inPlace()}
+	if total == 0 {
+		bar = &progress{}
+	}
+	r := publishResult{InPlace: o.inPlace()}
+	r.generationResult = generationResult{Table: o.table, Tensors: file.Manifest().Len(), Bytes: tensorBytes(file.Manifest())}
 	began := time.Now()
 	ended := bar.follow(p.SentBytes)
 	done, err := o.publish(ctx, p, file)
 	ended()
-	if err == nil { // in place all goes at once, and what lies between tensors is not sent
-		bar.add(file.Manifest().DataBytes() - p.SentBytes())
+	if err == nil { // what lies between tensors does not count
+		bar.add(total - max(p.SentBytes(), 1))
 	}
 	bar.done(std.err)
 	took := time.Since(began)
@@ -162,6 +167,7 @@ func (o *publishOptions) print(w io.Writer, r publishResult, took time.Duration,
 	if err != nil {
 		return nil
 	}
-	_, printed := fmt.Fprintf(w, "published generation %d of table %q: %d tensors, %s\n  digest %s\n", r.Generation, r.Table, r.Tensors, rateText(r.Bytes, took), r.Digest)
+	_, printed := fmt.Fprintf(w, "published generation %d of table %q: %d tensors, %s\n  digest %s\n",
+		r.Generation, r.Table, r.Tensors, rateText(r.Bytes, took), r.Digest)
 	return printed
 }

@@ -26,8 +26,8 @@ func weightsVerifyCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify [flags] [FILE]",
 		Short: "Check the newest generation's sums, or that a safetensors file has the same tensors",
-		Long: `Sum every tensor of the newest generation and compare: with the sums that it was published with, and these with its digest. With FILE, compare its tensors with the generation's,
-too: names, types, shapes and bytes. Ends with code 6 if anything differs.`,
+		Long: `Sum every tensor of the newest generation and compare: with the sums that it was published with, and these with its digest. With FILE, compare its
+tensors with the generation's, too: names, types, shapes and bytes. Ends with code 6 if anything differs.`,
 		Example: `  ingestd weights verify --table model
   ingestd weights verify --table model model.safetensors`,
 		Args: usageArgs(cobra.MaximumNArgs(1)),
@@ -151,6 +151,7 @@ func (o *verifyOptions) print(w io.Writer, r verifyResult, took time.Duration, e
 	if r.File != "" {
 		what = ", and the same as " + r.File
 	}
-	_, printed := fmt.Fprintf(w, "generation %d of table %q is right%s: %d tensors, %s\n  digest %s\n", r.Generation, r.Table, what, r.Tensors, rateText(r.Bytes, took), r.Digest)
+	_, printed := fmt.Fprintf(w, "generation %d of table %q is right%s: %d tensors, %s\n  digest %s\n",
+		r.Generation, r.Table, what, r.Tensors, rateText(r.Bytes, took), r.Digest)
 	return printed
 }

@@ -21,8 +21,8 @@ func weightsWatchCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "watch [flags]",
 		Short: "Print a line for each new generation",
-		Long: `Print a line for the newest generation and for each one that follows, until a signal or --count. Generations that are replaced before they can be looked at are skipped. Over tcp:// each
-generation is transferred, as any reader there gets it.`,
+		Long: `Print a line for the newest generation and for each one that follows, until a signal or --count. Generations that are replaced before they
+can be looked at are skipped. Over tcp:// each generation is transferred, as any reader there gets it.`,
 		Example: `  ingestd weights watch --table model
   ingestd weights watch --table model --count 1 --newer-than 7 --deadline 10m`,
 		Args: usageArgs(cobra.NoArgs),

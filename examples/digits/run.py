@@ -11,91 +11,20 @@ with 0 only if every process ended well, no sample was lost or doubled, and the 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dataset
+from processes import LOG, Failure, Processes, fail_on_signals, show_log, start_daemon
 
 HERE = Path(__file__).resolve().parent
 ACCURACY_MIN = 0.95
-LOG = "daemon.log"
-
-
-class Failure(Exception):
-    """What went wrong, for the person who runs the demo."""
-
-
-def die_with_parent() -> None:
-    """In a child before its program starts: even if the demo is killed outright, the kernel ends the child with it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-class Processes:
-    """The children, by name. Whatever happens, none outlives the demo."""
-
-    def __init__(self) -> None:
-        self.all: dict[str, subprocess.Popen[str]] = {}
-
-    def start(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:
-        environment = dict(os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-        self.all[name] = subprocess.Popen(
-            command, env=environment, text=True, start_new_session=True, preexec_fn=die_with_parent, **options
-        )
-        return self.all[name]
-
-    def check(self) -> None:
-        """Fail as soon as one of them has failed."""
-        for name, process in self.all.items():
-            if process.poll():
-                raise Failure(f"{name} ended with exit code {process.returncode}")
-
-    def wait(self, names: list[str], until: float) -> None:
-        """Wait until these have ended well."""
-        while True:
-            self.check()
-            running = [name for name in names if self.all[name].poll() is None]
-            if not running:
-                return
-            if time.monotonic() > until:
-                raise Failure(f"{', '.join(running)} did not end in time")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        for process in reversed(list(self.all.values())):  # the daemon last, so that nobody complains of its end
-            if process.poll() is None:
-                process.kill()
-        for process in self.all.values():
-            process.wait()
-
-
-def start_daemon(processes: Processes, options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Start the daemon on ports of its choice and wait until it serves; returns its addresses."""
-    ready, log = folder / "ready.json", folder / LOG
-    command = [
-        str(options.daemon), "serve",
-        "--table", "digits", "--spec", dataset.SPEC_TEXT,
-        "--batch-size", str(options.batch_size), "--batches", str(options.batches), "--linger", "200ms",
-        "--listen", "tcp://127.0.0.1:0", "--listen", f"unix://{folder / 'ingestd.sock'}",
-        "--admin", "127.0.0.1:0", "--ready-file", str(ready),
-    ]  # fmt: skip
-    print("$", " ".join(command), flush=True)
-    with log.open("w") as out:
-        daemon = processes.start("the daemon", *command, stdout=out, stderr=subprocess.STDOUT)
-    until = time.monotonic() + 15
-    while not ready.exists():
-        if daemon.poll() is not None or time.monotonic() > until:
-            raise Failure("the daemon did not become ready")
-        time.sleep(0.01)
-    addresses: dict[str, str] = json.loads(ready.read_text())
-    return addresses
 
 
 def start_producers(processes: Processes, options: argparse.Namespace, addresses: dict[str, str]) -> list[str]:
@@ -115,7 +44,10 @@ def start_producers(processes: Processes, options: argparse.Namespace, addresses
 def run(processes: Processes, options: argparse.Namespace, folder: Path) -> list[str]:
     """The demo itself; returns what was not as it should be."""
     until = time.monotonic() + options.seconds + 35
-    addresses = start_daemon(processes, options, folder)
+    addresses = start_daemon(
+        processes, options.daemon, folder, "--table", "digits", "--spec", dataset.SPEC_TEXT,
+        "--batch-size", str(options.batch_size), "--batches", str(options.batches), "--linger", "200ms",
+    )  # fmt: skip
     report = folder / "report.json"
     processes.start(
         "the trainer", sys.executable, str(HERE / "trainer.py"),
@@ -158,16 +90,6 @@ def judge(pushed: dict[str, int], seen: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def interrupted(number: int, _: object) -> NoReturn:
-    raise Failure(f"interrupted by {signal.Signals(number).name}")
-
-
-def show_log(log: Path) -> None:
-    """The daemon's last words, for whoever looks for the reason."""
-    if log.exists():
-        print(f"the end of the daemon's log:\n{log.read_text()[-3000:]}", file=sys.stderr)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train on digits that several processes stream through ingestd.")
     parser.add_argument("--daemon", type=Path, default=HERE.parents[1] / "bin" / "ingestd", help="the ingestd binary")
@@ -182,8 +104,7 @@ def main() -> int:
     if not options.daemon.exists():
         print(f"{options.daemon} does not exist: run make build first", file=sys.stderr)
         return 1
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupted)
+    fail_on_signals()
     began, processes = time.monotonic(), Processes()
     with tempfile.TemporaryDirectory(prefix="ingestd-demo-") as folder:
         try:

@@ -15,6 +15,9 @@
 // Steps 1 to 4 together last at most DrainTimeout, and a moment only where no trainer is attached, since then nothing more will be read. StopNow skips the
 // waiting. What was not read by then stays in the table's file, or is an *UnreadError where it has none.
 //
+// Tables have kinds (kind.go): samples and tensors are rings, weights are stores of generations, without memory until somebody publishes. Readers of tensors
+// keep chunks of steps that nobody will complete, so step 4 is over for them when they were given all. Publishers and readers of weights end in step 5.
+//
 // Segments (segments.go): with Config.SegmentDir each table lies in a locked file. New takes up what is there, however the daemon before ended, and says what
 // it found; what cannot be taken up is a *SegmentError that names the difference, and is never changed without Config.DiscardSegments.
 //

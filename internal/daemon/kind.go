@@ -92,7 +92,8 @@ func (t *Table) checkTensors(where string) error {
 		t.BatchSize = 1 // a chunk is readable as soon as it is there
 	}
 	if t.BatchSize > 1 && t.Linger == 0 {
-		return configErrorf(where+": batch_size", "is %d, so the last chunks of a step would wait for others to fill their batch: leave it out (1), or give a linger", t.BatchSize)
+		return configErrorf(where+": batch_size",
+			"is %d, so the last chunks of a step would wait for others to fill their batch: leave it out (1), or give a linger", t.BatchSize)
 	}
 	return nil
 }

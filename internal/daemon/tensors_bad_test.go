@@ -14,8 +14,8 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// TestKindsAndRoles: every role that does not fit its table's kind is refused, with the tables that have it; so is a producer of tensors that leaves out who it is or
-// what it sends.
+// TestKindsAndRoles: every role that does not fit its table's kind is refused, with the tables that have it; so is a producer of tensors that leaves out who it
+// is or what it sends.
 func TestKindsAndRoles(t *testing.T) {
 	r := start(t, tensorsConfig(t))
 	m := testManifest(t)
@@ -317,8 +317,8 @@ func TestKeptTensors(t *testing.T) {
 	wantStory(t, reader.story(1, "w0"), "w0 opened")
 }
 
-// TestStopWithStepsThatReadersKeep: a reader that holds the chunks of a step that will never be complete does not keep the daemon from stopping, and nothing of it is
-// called lost.
+// TestStopWithStepsThatReadersKeep: a reader that holds the chunks of a step that will never be complete does not keep the daemon from stopping, and nothing of
+// it is called lost.
 func TestStopWithStepsThatReadersKeep(t *testing.T) {
 	r := start(t, tensorsConfig(t)) // whose drain timeout is a minute
 	a, err := shm.Attach(t.Context(), strings.TrimPrefix(r.addr.Unix, "unix://"), wire.Hello{Table: "grads", Prefetch: 1 << 15})

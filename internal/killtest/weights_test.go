@@ -105,8 +105,8 @@ func wrongWeights(s *weights.Segment, generation uint64, place int) string {
 	return ""
 }
 
-// TestPublisherKilled: a publisher is killed at each of its stages, in place. What it had not published is not there, the next one goes on, and readers see whole generations
-// only.
+// TestPublisherKilled: a publisher is killed at each of its stages, in place. What it had not published is not there, the next one goes on, and readers see
+// whole generations only.
 func TestPublisherKilled(t *testing.T) {
 	t.Parallel()
 	w := newWeightsWorld(t, 3, "")
@@ -124,6 +124,7 @@ func TestPublisherKilled(t *testing.T) {
 				t.Fatalf("a publisher was not killed at %s: %s", name, p.ending())
 			}
 			published = max(published, p.last.Load())
+			w.settled()
 			newest := w.newest()
 			switch {
 			case name == "client/publisher/committed" && newest == published+1: // the daemon had heard it
@@ -143,6 +144,24 @@ func TestPublisherKilled(t *testing.T) {
 		}
 	}
 	w.ended(append(readers, p)...)
+}
+
+// settled returns when the daemon has seen the end of the last publisher, and with it all that this had said.
+func (w *weightsWorld) settled() {
+	w.t.Helper()
+	m, err := WeightsManifest()
+	check(w.t, err)
+	if !within(patience, func() bool {
+		p, err := client.OpenPublisher(w.t.Context(), w.addr(), client.PublisherConfig{Table: "w", Manifest: m})
+		if errors.Is(err, client.ErrPublisherActive) {
+			return false
+		}
+		check(w.t, err)
+		check(w.t, p.Close())
+		return true
+	}) {
+		w.t.Fatal("a publisher that is dead still has the table")
+	}
 }
 
 // newest returns the newest generation, after looking at every byte of it; 0: none.
@@ -166,8 +185,8 @@ func (w *weightsWorld) newest() uint64 {
 	return generation
 }
 
-// TestDaemonKilledAtCommit: the daemon is killed at each point of a publication. What readers have mapped is whole, before and after; publisher and readers go on with the next
-// daemon.
+// TestDaemonKilledAtCommit: the daemon is killed at each point of a publication. What readers have mapped is whole, before and after; publisher and readers
+// go on with the next daemon.
 func TestDaemonKilledAtCommit(t *testing.T) {
 	t.Parallel()
 	for _, name := range failpoint.Names {

@@ -6,12 +6,12 @@
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
-:class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
-:class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
-:class:`GradReader`    reads the steps of all producers, and sums them from where they lie
 :class:`Publisher`     publishes generations of a model's tensors
 :class:`Subscription`  reads the newest one, mapped over ``unix://`` or received over ``tcp://``
 :class:`Weights`       one generation, pinned: read-only arrays by name, which keep the pin
+:class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
+:class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
+:class:`GradReader`    reads the steps of all producers, and sums them from where they lie
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================

@@ -131,8 +131,8 @@ class GradReader:
         With ``into``, float32 arrays by tensor, sums are made there as chunks arrive; they are finished, and may be
         looked at, when :meth:`GradStep.sum` or :meth:`GradStep.mean` has returned.
 
-        Raises StepTimeout with ``have`` and ``missing`` (the call may be made again), StepOrder, EndOfStream when the
-        table was closed; PeerClosed when there was no daemon for too long.
+        Raises StepTimeout with ``have`` and ``missing`` (the call may be made again), StepOrder; PeerClosed when there
+        was no daemon for too long, EndOfStream when the last one had stopped in order.
         """
         if quorum < 1:
             raise ValueError(f"quorum={quorum}: want 1 or more")
@@ -200,6 +200,7 @@ class GradReader:
                 plan.advance(intake.members(step))
             if not seen and (intake.news or batch is None):
                 intake.news = False
+                self._tidy()
                 have = intake.complete(step)
                 if len(have) >= quorum and (until.passed() or self._ended is not None or not intake.awaited(step)):
                     return plan
@@ -208,7 +209,6 @@ class GradReader:
                 if until.passed():
                     raise StepTimeout(step, until.seconds or 0.0, quorum, list(have), intake.missing(step))
             if batch is None:
-                self._tidy()
                 batch = self._next(self._soon(until))
                 if batch is not None:
                     self._take(batch)
@@ -244,11 +244,14 @@ class GradReader:
             return reader.next(until.left())
         except Timeout:
             return None
-        except EndOfStream as e:
-            self._ended = e
-            self._intake.end()
+        except EndOfStream as e:  # the daemon stops, in order
+            if self._patience == 0:
+                self._ended = e
+                self._intake.end()
+            else:
+                self._attach_again(until, e)
         except (PeerClosed, Closed) as e:
-            if self._patience == 0 or not (reader.closed or retried(e)):
+            if self._patience == 0 or (not retried(e) and not reader.closed):
                 raise
             self._attach_again(until, e)
         return None
@@ -300,11 +303,13 @@ class GradReader:
                 again = self._open(Deadline(5.0))
                 break
             except Error as e:
-                why = e
                 if not retried(e):
                     raise
+                last = e
             if self._patience is not None and time.monotonic() - self._away >= self._patience:
-                raise PeerClosed(f"there was no daemon for {self._patience:g} s; the last try: {why}")
+                if isinstance(why, EndOfStream):
+                    raise why
+                raise PeerClosed(f"there was no daemon for {self._patience:g} s; the last try: {last}")
             if until.passed():
                 return
             left = until.left()
@@ -319,8 +324,10 @@ class GradReader:
         """Copies what is held and whole. What is not comes again, for it was not released."""
         for held in self._held:
             pieces = list(held.pieces)
-            if not held.released and held.spill(self._heap) is None:
+            copied = 0 if held.released else held.spill(self._heap)
+            if copied is None:
                 self._intake.lose(pieces)
+            self.stats.spilled_bytes += copied or 0
         self._held.clear()
 
     def _check(self) -> Reader:

@@ -103,11 +103,12 @@ class Intake:
         header_at, data_at = (place + c.offset + row * c.slot_bytes for c in segment.columns)
         try:
             header = Header.parse(self._memory[header_at : header_at + HEADER_BYTES].tobytes())
-            if header.flags & (OPENED | CLOSED) and stream != header.stream:
+            heard = bool(header.flags & (OPENED | CLOSED))
+            if heard == (stream == header.stream):
+                raise ChunkError(f"it says stream {header.stream}, and came in stream {stream}")
+            if heard:
                 self._hear(header)
                 return
-            if header.stream != stream:
-                raise ChunkError(f"it says stream {header.stream}, and came from stream {stream}")
             source = self._source(stream, header.producer)
             manifest = self._manifest_of(header.manifest)
             if manifest is None:

@@ -66,12 +66,9 @@ class Attachment:
         self._address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
         _io.close_in_child(self)
 
-    def take(self, newer_than: int) -> Weights | None:
-        """Pins the newest generation, if it is above ``newer_than``. Raises FormatError."""
+    def take(self) -> Weights | None:
+        """Pins the newest generation; None where there is none. Raises FormatError."""
         segment = self.segment
-        newest = segment.newest()
-        if newest is None or newest.generation <= newer_than:
-            return None
         with self._locked():
             found = self._pins.pin_newest()
             if found is None:
@@ -187,6 +184,8 @@ class LocalSource:
         self._bell = _io.Bell()
         self._closed = False
         self._forks = _io.forks()
+        self._last = 0  # the newest generation that was seen
+        self._before = 0  # numbers up to this one are of an earlier life of the daemon
         with contextlib.suppress(NoGeneration):
             self._attach(False, until)
 
@@ -196,7 +195,7 @@ class LocalSource:
             with self._leading() as leads:
                 attached = self._current(False, until) if leads else self._attached
                 if attached is not None:
-                    weights = attached.take(0)
+                    weights = self._take(attached, 0)
                     if weights is None:
                         raise self._nothing()
                     return weights
@@ -207,7 +206,7 @@ class LocalSource:
         while True:
             with self._leading() as leads:
                 attached = self._current_patiently(until) if leads else self._attached
-                weights = attached.take(newer_than) if attached is not None else None
+                weights = self._take(attached, newer_than) if attached is not None else None
                 if weights is not None:
                     return weights
                 if leads and attached is not None:
@@ -218,7 +217,8 @@ class LocalSource:
     def close(self) -> None:
         """Ends waiting calls (Closed). What is held stays so."""
         self._closed = True
-        self._bell.ring()
+        if self._forks == _io.forks():  # in a child the bell is the parent's
+            self._bell.ring()
         attached, self._attached = self._attached, None
         if attached is not None:
             attached.retire()
@@ -227,6 +227,17 @@ class LocalSource:
     def reader(self) -> int:
         """Number of this reader in the daemon's life; 0 while it is not attached."""
         return self._attached.reader if self._attached is not None else 0
+
+    def _take(self, attached: Attachment, newer_than: int) -> Weights | None:
+        """Numbers from before a restart of the daemon are above those of the one that serves now, and older."""
+        newest = attached.segment.newest()
+        if newest is None:
+            return None
+        generation = newest.generation
+        if generation < self._last:
+            self._before = max(self._before, self._last)
+        self._last = generation
+        return attached.take() if generation > newer_than or generation < newer_than <= self._before else None
 
     def _current(self, wait: bool, until: Deadline) -> Attachment:
         """The attachment, made again where it has ended. Raises as the daemon ended it, once."""

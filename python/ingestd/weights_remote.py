@@ -304,9 +304,10 @@ class RemoteSource:
 
     def _connect(self, wait: bool, until: Deadline, answered: Deadline) -> None:
         options: dict[str, Any] = {"wait": wait, "stream": self._address.kind == "unix", "client": self._client}
+        options["delta"] = self._delta
         latest, partial = self._latest, self._partial
         if latest is not None:
-            options.update(have=latest.generation, have_digest=latest.digest.hex(), delta=self._delta)
+            options.update(have=latest.generation, have_digest=latest.digest.hex())
         if partial is not None:
             of = partial.announced
             options.update(resume=of.generation, resume_digest=of.digest.hex(), resume_offset=partial.came)
@@ -314,6 +315,8 @@ class RemoteSource:
         with self._locked():
             self._sock = sock
         try:
+            if self._closed:  # it was before there was a socket to shut down
+                raise _Stopped
             self._agree(handshake(sock, hello("subscribe", self._table, **options), answered))
         except Timeout as e:
             self._disconnect()
@@ -378,8 +381,10 @@ class RemoteSource:
             self._send(_DAMAGED)
             self._pause(random.uniform(0, longest_pause(time.monotonic() - self._outage)))
             return
-        self._show(transfer, base is not None)
-        self._send(_SHOWN)
+        try:
+            self._send(_SHOWN)
+        finally:
+            self._show(transfer, base is not None)
 
     def _prepare(self, announced: Announcement, manifest: Manifest) -> tuple[Buffer | None, Buffer | None]:
         """What the generation differs from, and memory for it; that is None where a part of it is here."""
@@ -439,13 +444,16 @@ class RemoteSource:
 
     def _fill(self, transfer: Transfer) -> None:
         """Receives the bytes of a generation."""
+        moved = 0
         while True:
             room = transfer.room()
             if room is None:
                 return
             n = self._some(room[:RECEIVE_BYTES], STALL_S)
             transfer.take(n)
-            self._outage = None  # it moves
+            moved += n
+            if moved >= RECEIVE_BYTES:
+                self._outage = None
 
     def _keep(self, transfer: Transfer, base: Buffer | None) -> None:
         """Keeps what came of a whole generation for the next connection. A difference is sent again: it is little."""

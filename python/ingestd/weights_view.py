@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .arrays import imported, to_jax, to_torch
 from .batch import caller_level
 from .dtypes import NUMPY, RAW
+from .encodings import decode
 from .errors import BadSum, PeerClosed, Released, SpecError
 from .lease import Lease, Leased, LeasedBytes
 from .manifest import Manifest, Tensor
@@ -60,7 +61,8 @@ class Weights(Mapping[str, Array]):
 
     A mapping, and a context manager that releases on exit. ``w["layers.0.w"]`` is a numpy array, 64-byte aligned and
     contiguous; it is made when it is asked for, so a generation costs the same however many tensors it has. A tensor
-    with an encoding is shown as it is stored: ``bf16`` and ``f16`` as arrays of these, others as their bytes.
+    with an encoding is shown as it is stored: ``bf16`` and ``f16`` as arrays of these, others as their bytes;
+    :meth:`decoded` gives its values.
 
     **Arrays keep the pin**: the daemon does not overwrite the generation before it was released (or dropped) and the
     last array, view, tensor of torch or array of JAX over its memory is gone. So what was taken from it never changes.
@@ -125,6 +127,18 @@ class Weights(Mapping[str, Array]):
     # A generation is an object of its own, not what it holds.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def decoded(self, name: str) -> Array:
+        """The tensor's values: of one with an encoding a float32 array of its own, else as ``w[name]``.
+
+        Raises KeyError, Released, Closed; PeerClosed as :meth:`copy`.
+        """
+        tensor = self.manifest[name]
+        if not tensor.encoding:
+            return self[name]
+        found = decode(tensor, self[name].reshape(-1).view(np.uint8)).copy()
+        self._check_intact()
+        return found
 
     def select(self, pattern: str) -> dict[str, Array]:
         """The arrays of all tensors whose names match, as of a shell: ``layers.0.*``. Raises Released, Closed."""

@@ -291,9 +291,10 @@ class FakeDaemon:
         batches: int = 3,
         prefetch: int = 2,
         capacity: int = 8,
+        sessions: int = 2,
         **reply: Any,
     ) -> None:
-        self.segment = SegmentMaker(spec, batch_size, batches)
+        self.segment = SegmentMaker(spec, batch_size, batches, sessions=sessions)
         self.channel = ChannelMaker(capacity)
         self.listener = Listener.unix(path)
         self.address = self.listener.address

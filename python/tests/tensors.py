@@ -65,14 +65,21 @@ def receive(peer: Peer, stream: int = 7, name: str = "w") -> Sent:
 
 
 def header(
-    manifest: Manifest, flags: int, step: int, stream: int, name: str, flat: int = 0, data: bytes = b"", **over: Any
+    manifest: Manifest,
+    flags: int,
+    step: int,
+    stream: int,
+    name: str,
+    flat: int = 0,
+    data: bytes = b"",
+    over: dict[str, int] | None = None,
 ) -> bytes:
     """A header; ``over`` replaces fields before it is summed."""
     tensor = manifest.at(flat) if data and not flags & END else 0
     fields = {
         "flags": flags, "step": step, "stream": stream, "producer": producer(name), "manifest": manifest.id,
         "offset": flat - manifest.offsets[tensor] if data and not flags & END else 0, "tensor": tensor,
-        "length": len(data), "crc": 0 if flags & NO_CRC else crc32c(data), **over,
+        "length": len(data), "crc": 0 if flags & NO_CRC else crc32c(data), **(over or {}),
     }  # fmt: skip
     plain = struct.pack("<4sHHQQQQQIII", b"ICHK", 1, *fields.values())
     unmarked = plain[:6] + struct.pack("<H", fields["flags"] & ~REFUSED) + plain[8:]
@@ -91,7 +98,9 @@ class GradDaemon(FakeDaemon):
     """A fake daemon with one trainer, to which it delivers chunks that tests make. Its own stream is 1."""
 
     def __init__(self, path: str, manifest: Manifest, *, batches: int = 40, prefetch: int = 16, **more: Any) -> None:
-        super().__init__(path, CHUNKS, batch_size=1, batches=batches, prefetch=prefetch, capacity=64, **more)
+        super().__init__(
+            path, CHUNKS, batch_size=1, batches=batches, prefetch=prefetch, capacity=64, sessions=8, **more
+        )
         self.manifest = manifest
         self.streams: dict[str, int] = {}
         self.numbers: dict[int, int] = {}
@@ -140,9 +149,11 @@ class GradDaemon(FakeDaemon):
     def closed(self, name: str) -> None:
         self.opened(name, CLOSED)
 
-    def send(self, name: str, step: int, flags: int, flat: int = 0, data: bytes = b"", **over: Any) -> int:
+    def send(self, name: str, step: int, flags: int, flat: int = 0, data: bytes = b"", **over: int) -> int:
+        """Delivers a chunk of a producer; ``over`` are wrong fields of its header."""
         stream = self.streams[name]
-        return self.chunk(stream, header(self.manifest, flags, step, stream, name, flat, data, **over), data)
+        wrong = {field.rstrip("_"): value for field, value in over.items()}
+        return self.chunk(stream, header(self.manifest, flags, step, stream, name, flat, data, wrong), data)
 
     def step(self, name: str, step: int, arrays: dict[str, Any], first: int = 0, last: int | None = None) -> None:
         """Sends a step as a producer would, or some of its chunks."""

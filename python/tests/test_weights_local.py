@@ -452,6 +452,7 @@ def test_many_tensors_cost_nothing_before_they_are_looked_at(readers: Readers) -
         assert all(np.array_equal(w[name], a) for name, a in arrays.items())
 
 
+@pytest.mark.skipif(not hasattr(np, "from_dlpack"), reason="this numpy has no from_dlpack: it came with 1.23")
 def test_numpy_takes_dlpack(readers: Readers, attached: Attached) -> None:
     with subscribe(readers.address, "w") as sub:
         with sub.latest() as w:
@@ -550,3 +551,11 @@ def test_addresses() -> None:
         subscribe("unix:///x", "w", reconnect=-1)
     with pytest.raises(PeerClosed, match="is ingestd running"):
         subscribe("unix:///nowhere/at/all", "w")
+
+
+def test_values_of_encoded_tensors(low: Subscription) -> None:
+    with low.latest() as w:
+        stored = np.arange(4).astype(np.uint8)
+        assert w.decoded("as f16").tolist() == stored.view(np.float16).astype(np.float32).tolist()
+        assert w.decoded("as bf16").dtype == np.float32 and w.decoded("as f8").shape == (2,)
+        assert w.decoded("bf16").ctypes.data == w["bf16"].ctypes.data

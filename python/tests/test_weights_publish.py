@@ -44,6 +44,7 @@ from weights_fakes import (
     digest_of,
     end,
     flat,
+    gone,
     hear,
     hear_chunk,
     say,
@@ -352,7 +353,7 @@ def test_the_daemon_ends_it_at_every_stage(table: Table, stage: str, notice: str
         if notice:
             end(peer, notice, "it is so")
             peer.sock.shutdown(socket.SHUT_WR)
-            peer.end()
+            gone(peer)
 
     def again(peer: Peer) -> None:
         table.accept(peer)
@@ -405,7 +406,7 @@ def test_a_notice_while_a_generation_is_sent(socket_path: str) -> None:
         text = json.dumps({"code": "bad_chunk", "reason": "tensor a at byte 0"}).encode()
         for part in (struct.pack("<I", 0) + b"\0", struct.pack("<I", len(text)) + text):
             peer.sock.sendall(part)  # in two parts
-        peer.end()
+        gone(peer)
 
     listener.script(script)
     pub = Publisher(listener.address, "w", arrays, in_place=False)
@@ -465,7 +466,7 @@ def test_answers_that_break_the_protocol(table: Table, stage: str, odd: Callable
             table.give(peer, 1)
             hear(peer)
         odd(peer)
-        peer.end()
+        gone(peer)
 
     table.listener.script(script)
     with publisher(table) as pub, pytest.raises(FormatError):
@@ -483,13 +484,13 @@ def test_a_place_that_readers_see(place: Table) -> None:
         hear(peer)
         place.maker.publish(4, place=1)
         say(peer, op="place", generation=5, place=1)
-        peer.end()
+        gone(peer)
 
     def other(peer: Peer) -> None:
         place.accept(peer)
         hear(peer)
         say(peer, op="place", generation=5, place=3)
-        peer.end()
+        gone(peer)
 
     for run, says in ((script, "place 1, which holds generation 4"), (other, "place 3, the segment has 3")):
         place.listener.script(run)

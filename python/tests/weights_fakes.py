@@ -221,6 +221,12 @@ def end(peer: Peer, code: str, reason: str = "because") -> None:
     peer.notice(code, reason)
 
 
+def gone(peer: Peer) -> None:
+    """Waits until the client has closed the connection, with or without having read everything."""
+    with contextlib.suppress(ConnectionResetError):
+        peer.end()
+
+
 def hear_chunk(peer: Peer, manifest: Manifest, generation: int, publisher: int, into: bytearray) -> int:
     """Takes one chunk and returns its bytes; 0 where a message comes instead, which is left."""
     peek = b""
@@ -246,15 +252,13 @@ def hear_chunk(peer: Peer, manifest: Manifest, generation: int, publisher: int, 
     return length
 
 
-def announce(
-    peer: Peer, generation: int, arrays: Mapping[str, Any], manifest: Manifest = MANIFEST, **over: Any
-) -> bytes:
+def announce(peer: Peer, number: int, arrays: Mapping[str, Any], manifest: Manifest = MANIFEST, **over: Any) -> bytes:
     """What comes before the bytes of a whole generation; returns these."""
     sums = over.pop("sums", None) or sums_of(arrays)
     data = flat(arrays, manifest)
     fields = {
-        "op": "generation", "generation": generation, "digest": digest_of(sums, manifest).hex(),
-        "published": 1_700_000_000_000_000_000 + generation, "base": 0, "ranges": [[0, len(data)]],
+        "op": "generation", "generation": number, "digest": digest_of(sums, manifest).hex(),
+        "published": 1_700_000_000_000_000_000 + number, "base": 0, "ranges": [[0, len(data)]],
         "bytes": len(data), "from": 0, **over,
     }  # fmt: skip
     say(peer, **fields)

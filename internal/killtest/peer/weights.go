@@ -58,7 +58,8 @@ func (o *options) publishOne(ctx context.Context, p *client.Publisher, m *tensor
 	return err
 }
 
-// subscribe reads generations and checks every byte of them, until SIGTERM. With role hold it keeps the first one it reads and reads no more. It writes one line for each.
+// subscribe reads generations and checks every byte of them, until SIGTERM. With role hold it keeps the first one it reads and reads no more. It writes one
+// line for each.
 func (o *options) subscribe(ctx context.Context) error {
 	s, err := client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: true, Client: o.name, ReconnectFor: time.Minute})
 	if err != nil {
