@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -273,11 +274,35 @@ func TestUnderWay(t *testing.T) {
 	}
 }
 
+// lockedText is a log that is read while others write.
+type lockedText struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *lockedText) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *lockedText) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+func (l *lockedText) reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.text.Reset()
+}
+
 // TestRun: a changed file is in force within a second, a broken one is logged once, keeps the old tokens, and shows no secret.
 func TestRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := writeFile(t, file("w", a))
-		var log bytes.Buffer
+		var log lockedText
 		tokens, err := Load(path, slog.New(slog.NewTextHandler(&log, nil)))
 		if err != nil {
 			t.Fatal(err)
@@ -298,7 +323,7 @@ func TestRun(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			log.Reset()
+			log.reset()
 			<-time.After(5*pollEvery + pollEvery/2)
 			synctest.Wait()
 			if got := strings.Count(log.String(), "\n"); got != logged {
