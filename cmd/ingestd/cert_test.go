@@ -113,3 +113,34 @@ func TestTokenNew(t *testing.T) {
 		ingestd(t, "", args...).want(t, exitUsage, "token")
 	}
 }
+
+// TestTokensAreGiven: commands read the token from a file or the environment, and say so if it cannot be used; a daemon without tokens tells who has one.
+func TestTokensAreGiven(t *testing.T) {
+	const secret = "0123456789abcdef0123456789abcdef"
+	s := serveTable(t, "x:U8")
+	good, readable := filepath.Join(t.TempDir(), "good"), filepath.Join(t.TempDir(), "readable")
+	for path, mode := range map[string]os.FileMode{good: 0o600, readable: 0o644} {
+		if err := errors.Join(os.WriteFile(path, []byte("worker:"+secret+"\n"), 0o600), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, args := range [][]string{
+		{"push", "--addr", s.TCP, "--generate", "1"}, {"pull", "--addr", s.Unix}, {"inspect", "--addr", s.Unix},
+		{"weights", "verify", "--addr", s.TCP}, {"weights", "get", "--addr", s.Unix, "-o", filepath.Join(t.TempDir(), "x")},
+	} {
+		args = append(args, "--table", "a")
+		ingestd(t, "", append(args, "--token-file", good)...).want(t, exitRefused)
+		r := ingestd(t, "", append(args, "--token-file", readable)...).want(t, exitUsage, "chmod 600")
+		if strings.Contains(r.out+r.err, secret) {
+			t.Errorf("%q shows the secret: %s", args, r.err)
+		}
+		ingestd(t, "", append(args, "--token-file", good+"-not")...).want(t, exitUsage, "no such file")
+	}
+	t.Setenv("INGESTD_TOKEN", "worker:"+secret)
+	ingestd(t, "", "push", "--addr", s.TCP, "--table", "a", "--generate", "1").want(t, exitRefused, "has no tokens")
+	t.Setenv("INGESTD_TOKEN", "worker:"+secret[1:])
+	r := ingestd(t, "", "push", "--addr", s.TCP, "--table", "a", "--generate", "1").want(t, exitUsage, "INGESTD_TOKEN", "31 characters")
+	if strings.Contains(r.err, secret[1:]) {
+		t.Error(r.err)
+	}
+}
