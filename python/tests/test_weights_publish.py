@@ -590,6 +590,39 @@ def test_who_may_not_write_in_place_sends(socket_path: str) -> None:
     table.listener.finish()
 
 
+def test_who_may_write_in_place_no_more_sends(place: Table) -> None:
+    """After a reconnect: into memory of its own, not into what it had mapped."""
+
+    def first(peer: Peer) -> None:
+        place.accept(peer)
+        place.take(peer, 1)
+
+    def refusing(peer: Peer) -> None:
+        assert peer.hello()["in_place"] is True
+        place.in_place = False
+        place.listener.script(streamed)
+        peer.reply({"code": "not_permitted", "reason": "no more"}, status=1)
+
+    def streamed(peer: Peer) -> None:
+        place.accept(peer)
+        place.take(peer, 2)
+
+    thread = place.listener.script(first)
+    with Publisher(place.address, "w", MANIFEST) as pub:
+        pub.publish(tensors(1))
+        before = bytes(place.maker.memory)
+        thread.join(PATIENCE)
+        with pytest.raises(PeerClosed):
+            pub.publish(tensors(2), deadline=PATIENCE)
+        place.listener.script(refusing)
+        with pub.begin(deadline=PATIENCE) as draft:
+            for name, array in tensors(2).items():
+                draft[name][...] = array
+        assert not pub.in_place
+    place.maker.word(place.maker.place(2), struct.unpack_from("<Q", before, place.maker.place(2))[0])
+    assert bytes(place.maker.memory) == before
+
+
 def test_random_manifests_are_cut_into_right_chunks(socket_path: str) -> None:
     dice = random.Random(20261121)
     listener = Listener.unix(socket_path)
