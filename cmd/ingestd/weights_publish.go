@@ -88,7 +88,7 @@ func (o *publishOptions) run(ctx context.Context, std streams, path string) (err
 	ended := bar.follow(p.SentBytes)
 	done, err := o.publish(ctx, p, file)
 	ended()
-	if err == nil { // in place all goes at once, and what lies between tensors is not sent
+	if err == nil { // what lies between tensors does not count
 		bar.add(file.Manifest().DataBytes() - p.SentBytes())
 	}
 	bar.done(std.err)
