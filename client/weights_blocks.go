@@ -16,7 +16,8 @@ const blockBytes = 256 << 10
 type blocks struct {
 	manifest *tensor.Manifest
 	all      []block
-	sums     []uint32 // per block
+	sums     []uint32     // per block
+	moved    atomic.Int64 // bytes copied and summed in this run, or in the last one; any goroutine may read it
 }
 
 // block is a part of a tensor.
@@ -45,6 +46,7 @@ func (b *blocks) sum(data []byte) []uint32 {
 // run copies tensors into flat bytes, from those sources that are not nil, and returns the CRC of each tensor there.
 func (b *blocks) run(data []byte, sources [][]byte) []uint32 {
 	var next atomic.Int64
+	b.moved.Store(0)
 	work := func() {
 		for {
 			i := next.Add(1) - 1
@@ -59,6 +61,7 @@ func (b *blocks) run(data []byte, sources [][]byte) []uint32 {
 				failpoint.Hit("client/publisher/copied")
 			}
 			b.sums[i] = tensor.CRC(dst) // of what is there now
+			b.moved.Add(part.n)
 		}
 	}
 	var others sync.WaitGroup
