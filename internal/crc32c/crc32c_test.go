@@ -72,6 +72,24 @@ func TestLengths(t *testing.T) {
 	})
 }
 
+// TestAhead: what is asked for ahead changes nothing, on both sides of each block.
+func TestAhead(t *testing.T) {
+	src := random(5*aheadBytes + 100)
+	eachWay(t, func(t *testing.T) {
+		for blocks := range 6 {
+			for off := -70; off <= 70; off++ {
+				n := blocks*aheadBytes + off
+				if n < 0 || n+3 > len(src) {
+					continue
+				}
+				if got, want := Update(7, src[3:3+n]), want(7, src[3:3+n]); got != want {
+					t.Fatalf("%d bytes: %08x, want %08x", n, got, want)
+				}
+			}
+		}
+	})
+}
+
 // TestAlignments: sources and destinations may begin anywhere.
 func TestAlignments(t *testing.T) {
 	src := random(8 << 10)
