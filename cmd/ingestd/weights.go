@@ -56,9 +56,13 @@ func (o *reading) flags(cmd *cobra.Command) {
 
 // subscribe opens a subscription. With wait it waits until something was published.
 func (o *reading) subscribe(ctx context.Context, command string, wait bool) (*client.Subscription, error) {
+	token, err := o.token()
+	if err != nil {
+		return nil, err
+	}
 	var s *client.Subscription
-	err := o.retry(ctx, func() (err error) {
-		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version()})
+	err = o.retry(ctx, func() (err error) {
+		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version(), Token: token})
 		return err
 	})
 	return s, err
@@ -76,13 +80,13 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	total := int64(0)
-	if _, remote := s.RemoteStats(); remote {
-		total = s.Manifest().DataBytes()
-	}
+	total := s.Manifest().DataBytes()
 	bar, err := newProgress(std.err, mode, "receive "+o.table, total)
 	if err != nil {
 		return err
+	}
+	if _, remote := s.RemoteStats(); !remote || total == 0 {
+		bar = &progress{} // nothing comes
 	}
 	ended := bar.follow(func() int64 {
 		st, _ := s.RemoteStats()
@@ -93,9 +97,7 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 	})
 	w, err := s.Wait(limited, o.newerThan)
 	ended()
-	if total > 0 {
-		bar.done(std.err)
-	}
+	bar.done(std.err)
 	if err != nil {
 		return err
 	}
@@ -106,16 +108,18 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 // followEvery is how often a bar looks how far what it shows is.
 const followEvery = 100 * time.Millisecond
 
-// follow shows how far something is until the function that it returns is called.
+// follow shows how far something is, of more than 0 bytes, until the function that it returns is called.
 func (p *progress) follow(done func() int64) (ended func()) {
-	shown := int64(0)
-	show := func() {
-		now := done()
-		p.add(now - shown)
-		shown = now
-	}
 	if p.bar == nil {
 		return func() {}
+	}
+	shown := int64(1)
+	p.add(shown) // the bar's clock begins with the first byte
+	show := func() {
+		if now := done(); now > shown {
+			p.add(now - shown)
+			shown = now
+		}
 	}
 	stop := make(chan struct{})
 	var following sync.WaitGroup

@@ -66,17 +66,10 @@ class Progress(threading.Thread):
                 self.children.kill(self.killed)
 
 
-def configuration(folder: Path) -> Path:
-    """The daemon's configuration: one table of each kind."""
-    path = folder / "ingestd.yaml"
-    path.write_text("tables:\n  - {name: gradients, kind: tensors}\n  - {name: weights, kind: weights}\n")
-    return path
-
-
 def train(children: processes.Processes, options: argparse.Namespace, folder: Path, killed: str | None) -> list[str]:
     """One training; returns what was not as it should be."""
     until = time.monotonic() + 60
-    addresses = processes.start_daemon(children, options.daemon, folder, "--config", str(configuration(folder)))
+    addresses = processes.start_daemon(children, options.daemon, folder, "--config", str(HERE / "ingestd.yaml"))
     common = "--workers", str(options.workers), "--steps", str(options.steps)
     report, final = folder / "report.json", folder / "final.npz"
     trainer = children.start(

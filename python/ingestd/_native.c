@@ -1,7 +1,8 @@
 /* Sums, copies and float32 accumulation for the Python package, called through ctypes (native.py), which releases the
  * interpreter's lock. No Python.h. Everything here has a counterpart in numpy that gives the same bits.
  *
- * Built with -O3 -ffp-contract=off: a product and a sum must round twice, as documented in docs/tensors.md. */
+ * Built with -O3 -ffp-contract=off: a product and a sum must round twice, as documented in docs/tensors.md. With
+ * -fno-trapping-math, which changes no result, the compiler may compute both sides of a choice. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -28,7 +29,7 @@
 #define API __attribute__((visibility("default")))
 
 /* What native.py must find, or it does without this library. */
-API int ingestd_abi(void) { return 1; }
+API int ingestd_abi(void) { return 2; }
 
 /* CRC-32C, reflected. Shifting a sum by n bytes of zeros is a product with x^(8n) modulo the polynomial. */
 
@@ -217,6 +218,12 @@ INLINE uint32_t as_bits(float f) {
     return bits;
 }
 
+/* Without a branch, so that the loops below become vector instructions. */
+INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    uint32_t mask = -(uint32_t)(condition != 0);
+    return (yes & mask) | (no & ~mask);
+}
+
 INLINE uint16_t load2(const uint8_t *p) {
     uint16_t x;
     memcpy(&x, p, 2);
@@ -231,7 +238,7 @@ INLINE float from_f16(uint16_t x) {
     uint32_t normal = bits + (112u << 23);
     uint32_t infinite = normal + (112u << 23);
     float subnormal = as_float(normal + (1u << 23)) - as_float(113u << 23);
-    uint32_t found = exponent == 0x0F800000u ? infinite : exponent == 0 ? as_bits(subnormal) : normal;
+    uint32_t found = choose(exponent == 0x0F800000u, infinite, choose(exponent == 0, as_bits(subnormal), normal));
     return as_float(found | (uint32_t)(x & 0x8000) << 16);
 }
 
@@ -283,6 +290,18 @@ API void ingestd_accumulate(float *dst, const uint8_t *src, size_t n, int kind, 
     accumulate(dst, src, n, kind, scale, add);
 }
 
+#define SUM_BLOCK 4096 /* elements of the sum that stay in the first cache */
+
+/* dst = x0, then += x1, and so on, in order: each source is read once, the sum is written once. */
+API void ingestd_sum(float *dst, const uint8_t *const *sources, const float *scales, size_t count, size_t n, int kind) {
+    size_t item = kind == F32 ? 4 : kind == F16 || kind == BF16 ? 2 : 1;
+    for (size_t at = 0; at < n; at += SUM_BLOCK) {
+        size_t block = n - at < SUM_BLOCK ? n - at : SUM_BLOCK;
+        for (size_t k = 0; k < count; k++)
+            ingestd_accumulate(dst + at, sources[k] + at * item, block, kind, scales[k], k > 0);
+    }
+}
+
 /* Entries of u32 index and float32 value, ascending, unused ones (index FFFFFFFF) at the end. The number of the first
  * entry that breaks this, or lies beyond the elements; -1 where all are sound. *last is the index before the first
  * entry, -1 for none, and becomes that of the last one. */
@@ -316,37 +335,37 @@ API void ingestd_scatter_add(float *dst, uint64_t elements, const uint8_t *pairs
 INLINE uint16_t to_bf16(float f) {
     uint32_t bits = as_bits(f);
     uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40 : rounded);
+    return (uint16_t)choose((bits & 0x7FFFFFFFu) > 0x7F800000u, (bits >> 16) | 0x40, rounded);
 }
 
 /* A float of 1 sign bit and fewer mantissa bits. magic is 2^(its smallest subnormal's exponent + 23). */
 INLINE uint32_t narrowed(uint32_t magnitude, int drop, uint32_t bias_bits, uint32_t least_normal, float magic) {
     uint32_t normal = ((magnitude + ((1u << (drop - 1)) - 1) + (magnitude >> drop & 1)) >> drop) - bias_bits;
     uint32_t subnormal = as_bits(as_float(magnitude) + magic) - as_bits(magic);
-    return magnitude < least_normal ? subnormal : normal;
+    return choose(magnitude < least_normal, subnormal, normal);
 }
 
 INLINE uint16_t to_f16(float f) {
     uint32_t bits = as_bits(f), magnitude = bits & 0x7FFFFFFFu;
     uint32_t finite = narrowed(magnitude, 13, 112u << 10, 113u << 23, 0.5f);
-    finite = finite > 0x7C00 || magnitude >= 0x47800000u ? 0x7C00 : finite;
-    uint32_t found = magnitude > 0x7F800000u ? 0x7E00 | (magnitude >> 13 & 0x3FF) : finite;
+    finite = choose(magnitude >= 0x47800000u, 0x7C00, finite); /* 65,536; below, rounding up gives infinity by itself */
+    uint32_t found = choose(magnitude > 0x7F800000u, 0x7E00 | (magnitude >> 13 & 0x3FF), finite);
     return (uint16_t)(found | (bits >> 16 & 0x8000));
 }
 
 INLINE uint8_t to_e4m3(float f) {
     uint32_t bits = as_bits(f), magnitude = bits & 0x7FFFFFFFu;
-    uint32_t clamped = magnitude > 0x43E00000u ? 0x43E00000u : magnitude; /* 448 */
+    uint32_t clamped = choose(magnitude > 0x43E00000u, 0x43E00000u, magnitude); /* 448 */
     uint32_t found = narrowed(clamped, 20, 120u << 3, 121u << 23, 16384.0f);
-    found = magnitude >= 0x7F800000u ? 0x7F : found;
+    found = choose(magnitude >= 0x7F800000u, 0x7F, found);
     return (uint8_t)(found | (bits >> 24 & 0x80));
 }
 
 INLINE uint8_t to_e5m2(float f) {
     uint32_t bits = as_bits(f), magnitude = bits & 0x7FFFFFFFu;
-    uint32_t clamped = magnitude > 0x47600000u ? 0x47600000u : magnitude; /* 57,344 */
+    uint32_t clamped = choose(magnitude > 0x47600000u, 0x47600000u, magnitude); /* 57,344 */
     uint32_t found = narrowed(clamped, 21, 112u << 2, 113u << 23, 128.0f);
-    found = magnitude == 0x7F800000u ? 0x7C : magnitude > 0x7F800000u ? 0x7E : found;
+    found = choose(magnitude == 0x7F800000u, 0x7C, choose(magnitude > 0x7F800000u, 0x7E, found));
     return (uint8_t)(found | (bits >> 24 & 0x80));
 }
 
@@ -371,7 +390,7 @@ INLINE float largest_finite(const float *src, size_t n) {
     uint32_t most = 0;
     for (size_t i = 0; i < n; i++) {
         uint32_t magnitude = as_bits(src[i]) & 0x7FFFFFFFu;
-        magnitude = magnitude >= 0x7F800000u ? 0 : magnitude;
+        magnitude = choose(magnitude >= 0x7F800000u, 0, magnitude);
         most = magnitude > most ? magnitude : most;
     }
     return as_float(most);

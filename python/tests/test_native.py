@@ -148,6 +148,25 @@ def test_accumulation(way: str, kind: str) -> None:
                 assert same(into, start + want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_many_are_made_in_order(way: str, kind: str) -> None:
+    item = native._ITEM[kind]
+    for n in (0, 1, 4095, 4096, 4097, 70_001):
+        for count in (1, 2, 5):
+            floats = [np.random.default_rng(k).standard_normal(n).astype(np.float32) * 10**k for k in range(count)]
+            sources = [f.view(np.uint8) if kind == "f32" else native.encode(f, kind) for f in floats]
+            scales = [0.5 + k for k in range(count)]
+            want = plain_values(sources[0], kind, scales[0])
+            for source, scale in zip(sources[1:], scales[1:]):
+                want = want + plain_values(source, kind, scale)
+            into = np.full(n, np.nan, np.float32)
+            native.sum_of(into, sources, kind, scales)
+            assert same(into, want)
+    for bad in ([], [np.zeros(3, np.uint8)], [np.zeros(16 * item, np.uint8)[::2]]):
+        with pytest.raises(ValueError, match="want 1 or more sources"):
+            native.sum_of(np.zeros(8, np.float32), bad, kind, [1.0])
+
+
 def test_values_pass_through_untouched(way: str) -> None:
     raw = every_float().view(np.uint8)
     into = np.zeros(len(raw) // 4, np.float32)
