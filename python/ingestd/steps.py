@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ from .errors import (
     TensorMismatch,
     Timeout,
 )
-from .filler import Filler
+from .filler import Attached, Filler
 from .manifest import Manifest, Tensor
 from .native import PAST_CACHES_BYTES, copy_crc, crc32c
 from .redial import PATIENCE_S, Dialer, Opened
@@ -184,6 +185,23 @@ class _StepFiller(Filler):
         """Sends ``abort``, where there is room for it soon: readers find out without it, too, with the next step."""
         with contextlib.suppress(Timeout, Error):
             self.send(abort, Deadline(_ABORT_S))
+
+    def flush(self, deadline: Deadline) -> None:
+        """Waits until everything is in the ring, and what the daemon wrote before it said so was read."""
+        super().flush(deadline)
+        while True:
+            with self._state:
+                a = self._attached
+                if a is None or self._stop or not _io.wait(a.sock.fileno(), select.POLLIN, Deadline(0)):
+                    return
+            if not _io.wait(self._news.fd, select.POLLIN, deadline):
+                raise deadline.timeout("reading what the daemon says of the step")
+            self._news.clear()
+
+    def _listen(self, a: Attached) -> Error | None:
+        error = super()._listen(a)
+        self._news.ring()
+        return error
 
     def _go_on_from(self, opened: Opened) -> bool:
         self.stream = opened.stream
