@@ -3,6 +3,7 @@ package quicingest
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -243,8 +244,13 @@ func TestAttachedStreamsOutliveShutdown(t *testing.T) {
 	}
 	<-attached
 	producer, _ := s.push(t, s.dial(t))
+	told := make(chan error, 1)
+	go func() {
+		_, err := io.ReadAll(producer)
+		told <- errors.Join(err, producer.Close())
+	}()
 	s.finish(t)
-	if _, err := io.ReadAll(producer); err != nil {
+	if err := <-told; err != nil {
 		t.Errorf("a producer was not told in order: %v", err)
 	}
 	say <- "still here"
