@@ -25,6 +25,7 @@ type FillerConfig struct {
 	Prefetch         int           // most places of the segment lent at once; 0: the daemon's default
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION
+	Token            Token         // see Config.Token; zero: the daemon asks the kernel which user this is
 
 	// Session is the producer's identity that survives reconnects and restarts of the daemon. With one, a Filler whose daemon goes away attaches
 	// again by itself, and copies over what it had filled and the daemon does not hold. Without, the daemon's end is the end of the Filler.
@@ -46,7 +47,7 @@ func (c FillerConfig) withDefaults() (FillerConfig, error) {
 		return c, fmt.Errorf("client: FillerConfig.Prefetch is %d; it may not be negative", c.Prefetch)
 	}
 	same := Config{
-		Table: c.Table, Spec: &spec.Spec{}, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Session: c.Session, ReconnectFor: c.ReconnectFor,
+		Table: c.Table, Spec: &spec.Spec{}, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Token: c.Token, Session: c.Session, ReconnectFor: c.ReconnectFor,
 		ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo, ContinueAfterLoss: c.ContinueAfterLoss,
 	}
 	same, err := same.withDefaults()
@@ -191,9 +192,11 @@ func joinFiller(ctx context.Context, addr string, cfg FillerConfig, manifest []b
 func (p *Filler) attach(ctx context.Context, within time.Duration) (*shm.FillAttachment, error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	return shm.AttachFill(ctx, p.path, wire.Hello{
+	hello := wire.Hello{
 		Table: p.cfg.Table, Spec: p.cfg.Spec, Session: p.cfg.Session, Prefetch: int64(p.cfg.Prefetch), Notes: true, Client: p.cfg.Client, Manifest: p.manifest,
-	}, p.poke)
+	}
+	hello.SetToken(p.cfg.Token)
+	return shm.AttachFill(ctx, p.path, hello, p.poke)
 }
 
 // poke tells the keeper that there may be something to do.

@@ -47,6 +47,9 @@ type GradConfig struct {
 
 	// Client is free text for the daemon's status page and log. Default: ingestd-go.
 	Client string
+
+	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
+	Token Token
 }
 
 func (c GradConfig) withDefaults() (GradConfig, error) {
@@ -112,7 +115,7 @@ func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, e
 	if err != nil {
 		return nil, err
 	}
-	t, err := Attach(ctx, addr, TrainerConfig{Table: cfg.Table, Prefetch: cfg.Prefetch, Group: cfg.Group, Client: cfg.Client})
+	t, err := Attach(ctx, addr, TrainerConfig{Table: cfg.Table, Prefetch: cfg.Prefetch, Group: cfg.Group, Client: cfg.Client, Token: cfg.Token})
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +128,7 @@ func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, e
 		return nil, errors.Join(fmt.Errorf("client: %w", err), t.Close())
 	}
 	path := addr[strings.Index(addr, "://")+len("://"):]
-	return newGradReader(cfg, &ringSource{t, path}, t.StreamName, int(chunkBytes), t.Prefetch()), nil
+	return newGradReader(cfg, &ringSource{t, path, cfg.Token}, t.StreamName, int(chunkBytes), t.Prefetch()), nil
 }
 
 func newGradReader(cfg GradConfig, source gradSource, name func(uint64) (string, bool), chunkBytes, prefetch int) *GradReader {
@@ -136,8 +139,9 @@ func newGradReader(cfg GradConfig, source gradSource, name func(uint64) (string,
 
 // ringSource is a Trainer's batches.
 type ringSource struct {
-	t    *Trainer
-	path string
+	t     *Trainer
+	path  string
+	token Token
 }
 
 func (s *ringSource) next(ctx context.Context) (gradArrival, error) {
@@ -159,12 +163,10 @@ func (s *ringSource) fetch(ctx context.Context, id uint64) (*tensor.Manifest, er
 		return nil, err
 	}
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.SetDeadline(past) })()
-	if err := wire.WriteHello(conn, &wire.Hello{Role: wire.RoleManifest, Table: s.t.Table(), ManifestID: fmt.Sprintf("%016x", id), Client: "ingestd-go"}); err != nil {
-		return nil, err
-	}
+	hello := wire.Hello{Role: wire.RoleManifest, Table: s.t.Table(), ManifestID: fmt.Sprintf("%016x", id), Client: "ingestd-go"}
+	hello.SetToken(s.token)
 	var accepted wire.AcceptedManifest
-	err = wire.ReadReply(conn, &accepted)
+	err = greet(ctx, conn, &hello, &accepted)
 	switch {
 	case codeOf(err) == wire.CodeUnknownManifest:
 		return nil, nil

@@ -45,6 +45,8 @@ type Config struct {
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION
 
+	Token Token // proves to the daemon who this is, and the daemon to this; see ParseToken, TokenFromEnvironment. Zero: none
+
 	// Session is the producer's identity that survives reconnects and restarts of the daemon. With one, a Producer whose
 	// connection ends makes another by itself and sends again what the daemon does not hold: see the package's doc. Without, the end
 	// of the connection is the end of the Producer.
@@ -67,6 +69,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Spec == nil {
 		return c, errors.New("client: Config.Spec is nil; say what a sample is, with spec.ParseText for instance")
+	}
+	if err := c.Token.Check(); err != nil {
+		return c, fmt.Errorf("client: Config.Token: %w", err)
 	}
 	if c.BufferBytes < 0 || c.HandshakeTimeout < 0 {
 		return c, fmt.Errorf("client: Config.BufferBytes is %d and HandshakeTimeout %v; neither may be negative", c.BufferBytes, c.HandshakeTimeout)
@@ -210,24 +215,9 @@ func (t *target) handshake(ctx context.Context, conn net.Conn) (accepted wire.Ac
 	if cfg.Spec != nil {
 		said.Fingerprint = cfg.Spec.Fingerprint()
 	}
-	hello, err := wire.AppendHello(nil, &said)
-	if err != nil {
-		return accepted, err
-	}
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(past) })
-	_, writeErr := conn.Write(hello)
-	// A daemon that refuses before it has read all leaves its reason behind, so the reply is read in any case.
-	err = wire.ReadReply(conn, &accepted)
-	switch {
-	case !stop():
-		return accepted, ctx.Err()
-	case err == nil:
-		return accepted, checkAgreed(accepted, cfg)
-	case !answered(err):
-		if writeErr != nil {
-			err = writeErr
-		}
-		return accepted, fmt.Errorf("%w before it replied (%w): it may be stopping, or serve all it can: try again; its log may say why", ErrDaemonGone, err)
+	said.SetToken(cfg.Token)
+	if err = greet(ctx, conn, &said, &accepted); err == nil {
+		err = checkAgreed(accepted, cfg)
 	}
 	return accepted, err
 }

@@ -150,4 +150,6 @@ func codeOf(err error) wire.Code {
 }
 
 // answered says whether the error is something that the daemon said.
-func answered(err error) bool { return codeOf(err) != "" || errors.Is(err, wire.ErrProtocol) }
+func answered(err error) bool {
+	return codeOf(err) != "" || errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven)
+}

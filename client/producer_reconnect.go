@@ -64,13 +64,13 @@ func (p *Producer) broken(err error) bool {
 
 // passing says whether another connection may fare better: not if the daemon said that this producer is not wanted, or if it is no daemon.
 func passing(err error) bool {
-	if errors.Is(err, wire.ErrProtocol) {
+	if errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven) {
 		return false
 	}
 	var refusal *wire.Refusal
 	if errors.As(err, &refusal) {
 		switch refusal.Code {
-		case wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeHandshakeTimeout, wire.CodeInternal:
+		case wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeHandshakeTimeout, wire.CodeBanned, wire.CodeInternal:
 			return true
 		}
 		return false

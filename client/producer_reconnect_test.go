@@ -281,7 +281,7 @@ func TestAbortWithoutConnection(t *testing.T) {
 
 // TestWhatIsFinal: which words of the daemon end a session's Producer, and which it tries again after.
 func TestWhatIsFinal(t *testing.T) {
-	again := []wire.Code{wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeHandshakeTimeout, wire.CodeInternal}
+	again := []wire.Code{wire.CodeShuttingDown, wire.CodeTooManyConnections, wire.CodeHandshakeTimeout, wire.CodeBanned, wire.CodeInternal}
 	for _, code := range wire.Codes() {
 		t.Run("refusal/"+string(code), func(t *testing.T) {
 			answers := func(n *network) []answer {

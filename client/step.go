@@ -28,6 +28,7 @@ type StepsConfig struct {
 	Prefetch         int           // most places lent at once; 0: the daemon's default. In place only
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION
+	Token            Token         // see Config.Token
 	ReconnectFor     time.Duration // most time without a connection since the last ack; default DefaultReconnectFor; negative: do not reconnect
 	ReconnectFrom    time.Duration // least upper bound of a pause before a try; default DefaultReconnectFrom
 	ReconnectTo      time.Duration // greatest one; default DefaultReconnectTo
@@ -53,7 +54,7 @@ func (c StepsConfig) withDefaults() (StepsConfig, error) {
 	}
 	// A spec and a way to connect that are not used: what all clients share is checked in one place.
 	same, err := Config{
-		Table: c.Table, Spec: &spec.Spec{}, Session: c.Name, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client,
+		Table: c.Table, Spec: &spec.Spec{}, Session: c.Name, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Token: c.Token,
 		ReconnectFor: c.ReconnectFor, ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo, Dialer: c.Dialer,
 	}.withDefaults()
 	c.HandshakeTimeout, c.Client, c.Dialer = same.HandshakeTimeout, same.Client, same.Dialer

@@ -61,7 +61,7 @@ func fillSteps(ctx context.Context, addr string, cfg StepsConfig) (stepWay, int,
 func (w *stepFill) attach(ctx context.Context) (*Filler, error) {
 	c := &w.cfg
 	return joinFiller(ctx, w.addr, FillerConfig{
-		Table: c.Table, Session: c.Name, Prefetch: c.Prefetch, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client,
+		Table: c.Table, Session: c.Name, Prefetch: c.Prefetch, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Token: c.Token,
 		ReconnectFor: c.ReconnectFor, ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo,
 	}, c.Manifest.JSON())
 }

@@ -23,7 +23,7 @@ func pushSteps(ctx context.Context, addr string, cfg StepsConfig) (stepWay, int,
 	}
 	t := target{addr: addr, network: network, address: address, manifest: cfg.Manifest.JSON(), cfg: Config{
 		Table: cfg.Table, Session: cfg.Name, Ack: wire.AckCommitted, WindowBytes: cfg.WindowBytes, BufferBytes: DefaultBufferBytes,
-		HandshakeTimeout: cfg.HandshakeTimeout, Client: cfg.Client, ReconnectFor: cfg.ReconnectFor, ReconnectFrom: cfg.ReconnectFrom, ReconnectTo: cfg.ReconnectTo,
+		HandshakeTimeout: cfg.HandshakeTimeout, Client: cfg.Client, Token: cfg.Token, ReconnectFor: cfg.ReconnectFor, ReconnectFrom: cfg.ReconnectFrom, ReconnectTo: cfg.ReconnectTo,
 		ContinueAfterLoss: true, Dialer: cfg.Dialer,
 	}}
 	conn, accepted, err := t.connect(ctx, cfg.HandshakeTimeout)

@@ -32,6 +32,9 @@ type TrainerConfig struct {
 
 	// Client is free text for the daemon's status page and log. Default: ingestd-go.
 	Client string
+
+	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
+	Token Token
 }
 
 func (c TrainerConfig) withDefaults() TrainerConfig {
@@ -66,7 +69,9 @@ func Attach(ctx context.Context, addr string, cfg TrainerConfig) (*Trainer, erro
 	if network != "unix" {
 		return nil, fmt.Errorf("client: address %q: a trainer maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock", addr)
 	}
-	a, err := shm.Attach(ctx, path, wire.Hello{Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Group: cfg.Group, Client: cfg.Client})
+	hello := wire.Hello{Table: cfg.Table, Spec: cfg.Spec, Prefetch: int64(cfg.Prefetch), Group: cfg.Group, Client: cfg.Client}
+	hello.SetToken(cfg.Token)
+	a, err := shm.Attach(ctx, path, hello)
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}

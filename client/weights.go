@@ -54,6 +54,9 @@ type SubscribeConfig struct {
 
 	// Dialer makes connections. Streamed only. Default: net.Dialer.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
+
+	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
+	Token Token
 }
 
 func (c SubscribeConfig) withDefaults() SubscribeConfig {

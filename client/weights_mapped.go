@@ -52,7 +52,9 @@ func (m *mapped) attach(ctx context.Context, wait bool) (*weights.Attachment, er
 		defer cancel()
 		ctx = limited
 	}
-	return weights.Attach(ctx, m.path, wire.Hello{Table: m.cfg.Table, Client: m.cfg.Client, Wait: wait})
+	hello := wire.Hello{Table: m.cfg.Table, Client: m.cfg.Client, Wait: wait}
+	hello.SetToken(m.cfg.Token)
+	return weights.Attach(ctx, m.path, hello)
 }
 
 func (m *mapped) current() *weights.Attachment {
@@ -236,7 +238,9 @@ type mappedSink struct {
 }
 
 func openMappedSink(ctx context.Context, path string, cfg PublisherConfig) (sink, error) {
-	a, err := weights.AttachPublisher(ctx, path, wire.Hello{Table: cfg.Table, Client: cfg.Client, Manifest: cfg.Manifest.JSON()})
+	hello := wire.Hello{Table: cfg.Table, Client: cfg.Client, Manifest: cfg.Manifest.JSON()}
+	hello.SetToken(cfg.Token)
+	a, err := weights.AttachPublisher(ctx, path, hello)
 	if err != nil {
 		return nil, publisherError(err)
 	}

@@ -98,7 +98,7 @@ func (r *remoteWeights) connect(ctx context.Context) (net.Conn, error) {
 		limited = ctx
 	}
 	var accepted wire.AcceptedSubscribe
-	err = exchange(limited, conn, hello, &accepted)
+	err = greet(limited, conn, hello, &accepted)
 	if err == nil {
 		err = r.agree(&accepted)
 	}
@@ -112,33 +112,12 @@ func (r *remoteWeights) connect(ctx context.Context) (net.Conn, error) {
 	return conn, nil
 }
 
-// exchange writes a hello and reads the reply, until ctx ends.
-func exchange(ctx context.Context, conn net.Conn, hello *wire.Hello, accepted wire.Accepted) error {
-	text, err := wire.AppendHello(nil, hello)
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(past) })
-	_, writeErr := conn.Write(text)
-	// A daemon that refuses before it has read all leaves its reason behind, so the reply is read in any case.
-	err = wire.ReadReply(conn, accepted)
-	switch {
-	case !stop():
-		return ctx.Err()
-	case err != nil && !answered(err):
-		if writeErr != nil {
-			err = writeErr
-		}
-		return fmt.Errorf("%w before it replied (%w): it may be stopping, or serve all it can: try again; its log may say why", ErrDaemonGone, err)
-	}
-	return err
-}
-
 func (r *remoteWeights) hello() *wire.Hello {
 	h := &wire.Hello{
 		Role: wire.RoleSubscribe, Table: r.cfg.Table, Stream: r.network == "unix", Wait: r.cfg.Wait || r.tensors != nil, Delta: !r.cfg.NoDelta,
 		Client: r.cfg.Client,
 	}
+	h.SetToken(r.cfg.Token)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.newest != nil {

@@ -63,8 +63,9 @@ func (p *streamed) connect(ctx context.Context) error {
 		return fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", p.addr, err)
 	}
 	hello := &wire.Hello{Role: wire.RolePublish, Table: p.cfg.Table, Manifest: p.cfg.Manifest.JSON(), Client: p.cfg.Client}
+	hello.SetToken(p.cfg.Token)
 	accepted := wire.AcceptedPublish{}
-	err = exchange(limited, conn, hello, &accepted)
+	err = greet(limited, conn, hello, &accepted)
 	if err == nil && accepted.ChunkBytes > tensor.ChunkBytesMax {
 		err = fmt.Errorf("%w: chunks of %d bytes are offered", wire.ErrProtocol, accepted.ChunkBytes)
 	}

@@ -44,10 +44,6 @@ func (e *FormatError) Unwrap() error { return e.Err }
 
 // say dials the daemon, says hello and reads the answer. The caller owns the connection and the descriptors of the reader.
 func say(ctx context.Context, path string, hello *wire.Hello, into wire.Accepted) (*net.UnixConn, *descriptorReader, error) {
-	said, err := wire.AppendHello(nil, hello)
-	if err != nil {
-		return nil, nil, err
-	}
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err != nil {
 		if ended := ctx.Err(); ended != nil {
@@ -57,12 +53,7 @@ func say(ctx context.Context, path string, hello *wire.Hello, into wire.Accepted
 	}
 	r := &descriptorReader{conn: conn.(*net.UnixConn)}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	_, err = conn.Write(said)
-	if answer := wire.ReadReply(r, into); answer != nil { // tried after a failed write too: a refusal may be why
-		err = errors.Join(answer, err)
-	} else {
-		err = nil
-	}
+	err = wire.Greet(conn, r, hello, nil, into)
 	if !stop() && err == nil {
 		err = contextError(ctx)
 	} else if err != nil && ctx.Err() != nil {

@@ -65,6 +65,9 @@ const (
 	CodeNoGeneration       Code = "no_generation"
 	CodePublisherActive    Code = "publisher_active"
 	CodeReplaced           Code = "replaced"
+	CodeNotAuthenticated   Code = "not_authenticated"
+	CodeBanned             Code = "banned"
+	CodeEndOfStream        Code = "end_of_stream"
 	CodeInternal           Code = "internal"
 )
 
@@ -75,7 +78,7 @@ func Codes() []Code {
 		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
 		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeSessionTaken,
 		CodeTooManySessions, CodeTooManyGroups, CodeWrongKind, CodeBadChunk, CodeManifestMismatch, CodeUnknownManifest, CodeNoGeneration,
-		CodePublisherActive, CodeReplaced, CodeInternal,
+		CodePublisherActive, CodeReplaced, CodeNotAuthenticated, CodeBanned, CodeEndOfStream, CodeInternal,
 	}
 }
 

@@ -9,6 +9,9 @@
 //
 // Goroutines: no state; any function may be called from any goroutine.
 //
+// Authentication: it holds the messages and the arithmetic that both sides share, and the client's side of the exchange (Greet). Which tokens there are, and what they
+// may, is for package auth. A Secret shows itself to nobody who does not call Reveal.
+//
 // Errors: ReadHello returns a *Refusal, ready to be written back, for whatever the peer did wrong. ReadReply
 // returns the *Refusal that the daemon sent. *Notice is an error too: why a daemon ended the stream. Bytes
 // that are not this protocol wrap ErrProtocol. Nothing panics on input.
@@ -17,5 +20,5 @@
 // BodyBytesMax, however long its header says it is.
 //
 // Proof: hello_test.go and reply_test.go (both sides of every limit, every cut, one byte at a time),
-// doc_test.go (the hex in docs/wire-protocol.md is what this code writes and reads), and the handshake target in fuzz.
+// auth_test.go (every cut, every limit, nothing that prints shows a secret), doc_test.go (the hex in docs/wire-protocol.md is what this code writes and reads), and the handshake target in fuzz.
 package wire

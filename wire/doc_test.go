@@ -2,6 +2,8 @@ package wire
 
 import (
 	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"flag"
@@ -55,6 +57,37 @@ type example struct {
 	accepted AcceptedPush
 	notice   Notice
 	refusal  *Refusal
+
+	token      Hello // of who names a token
+	secret     Secret
+	challenge  Challenge
+	transcript Transcript
+}
+
+// count is 32 bytes that count on from first.
+func count(first byte) (n Nonce) {
+	for i := range n {
+		n[i] = first + byte(i)
+	}
+	return n
+}
+
+// authenticate makes the example of "Authentication".
+func (e *example) authenticate(t *testing.T, encoded map[string][]byte) {
+	var err error
+	if e.secret, err = NewSecret("example-secret-of-32-characters!"); err != nil {
+		t.Fatal(err)
+	}
+	e.token = Hello{VersionMin: 1, VersionMax: 1, Role: RoleTrain, Table: "digits", Token: "worker", Nonce: count(0)}
+	if encoded["tokenhello"], err = AppendHello(nil, &e.token); err != nil {
+		t.Fatal(err)
+	}
+	e.challenge.Nonce = count(0x80)
+	e.transcript = NewTranscript(encoded["tokenhello"], e.challenge.Nonce, nil)
+	e.challenge.Proofs = []Proof{e.transcript.DaemonProof(e.secret)}
+	encoded["challenge"] = AppendChallenge(nil, &e.challenge)
+	encoded["transcript"] = e.transcript[:]
+	encoded["proof"] = AppendProof(nil, e.transcript.ClientProof(e.secret))
 }
 
 func makeExample(t *testing.T) (e example, encoded map[string][]byte) {
@@ -75,10 +108,12 @@ func makeExample(t *testing.T) (e example, encoded map[string][]byte) {
 		t.Fatal(err)
 	}
 	f := s.Fingerprint()
-	return e, map[string][]byte{
+	encoded = map[string][]byte{
 		"fingerprint": f[:], "hello": hello, "accepted": accepted,
 		"notice": AppendNotice([]byte{Ack, Ack, Ack}, &e.notice), "refusal": AppendRefusal(nil, e.refusal),
 	}
+	e.authenticate(t, encoded)
+	return e, encoded
 }
 
 func TestDocsWrite(t *testing.T) {
@@ -131,6 +166,41 @@ func TestDocsRead(t *testing.T) {
 	notice, err := ReadNotice(bytes.NewReader(rest))
 	if !ok || err != nil || *notice != want.notice || !bytes.Equal(acks, []byte{Ack, Ack, Ack}) {
 		t.Errorf("notice: % x, %v, %v", acks, notice, err)
+	}
+}
+
+// TestDocsAuthentication reads the example of "Authentication", and computes it without the code that is under test.
+func TestDocsAuthentication(t *testing.T) {
+	want, _ := makeExample(t)
+	examples := docExamples(t)
+	hello, raw, err := ReadHelloFrame(bytes.NewReader(examples["tokenhello"]))
+	if err != nil || !reflect.DeepEqual(*hello, want.token) || !bytes.Equal(raw, examples["tokenhello"]) {
+		t.Fatalf("hello: %+v, %v", hello, err)
+	}
+	var challenge *Challenge
+	if err := ReadReply(bytes.NewReader(examples["challenge"]), new(AcceptedTrain)); !errors.As(err, &challenge) || !reflect.DeepEqual(*challenge, want.challenge) {
+		t.Fatalf("challenge: %v", err)
+	}
+	var all []byte
+	all = append(all, "ingestd-auth-1\n"...)
+	all = append(all, byte(len(raw)), 0, 0, 0)
+	all = append(all, raw...)
+	all = append(all, challenge.Nonce[:]...)
+	all = append(all, make([]byte, 32)...)
+	transcript := sha256.Sum256(all)
+	if !bytes.Equal(transcript[:], examples["transcript"]) {
+		t.Errorf("the transcript is %x", transcript)
+	}
+	sign := func(who string) Proof {
+		mac := hmac.New(sha256.New, []byte("example-secret-of-32-characters!"))
+		mac.Write(append([]byte(who+"\n"), transcript[:]...))
+		return Proof(mac.Sum(nil))
+	}
+	if challenge.Proofs[0] != sign("daemon") {
+		t.Error("the daemon's proof is another")
+	}
+	if proof, err := ReadProof(bytes.NewReader(examples["proof"])); err != nil || proof != sign("client") {
+		t.Errorf("the client's proof: %v, %v", proof, err)
 	}
 }
 

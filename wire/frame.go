@@ -52,10 +52,11 @@ func readHeader(r io.Reader, h *[headerBytes]byte) (n int, ok bool, err error) {
 	return n, true, nil
 }
 
-// readBody reads length bytes into memory that at most doubles what has arrived.
-func readBody(r io.Reader, length int) ([]byte, error) {
+// readBody reads length bytes into memory that at most doubles what has arrived. What it returns begins with a copy of before.
+func readBody(r io.Reader, before []byte, length int) ([]byte, error) {
 	const first = 4096
-	body := make([]byte, 0, min(length, first))
+	length += len(before)
+	body := append(make([]byte, 0, min(length, first)), before...)
 	for idle := 0; len(body) < length; {
 		if len(body) == cap(body) {
 			grown := make([]byte, len(body), min(length, 2*cap(body)))

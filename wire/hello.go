@@ -42,6 +42,27 @@ const (
 // GroupDefault is the group of a trainer that names none.
 const GroupDefault = "default"
 
+// Compression says how the samples of a connection are compressed, see package compress.
+type Compression string
+
+// The ways to compress.
+const (
+	CompressionNone        Compression = ""
+	CompressionS2          Compression = "s2"
+	CompressionZstd        Compression = "zstd"
+	CompressionS2Shuffle   Compression = "s2+shuffle"
+	CompressionZstdShuffle Compression = "zstd+shuffle"
+)
+
+// Known says whether the protocol has it; a daemon need not offer it.
+func (c Compression) Known() bool {
+	switch c {
+	case CompressionNone, CompressionS2, CompressionZstd, CompressionS2Shuffle, CompressionZstdShuffle:
+		return true
+	}
+	return false
+}
+
 // ByteOrder is the only byte order of samples.
 const ByteOrder = "little"
 
@@ -61,6 +82,10 @@ type Hello struct {
 	Group         string           // train; empty: GroupDefault
 	Notes         bool             // push and fill: the client reads notes
 	Client        string           // free text for status and logs
+	Compression   Compression      // push; the way of the samples
+	Token         string           // name of the token that the client proves to have; needs Nonce
+	Nonce         Nonce            // of the client, made anew for every hello: Greet does
+	Secret        Secret           // of the token; it is never sent: Greet proves it
 
 	Manifest   json.RawMessage // push, fill and publish: the tensors that will come, a JSON object
 	ManifestID string          // manifest: 16 hex digits
@@ -68,7 +93,7 @@ type Hello struct {
 	// Of weights, see docs/weights.md.
 	InPlace      bool             // publish: wants to write into the segment
 	Wait         bool             // subscribe: answer when something was published, however long that takes
-	Stream       bool             // subscribe: over the connection, on a unix socket too
+	Stream       bool             // subscribe and train: over the connection, on a unix socket too
 	Delta        bool             // subscribe: of the next generation, only what differs from Have
 	Have         int64            // subscribe: the generation that the reader holds whole; 0: none
 	HaveDigest   spec.Fingerprint // subscribe: its digest
@@ -103,7 +128,16 @@ type helloBody struct {
 	ResumeDigest  spec.Fingerprint `json:"resume_digest,omitzero"`
 	ResumeOffset  int64            `json:"resume_offset,omitempty"`
 	Client        string           `json:"client,omitempty"`
+	Compression   Compression      `json:"compression,omitempty"`
+	Token         string           `json:"token,omitempty"`
+	Nonce         Nonce            `json:"nonce,omitzero"`
 }
+
+// ErrHello is wrapped when a hello cannot be said.
+var ErrHello = errors.New("wire: hello")
+
+// SetToken puts a token's name and secret into the hello, for Greet. The zero Token takes them out.
+func (h *Hello) SetToken(t Token) { h.Token, h.Secret = t.Name, t.Secret }
 
 // AppendHello appends the encoded hello, or says which field a daemon would refuse.
 func AppendHello(dst []byte, h *Hello) ([]byte, error) {
@@ -116,17 +150,18 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 		refusal = h.check(h.given())
 	}
 	if refusal != nil {
-		return dst, fmt.Errorf("wire: hello: %s", refusal.Reason)
+		return dst, fmt.Errorf("%w: %s", ErrHello, refusal.Reason)
 	}
 	body, err := encode(helloBody{
 		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes,
 		h.Manifest, h.ManifestID, h.InPlace, h.Wait, h.Stream, h.Delta, h.Have, h.HaveDigest, h.Resume, h.ResumeDigest, h.ResumeOffset, h.Client,
+		h.Compression, h.Token, h.Nonce,
 	})
 	if err != nil {
-		return dst, fmt.Errorf("wire: hello: %w", err)
+		return dst, fmt.Errorf("%w: %w", ErrHello, err)
 	}
 	if len(body) > BodyBytesMax {
-		return dst, fmt.Errorf("wire: hello: the body has %d bytes, at most %d are allowed; shorten the names of leaves or tensors", len(body), BodyBytesMax)
+		return dst, fmt.Errorf("%w: the body has %d bytes, at most %d are allowed; shorten the names of leaves or tensors", ErrHello, len(body), BodyBytesMax)
 	}
 	return appendFrame(dst, low, high, body), nil
 }
@@ -152,7 +187,7 @@ func (h *Hello) given() []string {
 	}{
 		{"spec", h.Spec != nil}, {"fingerprint", !h.Fingerprint.IsZero()}, {"session", h.Session != ""}, {"ack", h.Ack != ""},
 		{"window_samples", h.WindowSamples != 0}, {"window_bytes", h.WindowBytes != 0}, {"prefetch", h.Prefetch != 0},
-		{"group", h.Group != ""}, {"notes", h.Notes},
+		{"group", h.Group != ""}, {"notes", h.Notes}, {"compression", h.Compression != ""},
 		{"manifest", h.Manifest != nil}, {"manifest_id", h.ManifestID != ""}, {"in_place", h.InPlace},
 		{"wait", h.Wait}, {"stream", h.Stream}, {"delta", h.Delta}, {"have", h.Have != 0}, {"have_digest", !h.HaveDigest.IsZero()},
 		{"resume", h.Resume != 0}, {"resume_digest", !h.ResumeDigest.IsZero()}, {"resume_offset", h.ResumeOffset != 0},
@@ -168,9 +203,9 @@ func (h *Hello) given() []string {
 var rolesOf = map[string][]Role{
 	"spec": {RolePush, RoleFill, RoleTrain}, "fingerprint": {RolePush, RoleFill, RoleTrain},
 	"session": {RolePush, RoleFill}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
-	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill},
+	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill}, "compression": {RolePush},
 	"manifest": {RolePush, RoleFill, RolePublish}, "manifest_id": {RoleManifest}, "in_place": {RolePublish},
-	"wait": {RoleSubscribe}, "stream": {RoleSubscribe}, "delta": {RoleSubscribe}, "have": {RoleSubscribe}, "have_digest": {RoleSubscribe},
+	"wait": {RoleSubscribe}, "stream": {RoleSubscribe, RoleTrain}, "delta": {RoleSubscribe}, "have": {RoleSubscribe}, "have_digest": {RoleSubscribe},
 	"resume": {RoleSubscribe}, "resume_digest": {RoleSubscribe}, "resume_offset": {RoleSubscribe},
 }
 
@@ -191,7 +226,7 @@ func (h *Hello) check(given []string) *Refusal {
 	if h.Table == "" {
 		return Refuse(CodeBadHandshake, `the field "table" is missing; name the table to use`)
 	}
-	for _, f := range [...][2]string{{"table", h.Table}, {"session", h.Session}, {"group", h.Group}, {"client", h.Client}} {
+	for _, f := range [...][2]string{{"table", h.Table}, {"session", h.Session}, {"group", h.Group}, {"client", h.Client}, {"token", h.Token}} {
 		if err := checkText(f[1]); err != nil {
 			return Refuse(CodeBadOption, "the field %q %v", f[0], err)
 		}
@@ -211,6 +246,12 @@ func (h *Hello) check(given []string) *Refusal {
 	case "", AckQueued, AckCommitted:
 	default:
 		return Refuse(CodeBadOption, "the ack mode %s is not known; it is queued or committed", short(string(h.Ack)))
+	}
+	if !h.Compression.Known() {
+		return Refuse(CodeBadOption, "the compression %s is not known; it is s2, zstd, s2+shuffle or zstd+shuffle", short(string(h.Compression)))
+	}
+	if (h.Token != "") != !h.Nonce.IsZero() {
+		return Refuse(CodeBadHandshake, `the fields "token" and "nonce" go together`)
 	}
 	if h.Role == RolePush && h.Spec == nil && h.Fingerprint.IsZero() && h.Manifest == nil {
 		return Refuse(CodeBadHandshake, "a producer must give the spec of its samples or the fingerprint of it, or both; one of tensors gives its manifest")
@@ -245,7 +286,7 @@ func (h *Hello) checkTensors() *Refusal {
 }
 
 func isManifestID(s string) bool {
-	return len(s) == 16 && !strings.ContainsFunc(s, func(c rune) bool { return !(c >= '0' && c <= '9' || c >= 'a' && c <= 'f') })
+	return len(s) == 16 && !strings.ContainsFunc(s, func(c rune) bool { return !isHexDigit(c) })
 }
 
 func checkText(s string) error {

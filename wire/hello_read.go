@@ -19,33 +19,39 @@ import (
 // send it, also that the read deadline passed first or that it stopped half-way. A peer that closed before its first byte
 // is io.EOF; other errors of r are wrapped.
 func ReadHello(r io.Reader) (*Hello, error) {
+	h, _, err := ReadHelloFrame(r)
+	return h, err
+}
+
+// ReadHelloFrame is ReadHello that also returns all bytes of the hello as they came, from which both sides make the Transcript.
+func ReadHelloFrame(r io.Reader) (*Hello, []byte, error) {
 	var header [headerBytes]byte
 	n, ok, err := readHeader(r, &header)
 	switch {
 	case !ok:
-		return nil, Refuse(CodeBadMagic, "the first bytes %q are not a hello, which starts with %q%s", header[:n], Magic, guess(header[:n]))
+		return nil, nil, Refuse(CodeBadMagic, "the first bytes %q are not a hello, which starts with %q%s", header[:n], Magic, guess(header[:n]))
 	case err != nil:
-		return nil, helloReadError(err, n)
+		return nil, nil, helloReadError(err, n)
 	}
 	h := &Hello{
 		VersionMin: binary.LittleEndian.Uint16(header[8:]),
 		VersionMax: binary.LittleEndian.Uint16(header[10:]),
 	}
 	if refusal := checkVersions(h.VersionMin, h.VersionMax); refusal != nil {
-		return nil, refusal
+		return nil, nil, refusal
 	}
 	length := binary.LittleEndian.Uint32(header[12:])
 	if length < bodyBytesMin || length > BodyBytesMax {
-		return nil, Refuse(CodeBadHandshake, "the hello's body has %d bytes; it may have %d to %d", length, bodyBytesMin, BodyBytesMax)
+		return nil, nil, Refuse(CodeBadHandshake, "the hello's body has %d bytes; it may have %d to %d", length, bodyBytesMin, BodyBytesMax)
 	}
-	body, err := readBody(r, int(length))
+	frame, err := readBody(r, header[:], int(length))
 	if err != nil {
-		return nil, helloReadError(err, headerBytes+len(body))
+		return nil, nil, helloReadError(err, len(frame))
 	}
-	if refusal := h.parse(body); refusal != nil {
-		return nil, refusal
+	if refusal := h.parse(frame[headerBytes:]); refusal != nil {
+		return nil, nil, refusal
 	}
-	return h, nil
+	return h, frame, nil
 }
 
 // guess names the protocol that a stranger's first bytes belong to.
@@ -166,6 +172,12 @@ func (h *Hello) target(name string) any {
 		return &h.Notes
 	case "client":
 		return &h.Client
+	case "compression":
+		return (*string)(&h.Compression)
+	case "token":
+		return &h.Token
+	case "nonce":
+		return &h.Nonce
 	}
 	return h.tensorsTarget(name)
 }
@@ -232,6 +244,10 @@ func decodeField(name string, raw []byte, target any) (err error) {
 		*t = text
 	case *spec.Fingerprint:
 		if *t, err = spec.ParseFingerprint(text); err != nil {
+			return Refuse(CodeBadOption, "the field %q: %v", name, err)
+		}
+	case *Nonce:
+		if err = t.UnmarshalText([]byte(text)); err != nil {
 			return Refuse(CodeBadOption, "the field %q: %v", name, err)
 		}
 	case byteOrder:

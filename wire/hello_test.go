@@ -57,6 +57,8 @@ func TestHelloRoundTrip(t *testing.T) {
 		{VersionMin: 1, VersionMax: 65535, Role: RoleTrain, Table: strings.Repeat("t", NameBytesMax), Prefetch: 4, Spec: s},
 		{VersionMin: 1, VersionMax: 1, Role: RoleTrain, Table: "d"},
 		{VersionMin: 1, VersionMax: 1, Role: RoleObserve, Table: "d", Client: "c"},
+		{VersionMin: 1, VersionMax: 1, Role: RoleTrain, Table: "d", Stream: true, Token: strings.Repeat("t", NameBytesMax), Nonce: Nonce{31: 1}},
+		{VersionMin: 1, VersionMax: 1, Role: RolePush, Table: "d", Spec: s, Ack: AckQueued, Compression: CompressionZstdShuffle},
 	} {
 		b, err := AppendHello([]byte("before"), h)
 		if err != nil {
@@ -67,8 +69,8 @@ func TestHelloRoundTrip(t *testing.T) {
 			func(r io.Reader) io.Reader { return r }, iotest.OneByteReader, iotest.HalfReader, iotest.DataErrReader,
 		} {
 			rest := strings.NewReader(string(b[len("before"):]) + after)
-			got, err := ReadHello(wrap(rest))
-			if err != nil || !reflect.DeepEqual(got, h) {
+			got, raw, err := ReadHelloFrame(wrap(rest))
+			if err != nil || !reflect.DeepEqual(got, h) || !bytes.Equal(raw, b[len("before"):]) {
 				t.Errorf("read back %+v, %v; want %+v", got, err, h)
 			}
 			if left, _ := io.ReadAll(rest); string(left) != after && rest.Len() != 0 {
@@ -161,33 +163,43 @@ func TestHelloBodyRefused(t *testing.T) {
 		code Code
 		says string
 	}{
-		`[]`:                             {CodeBadHandshake, "not a JSON object"},
-		`{"role":}`:                      {CodeBadHandshake, "not JSON: at byte 9"},
-		base + "} x":                     {CodeBadHandshake, "not JSON: at byte"},
-		"{\"role\":\"\xff\"}":            {CodeBadHandshake, "not UTF-8"},
-		`{}`:                             {CodeBadHandshake, `"role" is missing`},
-		`{"role":"push"}`:                {CodeBadHandshake, `"table" is missing`},
-		`{"role":"read","table":"t"}`:    {CodeBadOption, `the role "read" is not known`},
-		`{"role":5}`:                     {CodeBadHandshake, `"role" must be a string, not 5`},
-		`{"role":null}`:                  {CodeBadHandshake, `"role" must be a string, not null`},
-		`{"Role":"push"}`:                {CodeBadHandshake, `the field "Role" is not known`},
-		with(`"token":"x"`):              {CodeBadHandshake, `the field "token" is not known`},
-		with(`"table":"t"`):              {CodeBadHandshake, `"table" is there twice`},
-		with(`"prefetch":1`):             {CodeBadOption, `"prefetch" is not for the role push`},
-		with(`"session":"` + long + `"`): {CodeBadOption, `"session" has 129 bytes`},
-		with(`"client":"a\nb"`):          {CodeBadOption, "control character"},
-		with(`"ack":"later"`):            {CodeBadOption, `the ack mode "later"`},
-		with(`"window_samples":-1`):      {CodeBadOption, `"window_samples" is -1`},
-		with(`"window_samples":1.5`):     {CodeBadHandshake, "must be a whole number, not 1.5"},
-		with(`"window_bytes":null`):      {CodeBadHandshake, "not null"},
-		with(`"window_bytes":"1"`):       {CodeBadHandshake, `not "1"`},
-		with(`"window_bytes":99999999999999999999`):                                                                   {CodeBadHandshake, "not 99999999999999999999"},
-		with(`"fingerprint":"abc"`):                                                                                   {CodeBadOption, "3 characters"},
-		with(`"fingerprint":"` + ones + `"`):                                                                          {CodeBadHandshake, "is not that of the spec beside it"},
-		`{"role":"push","table":"t"}`:                                                                                 {CodeBadHandshake, "must give the spec"},
-		`{"role":"train","table":"t"}`:                                                                                {CodeBadHandshake, `"byte_order" is missing`},
-		`{"role":"train","table":"t","byte_order":"big"}`:                                                             {CodeBadOption, `byte order "big"`},
-		`{"role":"train","table":"t","byte_order":"little","session":""}`:                                             {CodeBadOption, `"session" is not for the role train`},
+		`[]`:                           {CodeBadHandshake, "not a JSON object"},
+		`{"role":}`:                    {CodeBadHandshake, "not JSON: at byte 9"},
+		base + "} x":                   {CodeBadHandshake, "not JSON: at byte"},
+		"{\"role\":\"\xff\"}":          {CodeBadHandshake, "not UTF-8"},
+		`{}`:                           {CodeBadHandshake, `"role" is missing`},
+		`{"role":"push"}`:              {CodeBadHandshake, `"table" is missing`},
+		`{"role":"read","table":"t"}`:  {CodeBadOption, `the role "read" is not known`},
+		`{"role":5}`:                   {CodeBadHandshake, `"role" must be a string, not 5`},
+		`{"role":null}`:                {CodeBadHandshake, `"role" must be a string, not null`},
+		`{"Role":"push"}`:              {CodeBadHandshake, `the field "Role" is not known`},
+		with(`"password":"x"`):         {CodeBadHandshake, `the field "password" is not known`},
+		with(`"token":"x"`):            {CodeBadHandshake, `"token" and "nonce" go together`},
+		with(`"nonce":"` + ones + `"`): {CodeBadHandshake, `"token" and "nonce" go together`},
+		with(`"token":"","nonce":"` + ones + `"`):                             {CodeBadHandshake, `"token" and "nonce" go together`},
+		with(`"token":"x","nonce":"` + strings.Repeat("0", 64) + `"`):         {CodeBadHandshake, `"token" and "nonce" go together`},
+		with(`"token":"x","nonce":"` + ones[1:] + `"`):                        {CodeBadOption, "64 hex digits"},
+		with(`"token":"x","nonce":"` + strings.Repeat("AB", 32) + `"`):        {CodeBadOption, "64 hex digits"},
+		with(`"token":"x","nonce":["` + ones + `"]`):                          {CodeBadHandshake, `"nonce" must be a string`},
+		with(`"token":"` + long + `","nonce":"` + ones + `"`):                 {CodeBadOption, `"token" has 129 bytes`},
+		with(`"compression":"lz4"`):                                           {CodeBadOption, `the compression "lz4" is not known`},
+		`{"role":"train","table":"t","byte_order":"little","compression":""}`: {CodeBadOption, `"compression" is not for the role train`},
+		with(`"table":"t"`):                                               {CodeBadHandshake, `"table" is there twice`},
+		with(`"prefetch":1`):                                              {CodeBadOption, `"prefetch" is not for the role push`},
+		with(`"session":"` + long + `"`):                                  {CodeBadOption, `"session" has 129 bytes`},
+		with(`"client":"a\nb"`):                                           {CodeBadOption, "control character"},
+		with(`"ack":"later"`):                                             {CodeBadOption, `the ack mode "later"`},
+		with(`"window_samples":-1`):                                       {CodeBadOption, `"window_samples" is -1`},
+		with(`"window_samples":1.5`):                                      {CodeBadHandshake, "must be a whole number, not 1.5"},
+		with(`"window_bytes":null`):                                       {CodeBadHandshake, "not null"},
+		with(`"window_bytes":"1"`):                                        {CodeBadHandshake, `not "1"`},
+		with(`"window_bytes":99999999999999999999`):                       {CodeBadHandshake, "not 99999999999999999999"},
+		with(`"fingerprint":"abc"`):                                       {CodeBadOption, "3 characters"},
+		with(`"fingerprint":"` + ones + `"`):                              {CodeBadHandshake, "is not that of the spec beside it"},
+		`{"role":"push","table":"t"}`:                                     {CodeBadHandshake, "must give the spec"},
+		`{"role":"train","table":"t"}`:                                    {CodeBadHandshake, `"byte_order" is missing`},
+		`{"role":"train","table":"t","byte_order":"big"}`:                 {CodeBadOption, `byte order "big"`},
+		`{"role":"train","table":"t","byte_order":"little","session":""}`: {CodeBadOption, `"session" is not for the role train`},
 		`{"role":"observe","table":"t","byte_order":"little","fingerprint":"` + ones + `"}`:                           {CodeBadOption, "not for the role observe"},
 		`{"role":"push","table":"` + long + `","byte_order":"little"}`:                                                {CodeBadOption, `"table" has 129 bytes`},
 		`{"role":"push","table":"t","byte_order":"little","spec":null}`:                                               {CodeBadOption, "must be an object, not null"},

@@ -47,7 +47,7 @@ func ReadMessageBody(r io.Reader, length, limit int, into any) error {
 	if length < bodyBytesMin || length > limit {
 		return protocolError("a message has %d bytes; it may have %d to %d", length, bodyBytesMin, limit)
 	}
-	body, err := readBody(r, length)
+	body, err := readBody(r, nil, length)
 	if err != nil {
 		return fmt.Errorf("wire: read a message: %w", unexpected(err))
 	}

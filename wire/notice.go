@@ -61,7 +61,7 @@ func readLater(r io.Reader, what string, into any) error {
 	if bytes < bodyBytesMin || bytes > NoticeBytesMax {
 		return protocolError("the %s has %d bytes; it may have %d to %d", what, bytes, bodyBytesMin, NoticeBytesMax)
 	}
-	body, err := readBody(r, int(bytes))
+	body, err := readBody(r, nil, int(bytes))
 	if err != nil {
 		return fmt.Errorf("wire: read the %s: %w", what, unexpected(err))
 	}

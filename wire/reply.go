@@ -12,12 +12,13 @@ import (
 
 // The status of a reply.
 const (
-	statusAccepted = 0
-	statusRefused  = 1
+	statusAccepted  = 0
+	statusRefused   = 1
+	statusChallenge = 2
 )
 
-// Accepted is a reply that accepts: *AcceptedPush, *AcceptedFill, *AcceptedTrain, *AcceptedObserve, *AcceptedPublish, *AcceptedSubscribe or
-// *AcceptedManifest.
+// Accepted is a reply that accepts: *AcceptedPush, *AcceptedFill, *AcceptedTrain, *AcceptedRemoteTrain, *AcceptedObserve, *AcceptedPublish,
+// *AcceptedSubscribe or *AcceptedManifest.
 type Accepted interface {
 	// check says what a peer of this protocol would never send.
 	check() error
@@ -33,6 +34,7 @@ type AcceptedPush struct {
 	WindowBytes   int64            `json:"window_bytes"`          // in force, at least 1; one sample may always be under way
 	Held          uint64           `json:"held"`                  // samples of the session that the daemon already holds
 	ChunkBytes    int64            `json:"chunk_bytes,omitempty"` // tables of tensors only: most data bytes of a chunk
+	Compression   Compression      `json:"compression,omitempty"` // as asked for
 }
 
 // AcceptedFill answers role fill. Its first byte carries four descriptors: see the docs, "Fill".
@@ -61,6 +63,17 @@ type AcceptedTrain struct {
 	SegmentBytes int64            `json:"segment_bytes"`
 	ChannelBytes int64            `json:"channel_bytes"`
 	Prefetch     int64            `json:"prefetch"` // most batches held at once
+}
+
+// AcceptedRemoteTrain answers role train where the batches are sent: see the docs, "Remote trainers".
+type AcceptedRemoteTrain struct {
+	Table       string           `json:"table"`
+	Spec        *spec.Spec       `json:"spec"`
+	Fingerprint spec.Fingerprint `json:"fingerprint"`
+	Trainer     uint64           `json:"trainer"` // number of the trainer in this daemon's life
+	Group       string           `json:"group"`   // the trainers of a group share the batches
+	BatchSize   int64            `json:"batch_size"`
+	Prefetch    int64            `json:"prefetch"` // most batches without an answer
 }
 
 // AcceptedObserve answers role observe. Its first byte carries one descriptor, the segment.
@@ -126,6 +139,9 @@ func (a *AcceptedPush) check() error {
 	if a.Fingerprint.IsZero() {
 		return fmt.Errorf("the fingerprint is missing")
 	}
+	if !a.Compression.Known() {
+		return fmt.Errorf("the compression is %s", short(string(a.Compression)))
+	}
 	return positive(named{"window_samples", a.WindowSamples}, named{"window_bytes", a.WindowBytes})
 }
 
@@ -143,18 +159,32 @@ func (a *AcceptedTrain) check() error {
 	return positive(named{"channel_bytes", a.ChannelBytes}, named{"prefetch", a.Prefetch})
 }
 
+func (a *AcceptedRemoteTrain) check() error {
+	if err := checkSpec(a.Spec, a.Fingerprint); err != nil {
+		return err
+	}
+	return positive(named{"batch_size", a.BatchSize}, named{"prefetch", a.Prefetch})
+}
+
 func (a *AcceptedObserve) check() error {
 	return checkSegment(a.Spec, a.Fingerprint, a.BatchSize, a.Batches, a.SegmentBytes)
 }
 
 func checkSegment(s *spec.Spec, f spec.Fingerprint, batchSize, batches, segmentBytes int64) error {
+	if err := checkSpec(s, f); err != nil {
+		return err
+	}
+	return positive(named{"batch_size", batchSize}, named{"batches", batches}, named{"segment_bytes", segmentBytes})
+}
+
+func checkSpec(s *spec.Spec, f spec.Fingerprint) error {
 	if s == nil {
 		return fmt.Errorf("the spec is missing")
 	}
 	if s.Fingerprint() != f {
 		return fmt.Errorf("the fingerprint %v is not that of the spec, which has %v", f, s.Fingerprint())
 	}
-	return positive(named{"batch_size", batchSize}, named{"batches", batches}, named{"segment_bytes", segmentBytes})
+	return nil
 }
 
 type named struct {
@@ -220,7 +250,7 @@ func write(w io.Writer, b []byte) error {
 }
 
 // ReadReply reads one reply and not a byte beyond it. Accepted: it fills in into and returns nil. Refused: it returns
-// the daemon's *Refusal. Anything that is not a reply wraps ErrProtocol; an end before the reply is complete wraps
+// the daemon's *Refusal. Asked for the proof of a token: it returns the *Challenge, see Greet. Anything that is not a reply wraps ErrProtocol; an end before the reply is complete wraps
 // io.ErrUnexpectedEOF.
 func ReadReply(r io.Reader, into Accepted) error {
 	var header [headerBytes]byte
@@ -236,19 +266,24 @@ func ReadReply(r io.Reader, into Accepted) error {
 	version, status := binary.LittleEndian.Uint16(header[8:]), binary.LittleEndian.Uint16(header[10:])
 	length := binary.LittleEndian.Uint32(header[12:])
 	switch {
-	case status != statusAccepted && status != statusRefused:
+	case status > statusChallenge:
 		return protocolError("the reply's status is %d", status)
-	case status == statusAccepted && version != Version:
+	case status != statusRefused && version != Version:
 		return protocolError("the daemon chose protocol version %d; this client speaks %d", version, Version)
 	case length < bodyBytesMin || length > BodyBytesMax:
 		return protocolError("the reply's body has %d bytes; it may have %d to %d", length, bodyBytesMin, BodyBytesMax)
+	case status == statusChallenge && length > ChallengeBytesMax:
+		return protocolError("the challenge's body has %d bytes; it may have %d to %d", length, bodyBytesMin, ChallengeBytesMax)
 	}
-	body, err := readBody(r, int(length))
+	body, err := readBody(r, nil, int(length))
 	if err != nil {
 		return fmt.Errorf("wire: read the reply, after %d bytes: %w", headerBytes+len(body), unexpected(err))
 	}
-	if status == statusRefused {
+	switch status {
+	case statusRefused:
 		return readRefusal(body)
+	case statusChallenge:
+		return parseChallenge(body)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
 		return protocolError("the reply's body: %w", err)

@@ -22,6 +22,8 @@ func replies(t testing.TB) []Accepted {
 		&AcceptedTrain{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 2, BatchSize: 32, Batches: 8, SegmentBytes: 1 << 20,
 			ChannelBytes: 4096, Prefetch: 2},
 		&AcceptedObserve{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), BatchSize: 32, Batches: 8, SegmentBytes: 1 << 20},
+		&AcceptedPush{Table: "digits", Fingerprint: s.Fingerprint(), Ack: AckQueued, WindowSamples: 1, WindowBytes: 1, Compression: CompressionS2},
+		&AcceptedRemoteTrain{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 2, Group: "g", BatchSize: 32, Prefetch: 2},
 	}
 }
 
@@ -60,7 +62,10 @@ func TestAcceptedIgnoresUnknownFields(t *testing.T) {
 
 func TestAcceptedChecked(t *testing.T) {
 	for _, a := range []Accepted{
-		&AcceptedPush{}, &AcceptedTrain{}, &AcceptedObserve{},
+		&AcceptedPush{}, &AcceptedTrain{}, &AcceptedObserve{}, &AcceptedRemoteTrain{},
+		&AcceptedPush{Ack: AckQueued, Fingerprint: spec.Fingerprint{1}, WindowSamples: 1, WindowBytes: 1, Compression: "lz4"},
+		&AcceptedRemoteTrain{Spec: parse(t, "a:U8"), Fingerprint: spec.Fingerprint{1}, BatchSize: 1, Prefetch: 1},
+		&AcceptedRemoteTrain{Spec: parse(t, "a:U8"), Fingerprint: parse(t, "a:U8").Fingerprint(), BatchSize: 1},
 		&AcceptedPush{Ack: AckQueued, Fingerprint: spec.Fingerprint{1}, WindowSamples: 0, WindowBytes: 1},
 		&AcceptedObserve{Spec: parse(t, "a:U8"), BatchSize: 1, Batches: 2, SegmentBytes: 1},
 	} {
@@ -79,7 +84,7 @@ func TestReplyIsNotOurs(t *testing.T) {
 	}{
 		"http":        {[]byte("HTTP/1.1 400 Bad Request\r\n"), "is this the address of an ingestd daemon?"},
 		"echo":        {[]byte("ECHO\x01\x02\x00\x00\x00"), "echo:// address"},
-		"status":      {appendFrame(nil, 1, 2, []byte("{}")), "status is 2"},
+		"status":      {appendFrame(nil, 1, 3, []byte("{}")), "status is 3"},
 		"version":     {appendFrame(nil, 2, 0, []byte("{}")), "chose protocol version 2"},
 		"long":        {long, "2097153 bytes"},
 		"not JSON":    {appendFrame(nil, 1, 0, []byte("{x")), "the reply's body"},

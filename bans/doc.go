@@ -1,0 +1,21 @@
+// Package bans remembers from which addresses handshakes failed, and how many are under way from where: who fails is slowed, who fails often is banned for a while.
+//
+// After each failure of an address its next handshake waits, for 0.5, 1, 2 and 4 s; at the fifth the address is banned, until 5 minutes after its last failure. A
+// success forgets all. An address of IPv6 stands for its /64. Addresses of loopback are exempt unless configured.
+//
+// A transport calls HalfOpen.Enter and Table.Check when a connection has come, waits for Verdict.Wait before it reads the hello, and then calls Failed (if Failure says so of
+// the refusal's code, or if the peer ended before its handshake was complete) or Succeeded. Sockets are the transport's; so is where the table is shown and cleared.
+//
+// The table is bounded: whoever has more than 65,536 addresses can have its oldest failures forgotten, and those of others. Whoever has so many needs no second try from one of
+// them either.
+//
+// Ownership: values go in and out by copy.
+//
+// Goroutines: all methods may be called from any; nothing runs by itself, and what has expired goes when the table is used.
+//
+// Errors: Clear's, for what is no address. Nothing panics on input.
+//
+// Cost: Check is one atomic load while nobody has failed, else a lock and a map lookup, about 100 ns (BenchmarkCheckBanned); an entry takes about 250 bytes.
+//
+// Proof: bans_test.go and halfopen_test.go: every step of the way in synctest bubbles, both sides of every limit, and a model.
+package bans
