@@ -16,6 +16,7 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/remote"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tcpingest"
 	"github.com/ingestd/ingestd/weights"
@@ -35,6 +36,7 @@ type Daemon struct {
 	stores    map[string]*weights.Store
 	ingest    *tcpingest.Server
 	trainers  *shm.Server
+	remote    *remote.Server
 	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
@@ -123,6 +125,9 @@ func (d *Daemon) open(log *slog.Logger) error {
 	if d.trainers, err = shm.NewServer(shm.ServerConfig{
 		Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: d.fillConfig(),
 	}); err != nil {
+		return err
+	}
+	if d.remote, err = remote.NewServer(remote.Config{Trainers: d.trainers, StallTimeout: time.Duration(l.StallTimeout), Log: log}); err != nil {
 		return err
 	}
 	d.ingest, err = tcpingest.New(tcpingest.Config{
@@ -327,6 +332,9 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return d.weights.Serve(d.cutOff, conn, hello)
 	}
 	local, ok := conn.(*net.UnixConn)
+	if hello.Role == wire.RoleTrain && (!ok || hello.Stream) {
+		return d.remote.Serve(d.cutOff, conn, hello)
+	}
 	if !ok { // tcpingest has refused it
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}
