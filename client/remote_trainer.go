@@ -4,8 +4,6 @@ package client
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -14,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/ingestd/ingestd/internal/sendfile"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -58,22 +55,6 @@ type arrival struct {
 	batch *receivedBatch // nil: none
 	lost  LostBatchesError
 }
-
-// trainerLink is one connection. Its goroutine reads; answers are written by who releases.
-type trainerLink struct {
-	conn net.Conn
-	in   io.Reader
-
-	mu  sync.Mutex
-	out sendfile.Sender
-}
-
-const (
-	// answerTimeout is how long an answer may not get away. The daemon reads them at once, and they are few bytes.
-	answerTimeout = 10 * time.Second
-	// linkBytes is read at once where columns are small.
-	linkBytes = 16 << 10
-)
 
 // openRemoteTrainer joins a table over a connection. ctx bounds that only.
 func openRemoteTrainer(ctx context.Context, addr, network, address string, cfg TrainerConfig) (*remoteTrainer, error) {
@@ -140,7 +121,7 @@ func (r *remoteTrainer) agree(a *wire.AcceptedRemoteTrain) error {
 
 // begin takes a connection into use. It wants mu, but for the first.
 func (r *remoteTrainer) begin(conn net.Conn, accepted *wire.AcceptedRemoteTrain) {
-	r.link = &trainerLink{conn: conn, in: newLinkReader(conn), out: sendfile.Sender{Conn: conn, Stall: answerTimeout}}
+	r.link = newTrainerLink(conn)
 	r.accepted, r.down, r.unanswered = *accepted, false, 0
 	r.connection++
 	r.stats.Buffers = len(r.free)
@@ -163,12 +144,12 @@ func (r *remoteTrainer) receiveAll() error {
 	link := r.link
 	r.mu.Unlock()
 	var h wire.BatchHeader
+	headers := wire.BatchReader{R: link.in, Shape: r.layout.shape}
 	for {
-		err := wire.ReadBatchHeader(link.in, r.layout.shape, &h)
-		if notice := (*wire.Notice)(nil); errors.As(err, &notice) && notice.Code == wire.CodeEndOfStream {
-			return r.stayOn(link)
-		}
-		if err != nil {
+		if err := headers.Next(&h); err != nil {
+			if codeOf(err) == wire.CodeEndOfStream {
+				err = r.stayOn(link)
+			}
 			return err
 		}
 		if h.LostCount > 0 {
@@ -184,7 +165,7 @@ func (r *remoteTrainer) receiveAll() error {
 		if err := r.layout.read(link.in, &h, b); err != nil {
 			return err
 		}
-		r.arrive(arrival{batch: b}, hungUp(link.conn))
+		r.arrive(arrival{batch: b}, link.hungUp())
 	}
 }
 
@@ -367,7 +348,8 @@ func (r *remoteTrainer) next(ctx context.Context) (*receivedBatch, error) {
 		r.mu.Unlock()
 		switch {
 		case ok && a.batch == nil:
-			return nil, &a.lost
+			lost := a.lost
+			return nil, &lost
 		case ok:
 			return a.batch, nil
 		case err != nil:
@@ -436,17 +418,6 @@ func (r *remoteTrainer) release(b *receivedBatch) {
 func (r *remoteTrainer) recycle(b *receivedBatch) {
 	if int64(len(r.free)) < r.accepted.Prefetch && !r.closed {
 		r.free = append(r.free, b)
-	}
-}
-
-// answer tells the daemon. If it cannot be told the connection is closed, which the goroutine that receives sees.
-func (l *trainerLink) answer(number uint64) {
-	var b [wire.AnswerBytes]byte
-	binary.LittleEndian.PutUint64(b[:], number)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err := l.out.Write(context.Background(), b[:]); err != nil {
-		l.conn.Close()
 	}
 }
 

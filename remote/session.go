@@ -40,7 +40,7 @@ type session struct {
 	spans  []ring.Span
 	lost   sampler.LostError // not told yet
 
-	mu   sync.Mutex
+	mu     sync.Mutex
 	held   []lent // oldest first
 	ending bool   // both goroutines are done with the connection: deadlines are those of its last words
 }
@@ -132,7 +132,6 @@ func (x *session) send(ctx context.Context) error {
 			return err
 		}
 		b, err := x.seat.Member.Next(ctx, seat)
-		lost := (*sampler.LostError)(nil)
 		switch {
 		case err == nil:
 			if err = x.sendBatch(ctx, b); err != nil {
@@ -140,17 +139,26 @@ func (x *session) send(ctx context.Context) error {
 			}
 		case err == io.EOF:
 			return x.sendEnd(ctx)
-		case errors.As(err, &lost):
-			if x.lost.N == 0 || lost.First < x.lost.First {
-				x.lost.First = lost.First
-			}
-			x.lost.N += lost.N
+		case x.addLost(err):
 		case ctx.Err() != nil:
 			return ctx.Err()
 		default:
 			return &nextError{err}
 		}
 	}
+}
+
+// addLost adds what err says was lost, and tells whether it says that.
+func (x *session) addLost(err error) bool {
+	more := (*sampler.LostError)(nil)
+	if !errors.As(err, &more) {
+		return false
+	}
+	if x.lost.N == 0 || more.First < x.lost.First {
+		x.lost.First = more.First
+	}
+	x.lost.N += more.N
+	return true
 }
 
 // awaitRoom waits until the trainer may hold one more batch.
@@ -179,14 +187,14 @@ const (
 	bufferBytes = 64 << 10
 )
 
-// header appends the header of a batch, nil: of none, and what was lost.
-func (x *session) header(b *ring.Batch) {
+// header appends the header of a batch, or of none, and what was lost.
+func (x *session) header(b ring.Batch) {
 	h := wire.BatchHeader{LostFirst: x.lost.First, LostCount: uint64(x.lost.N)}
 	if x.lost.N > 0 {
 		x.seat.Lost(x.lost.N)
 		x.lost = sampler.LostError{}
 	}
-	if b != nil {
+	if b.Count > 0 {
 		v := x.seat.Table.View
 		h.Count, h.Number, h.Columns = uint32(b.Count), b.Number, uint32(b.Columns()+wire.BatchOwnColumns)
 		h.PayloadBytes = uint64(wire.BatchShape{SampleBytes: v.SampleBytes()}.PayloadBytes(int64(b.Count)))
@@ -199,7 +207,7 @@ func (x *session) sendBatch(ctx context.Context, b ring.Batch) error {
 	x.held = append(x.held, lent{batch: b})
 	x.mu.Unlock()
 	x.seat.Delivered()
-	x.header(&b)
+	x.header(b)
 	x.inside = true
 	x.spans = b.Spans(x.spans[:0])
 	for _, s := range x.spans {
@@ -266,7 +274,7 @@ func (x *session) sent() {
 func (x *session) sendEnd(ctx context.Context) error {
 	x.buf = x.buf[:0]
 	if x.lost.N > 0 {
-		x.header(nil)
+		x.header(ring.Batch{})
 	}
 	x.buf = wire.AppendNotice(x.buf, &wire.Notice{Code: wire.CodeEndOfStream, Reason: "the table is closed, and every batch was delivered"})
 	x.over = true

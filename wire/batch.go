@@ -33,7 +33,8 @@ func AppendBatchHeader(dst []byte, h *BatchHeader) []byte {
 	dst = binary.LittleEndian.AppendUint64(dst, h.LostCount)
 	dst = binary.LittleEndian.AppendUint64(dst, h.PayloadBytes)
 	dst = binary.LittleEndian.AppendUint32(dst, h.Columns)
-	return append(dst, make([]byte, BatchHeaderBytes-44)...)
+	var zeros [BatchHeaderBytes - 44]byte
+	return append(dst, zeros[:]...)
 }
 
 // BatchShape is what a trainer over a connection knows of its batches before the first one comes.
@@ -46,31 +47,39 @@ type BatchShape struct {
 // PayloadBytes returns those of a batch of so many rows.
 func (s BatchShape) PayloadBytes(rows int64) int64 { return rows * (s.SampleBytes + 8*BatchOwnColumns) }
 
-// ReadBatchHeader reads a header and checks that the batch is one of that shape. A closing notice in its place is returned as the *Notice. Else the error wraps
+// BatchReader reads the headers of batches of a shape.
+type BatchReader struct {
+	R     io.Reader
+	Shape BatchShape
+
+	buf [BatchHeaderBytes]byte
+}
+
+// Next reads a header and checks that the batch is one of the shape. A closing notice in its place is returned as the *Notice. Else the error wraps
 // ErrProtocol, or is that of the reader; io.EOF only before the first byte.
-func ReadBatchHeader(r io.Reader, shape BatchShape, h *BatchHeader) error {
-	var b [BatchHeaderBytes]byte
-	if _, err := io.ReadFull(r, b[:1]); err != nil {
+func (r *BatchReader) Next(h *BatchHeader) error {
+	b := r.buf[:]
+	if _, err := io.ReadFull(r.R, b[:1]); err != nil {
 		return err
 	}
 	if b[0] == NoticeMark {
-		notice, err := ReadNotice(r)
+		notice, err := ReadNotice(r.R)
 		if err != nil {
 			return err
 		}
 		return notice
 	}
-	if _, err := io.ReadFull(r, b[1:]); err != nil {
+	if _, err := io.ReadFull(r.R, b[1:]); err != nil {
 		return fmt.Errorf("wire: read the header of a batch: %w", unexpected(err))
 	}
-	if magic := binary.LittleEndian.Uint32(b[:]); magic != BatchMagic {
+	if magic := binary.LittleEndian.Uint32(b); magic != BatchMagic {
 		return protocolError("%#08x stands where the header of a batch should begin", magic)
 	}
 	*h = BatchHeader{
 		Count: binary.LittleEndian.Uint32(b[4:]), Number: binary.LittleEndian.Uint64(b[8:]), LostFirst: binary.LittleEndian.Uint64(b[16:]),
 		LostCount: binary.LittleEndian.Uint64(b[24:]), PayloadBytes: binary.LittleEndian.Uint64(b[32:]), Columns: binary.LittleEndian.Uint32(b[40:]),
 	}
-	return h.check(shape, b[44:])
+	return h.check(r.Shape, b[44:])
 }
 
 func (h *BatchHeader) check(shape BatchShape, rest []byte) error {

@@ -13,17 +13,17 @@ func TestBatchHeader(t *testing.T) {
 	want := BatchHeader{Count: 16, Number: 7, LostFirst: 3, LostCount: 2, PayloadBytes: 16 * (260 + 24), Columns: 5}
 	b := AppendBatchHeader(nil, &want)
 	var got BatchHeader
-	if err := ReadBatchHeader(bytes.NewReader(b), shape, &got); err != nil || got != want || len(b) != BatchHeaderBytes {
+	if err := (&BatchReader{R: bytes.NewReader(b), Shape: shape}).Next(&got); err != nil || got != want || len(b) != BatchHeaderBytes {
 		t.Fatalf("%+v, %v", got, err)
 	}
 	for i := range b {
 		bad := bytes.Clone(b)
 		bad[i] ^= 0x10
-		err := ReadBatchHeader(bytes.NewReader(bad), shape, &got)
+		err := (&BatchReader{R: bytes.NewReader(bad), Shape: shape}).Next(&got)
 		if free := i >= 8 && i < 32; free != (err == nil) || !free && !errors.Is(err, ErrProtocol) {
 			t.Errorf("byte %d changed: %v", i, err)
 		}
-		err = ReadBatchHeader(bytes.NewReader(b[:i]), shape, &got)
+		err = (&BatchReader{R: bytes.NewReader(b[:i]), Shape: shape}).Next(&got)
 		if want := map[bool]error{true: io.EOF, false: io.ErrUnexpectedEOF}[i == 0]; !errors.Is(err, want) {
 			t.Errorf("cut at %d: %v", i, err)
 		}
@@ -45,7 +45,7 @@ func TestBatchHeaderLimits(t *testing.T) {
 		{BatchHeader{LostCount: 1, PayloadBytes: 1}, false},
 	} {
 		var got BatchHeader
-		if err := ReadBatchHeader(bytes.NewReader(AppendBatchHeader(nil, &c.h)), shape, &got); (err == nil) != c.ok {
+		if err := (&BatchReader{R: bytes.NewReader(AppendBatchHeader(nil, &c.h)), Shape: shape}).Next(&got); (err == nil) != c.ok {
 			t.Errorf("%+v: %v", c.h, err)
 		}
 	}
@@ -55,7 +55,7 @@ func TestBatchHeaderLimits(t *testing.T) {
 func TestBatchHeaderNotice(t *testing.T) {
 	var got BatchHeader
 	r := bytes.NewReader(AppendNotice(nil, &Notice{CodeEndOfStream, "over"}))
-	err := ReadBatchHeader(r, BatchShape{1, 1, 1}, &got)
+	err := (&BatchReader{R: r, Shape: BatchShape{1, 1, 1}}).Next(&got)
 	if n := (*Notice)(nil); !errors.As(err, &n) || n.Code != CodeEndOfStream || r.Len() != 0 {
 		t.Errorf("%v, %d bytes left", err, r.Len())
 	}
