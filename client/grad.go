@@ -110,6 +110,9 @@ type GradReader struct {
 
 // OpenGrads joins a table of tensors as the reader of a group. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this machine. ctx bounds the
 // joining only.
+//
+// A reader that ends, or whose process does, gives back what it holds in the ring, and the next one of the group gets that. What it had copied to the heap is lost with it, and so are the steps to which
+// that belonged; so let a table be large enough for the steps that may be under way.
 func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {

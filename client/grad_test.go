@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ingestd/ingestd/reduce"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/tensor"
 )
@@ -256,6 +257,11 @@ func TestWhoIsWaitedFor(t *testing.T) {
 			return append([]gradRow{q.row(tensor.Header{Flags: tensor.FlagBegin, Step: 1}, nil), q.row(tensor.Header{Flags: tensor.FlagAbort, Step: 1}, nil)},
 				p.send(newRand(), 1, flat)...)
 		}, 1, 1},
+		"one gives it up and begins again": {func(p, q *fakeProducer) []gradRow {
+			given := []gradRow{q.row(tensor.Header{Flags: tensor.FlagBegin, Step: 1}, nil), q.row(tensor.Header{Flags: tensor.FlagAbort, Step: 1}, nil)}
+			again := q.send(newRand(), 1, flat)
+			return slices.Concat(given, again[:1], p.send(newRand(), 1, flat), again[1:])
+		}, 1, 2},
 		"one complete, then gone": {func(p, q *fakeProducer) []gradRow {
 			return slices.Concat(q.send(newRand(), 1, flat), []gradRow{q.closed()}, p.send(newRand(), 1, flat))
 		}, 2, 2},
@@ -323,6 +329,43 @@ func TestOrderOfArrivalDoesNotMatter(t *testing.T) {
 				if math.Float32bits(out[name][i]) != math.Float32bits(first[name][i]) {
 					t.Fatalf("order %d: element %d of %s is %v, was %v", order, i, name, out[name][i], first[name][i])
 				}
+			}
+		}
+	}
+}
+
+// TestManyProducers: more than are added in one pass over memory.
+func TestManyProducers(t *testing.T) {
+	const producers = 2*reduce.SumMax + 3
+	m := fakeManifest(t, floatTensor("w", 700, tensor.Encoding{}), floatTensor("b", 65, tensor.Encoding{Kind: tensor.F16}))
+	ring := newFakeRing(t, m)
+	want := map[string][]float32{"w": make([]float32, 700), "b": make([]float32, 65)}
+	for k := range producers {
+		encoded := randomTensors(t, rand.New(rand.NewPCG(4, uint64(k))), m)
+		ring.rows = append(ring.rows, ring.producer(fmt.Sprintf("w%02d", k), uint64(k+1), m).send(newRand(), 0, flatBytes(m, encoded))...)
+		for i := range m.Len() {
+			x := m.Tensor(i)
+			for e, v := range decoded(&x, encoded[i]) {
+				if k == 0 {
+					want[x.Name][e] = v
+				} else {
+					want[x.Name][e] += v
+				}
+			}
+		}
+	}
+	s, err := ring.reader().Step(t.Context(), 0, StepOptions{Quorum: producers})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string][]float32{"w": make([]float32, 700), "b": make([]float32, 65)}
+	if err := s.Sum(out); err != nil {
+		t.Fatal(err)
+	}
+	for name := range out {
+		for e, got := range out[name] {
+			if w := want[name][e]; math.Float32bits(got) != math.Float32bits(w) && (got == got || w == w) {
+				t.Fatalf("element %d of %s is %v, want %v", e, name, got, w)
 			}
 		}
 	}

@@ -12,9 +12,6 @@ import (
 	"github.com/ingestd/ingestd/tensor"
 )
 
-// fillBlockBytes are copied and summed at a time, so that the sum finds them in the cache.
-const fillBlockBytes = 64 << 10
-
 // The columns of a table of tensors.
 const (
 	headerColumn = iota
@@ -119,7 +116,7 @@ func (w *stepFill) replay(ctx context.Context, op string) error {
 	}
 }
 
-// write copies one chunk into a place and sums it, block by block.
+// write copies one chunk into a place and sums it on the way.
 func (w *stepFill) write(ctx context.Context, op string, c *stepChunk) error {
 	f := w.filler
 	f.mu.Lock()
@@ -138,15 +135,17 @@ func (w *stepFill) write(ctx context.Context, op string, c *stepChunk) error {
 	if w.cfg.NoCRC {
 		h.Flags |= tensor.FlagNoCRC
 	}
-	at := 0
+	copying, at := tensor.CopyCRC, 0
+	if w.cfg.Manifest.DataBytes() >= pastBytes {
+		copying = tensor.CopyPastCRC
+	}
 	for _, data := range c.data {
-		for len(data) > 0 {
-			n := copy(to[at:], data[:min(len(data), fillBlockBytes)])
-			if !w.cfg.NoCRC {
-				h.DataCRC = tensor.UpdateCRC(h.DataCRC, to[at:at+n])
-			}
-			data, at = data[n:], at+n
+		if w.cfg.NoCRC {
+			copy(to[at:], data)
+		} else {
+			h.DataCRC = copying(h.DataCRC, to[at:], data)
 		}
+		at += len(data)
 	}
 	clear(to[at:])
 	h.Put(slot.Column(headerColumn))

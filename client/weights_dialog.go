@@ -68,7 +68,7 @@ func (d *dialog) tryBegin(ctx context.Context, want uint64) (*weights.Answer, er
 	if left, limited := remaining(ctx); limited {
 		wait = min(wait, max(left-min(left/4, answerLead), 0))
 	}
-	if err := d.say(&weights.Ask{Op: weights.OpBegin, DeadlineMS: wait.Milliseconds(), Generation: want}); err != nil {
+	if err := d.ask(&weights.Ask{Op: weights.OpBegin, DeadlineMS: wait.Milliseconds(), Generation: want}); err != nil {
 		return nil, err
 	}
 	aborted := make(chan struct{})
@@ -108,7 +108,7 @@ func (d *dialog) tryBegin(ctx context.Context, want uint64) (*weights.Answer, er
 
 // commit publishes what was begun. An end of ctx leaves unknown whether it was published, and the dialog of no use.
 func (d *dialog) commit(ctx context.Context, generation uint64) (spec.Fingerprint, error) {
-	if err := d.say(&weights.Ask{Op: weights.OpCommit, Generation: generation}); err != nil {
+	if err := d.ask(&weights.Ask{Op: weights.OpCommit, Generation: generation}); err != nil {
 		return spec.Fingerprint{}, err
 	}
 	failpoint.Hit("client/publisher/committed")
@@ -131,7 +131,7 @@ func (d *dialog) commit(ctx context.Context, generation uint64) (spec.Fingerprin
 
 // abort gives back what was begun.
 func (d *dialog) abort() error {
-	if err := d.say(&weights.Ask{Op: weights.OpAbort}); err != nil {
+	if err := d.ask(&weights.Ask{Op: weights.OpAbort}); err != nil {
 		return err
 	}
 	a, err := d.hear(d.timeout)
@@ -151,12 +151,22 @@ func (d *dialog) say(a *weights.Ask) error {
 	}
 	_ = d.conn.SetWriteDeadline(time.Now().Add(d.timeout))
 	if _, err := d.conn.Write(b); err != nil {
-		if answer := d.lastWords(); answer != nil {
-			return answer
-		}
 		return fmt.Errorf("%w: %w", ErrDaemonGone, err)
 	}
 	return nil
+}
+
+// ask is say for who then hears: if nothing can be written, it says why the daemon ended the connection, if that left its reason.
+func (d *dialog) ask(a *weights.Ask) error {
+	err := d.say(a)
+	if err == nil || d.broken != nil {
+		return err
+	}
+	if answer := d.lastWords(); answer != nil {
+		err = answer
+	}
+	d.broken = err
+	return err
 }
 
 // lastWords returns the notice that the daemon left, if it did.

@@ -230,25 +230,59 @@ func (m *mapped) close() error {
 	return m.now.Close()
 }
 
-// mappedSink writes generations into the daemon's own memory.
+// mappedSink writes generations into the daemon's own memory. When its connection has ended, begin attaches again: nothing of a generation outlives the
+// connection over which it was begun.
 type mappedSink struct {
-	attachment *weights.PublisherAttachment
-	dialog     dialog
+	path       string
+	cfg        PublisherConfig
+	attachment *weights.PublisherAttachment // nil: there is none
+	ended      error                        // why the last one ended
+	dialog     *dialog
 	place      int
 }
 
 func openMappedSink(ctx context.Context, path string, cfg PublisherConfig) (sink, error) {
-	hello := wire.Hello{Table: cfg.Table, Client: cfg.Client, Manifest: cfg.Manifest.JSON()}
-	hello.SetToken(cfg.Token)
-	a, err := weights.AttachPublisher(ctx, path, hello)
-	if err != nil {
-		return nil, publisherError(err)
+	s := &mappedSink{path: path, cfg: cfg}
+	if err := s.attach(ctx); err != nil {
+		return nil, err
 	}
-	return &mappedSink{attachment: a, dialog: dialog{conn: a.Conn(), timeout: cfg.Timeout, places: int(a.Segment().Layout().Places)}}, nil
+	return s, nil
+}
+
+func (s *mappedSink) attach(ctx context.Context) error {
+	hello := wire.Hello{Table: s.cfg.Table, Client: s.cfg.Client, Manifest: s.cfg.Manifest.JSON()}
+	hello.SetToken(s.cfg.Token)
+	a, err := weights.AttachPublisher(ctx, s.path, hello)
+	if err != nil {
+		return publisherError(err)
+	}
+	s.attachment = a
+	s.dialog = &dialog{conn: a.Conn(), timeout: s.cfg.Timeout, places: int(a.Segment().Layout().Places)}
+	return nil
+}
+
+// take takes a place, over another connection if the one there was has ended: perhaps long ago, while nothing was to be said.
+func (s *mappedSink) take(ctx context.Context, want uint64) (generation uint64, place int, err error) {
+	for again := s.attachment != nil; ; again = false {
+		if s.attachment == nil {
+			if err := s.attach(ctx); err != nil {
+				return 0, 0, fmt.Errorf("%w; attaching again: %w", s.ended, err)
+			}
+		}
+		generation, place, err = s.dialog.begin(ctx, want)
+		if err == nil || s.dialog.broken == nil {
+			return generation, place, err
+		}
+		s.ended = err
+		_ = s.close()
+		if !again || ctx.Err() != nil || errors.Is(err, wire.ErrProtocol) {
+			return 0, 0, err
+		}
+	}
 }
 
 func (s *mappedSink) begin(ctx context.Context, want uint64) (*begun, error) {
-	generation, place, err := s.dialog.begin(ctx, want)
+	generation, place, err := s.take(ctx, want)
 	if err != nil {
 		return nil, err
 	}
@@ -276,4 +310,11 @@ func (s *mappedSink) commit(ctx context.Context, generation uint64, sums []uint3
 
 func (s *mappedSink) abort() error { return s.dialog.abort() }
 
-func (s *mappedSink) close() error { return s.attachment.Close() }
+func (s *mappedSink) close() error {
+	if s.attachment == nil {
+		return nil
+	}
+	a := s.attachment
+	s.attachment = nil
+	return a.Close()
+}

@@ -366,8 +366,7 @@ func TestMappedDaemonRestarted(t *testing.T) {
 		}
 		got <- w
 	}()
-	q := inPlace(t, addr, m)
-	publishVersion(t, q, 7)
+	publishVersion(t, p, 7)
 	n := <-got
 	wantWeights(t, n, all(7))
 	wantWeights(t, w, all(1+1))
@@ -377,7 +376,7 @@ func TestMappedDaemonRestarted(t *testing.T) {
 	n.Release()
 	w.Release()
 	_ = s.Close()
-	_ = q.Close()
+	_ = p.Close()
 }
 
 func TestWeightsViews(t *testing.T) {

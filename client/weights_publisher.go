@@ -168,6 +168,7 @@ func (p *Publisher) Publish(ctx context.Context, data func(i int) []byte) (Publi
 }
 
 // Begin begins the next generation, or generation want if that is not 0. While readers pin all places but the newest, it waits, and is told who they are.
+// If the connection has ended since the last generation, it makes another.
 //
 // *PinnedError, which is os.ErrDeadlineExceeded where ctx had a deadline: they still did when ctx ended; *OldGenerationError; *wire.Notice when the daemon
 // ended this publisher; ErrDaemonGone; os.ErrClosed.

@@ -218,13 +218,13 @@ func (p *streamed) abort() error {
 	return err
 }
 
-// SentBytes returns how many bytes of tensors a publisher over a connection has sent of the generation under way, or of the last one; 0 where it writes in
-// place. Any goroutine may call it.
+// SentBytes returns how many bytes of tensors were sent of the generation under way, or of the last one; in place, how many Commit has copied. Any goroutine
+// may call it.
 func (p *Publisher) SentBytes() int64 {
 	if s, ok := p.sink.(*streamed); ok {
 		return s.sent.Load()
 	}
-	return 0
+	return p.blocks.moved.Load()
 }
 
 // close ends the publisher: a generation that is under way is given up.

@@ -10,7 +10,13 @@ setup(
         Extension(
             "ingestd._native",
             ["ingestd/_native.c"],
-            extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=[
+                "-O3",
+                "-std=gnu11",
+                "-ffp-contract=off",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+            ],
             optional=True,
         )
     ]

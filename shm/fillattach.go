@@ -161,6 +161,7 @@ func (a *FillAttachment) watch() {
 		err = os.ErrClosed
 	}
 	a.gone.Store(&err)
+	a.hearing.set(false)
 	a.toUs.signal()
 	if a.ended != nil {
 		a.ended()

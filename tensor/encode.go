@@ -85,7 +85,7 @@ func encode8(dst []byte, f *narrow, x []float32) {
 	binary.LittleEndian.PutUint32(dst, math.Float32bits(scale))
 	// The common cases of round, normal and not of the largest exponent, and below the normal ones, are in the loop.
 	shift, least := 23-f.mantissa, uint32(127+1-f.bias)<<23
-	span := uint32(f.largest>>f.mantissa-1)<<23
+	span := uint32(f.largest>>f.mantissa-1) << 23
 	half, rebias := uint32(1)<<(shift-1)-1, uint32(127-f.bias)<<f.mantissa
 	magic := float32(1<<23) * f.unit()
 	dst = dst[ScaleBytes:][:len(x)]

@@ -224,6 +224,11 @@ func TestMessagesOfABegin(t *testing.T) {
 	if got := ask(t, p, Ask{Op: OpBegin, Generation: 2}); got.Op != OpFailed || got.Code != FailedOldGeneration || !strings.Contains(got.Reason, "not above") {
 		t.Errorf("an old generation: %+v", got)
 	}
+	longest := append(binary.LittleEndian.AppendUint32(nil, wire.MessageBytesMax), `{"op":"abort"`+strings.Repeat(" ", wire.MessageBytesMax-14)+"}"...)
+	_ = must(p.Conn().Write(longest))(t)
+	if got := answer(t, p.Conn()); got.Op != OpAborted {
+		t.Errorf("the longest message: %+v", got)
+	}
 	if got := ask(t, p, Ask{Op: OpBegin, Generation: 20}); got.Op != OpPlace || got.Generation != 20 {
 		t.Errorf("a number of its own: %+v", got)
 	}

@@ -76,13 +76,13 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	total := int64(0)
-	if _, remote := s.RemoteStats(); remote {
-		total = s.Manifest().DataBytes()
-	}
+	total := s.Manifest().DataBytes()
 	bar, err := newProgress(std.err, mode, "receive "+o.table, total)
 	if err != nil {
 		return err
+	}
+	if _, remote := s.RemoteStats(); !remote || total == 0 {
+		bar = &progress{} // nothing comes
 	}
 	ended := bar.follow(func() int64 {
 		st, _ := s.RemoteStats()
@@ -93,9 +93,7 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 	})
 	w, err := s.Wait(limited, o.newerThan)
 	ended()
-	if total > 0 {
-		bar.done(std.err)
-	}
+	bar.done(std.err)
 	if err != nil {
 		return err
 	}
@@ -106,16 +104,18 @@ func (o *reading) use(ctx context.Context, std streams, command, mode string, f 
 // followEvery is how often a bar looks how far what it shows is.
 const followEvery = 100 * time.Millisecond
 
-// follow shows how far something is until the function that it returns is called.
+// follow shows how far something is, of more than 0 bytes, until the function that it returns is called.
 func (p *progress) follow(done func() int64) (ended func()) {
-	shown := int64(0)
-	show := func() {
-		now := done()
-		p.add(now - shown)
-		shown = now
-	}
 	if p.bar == nil {
 		return func() {}
+	}
+	shown := int64(1)
+	p.add(shown) // the bar's clock begins with the first byte
+	show := func() {
+		if now := done(); now > shown {
+			p.add(now - shown)
+			shown = now
+		}
 	}
 	stop := make(chan struct{})
 	var following sync.WaitGroup

@@ -65,14 +65,14 @@ func (o *getOptions) run(ctx context.Context, std streams) error {
 	r := getResult{generationResult: generationResult{Table: o.table}, Out: o.out}
 	err := because(ctx, o.use(ctx, std, "get", o.progress, func(w *client.Weights) error {
 		r.generationResult = resultOf(o.table, w)
-		return o.write(w, &r)
+		return o.write(w, &r, std.err)
 	}))
 	r.Seconds = time.Since(began).Seconds()
 	return errors.Join(o.print(std.out, r, time.Since(began), err), err)
 }
 
 // write writes what was selected.
-func (o *getOptions) write(w *client.Weights, r *getResult) error {
+func (o *getOptions) write(w *client.Weights, r *getResult, log io.Writer) error {
 	numbers, err := o.selected(w)
 	if err != nil {
 		return err
@@ -92,7 +92,21 @@ func (o *getOptions) write(w *client.Weights, r *getResult) error {
 		return &codeError{exitData, err}
 	}
 	r.Tensors, r.Bytes = m.Len(), tensorBytes(m)
-	return safetensors.Write(o.out, m, w.Manifest().Metadata(), func(k int) []byte { return w.At(numbers[k]) })
+	bar, err := newProgress(log, o.progress, "write "+o.out, r.Bytes)
+	if err != nil {
+		return err
+	}
+	defer bar.done(log)
+	written := int64(0) // of the tensor before
+	err = safetensors.Write(o.out, m, w.Manifest().Metadata(), func(k int) []byte {
+		bar.add(written)
+		written = m.EncodedBytes(k)
+		return w.At(numbers[k])
+	})
+	if err == nil {
+		bar.add(written)
+	}
+	return err
 }
 
 // selected returns the numbers of the tensors to write, each once, in the manifest's order.

@@ -78,9 +78,13 @@ func (o *publishOptions) run(ctx context.Context, std streams, path string) (err
 	if err != nil {
 		return because(ctx, err)
 	}
-	bar, err := newProgress(std.err, o.progress, "publish "+path, file.Manifest().DataBytes())
+	total := file.Manifest().DataBytes()
+	bar, err := newProgress(std.err, o.progress, "publish "+path, total)
 	if err != nil {
 		return errors.Join(err, p.Close())
+	}
+	if total == 0 {
+		bar = &progress{}
 	}
 	r := publishResult{InPlace: o.inPlace()}
 	r.generationResult = generationResult{Table: o.table, Tensors: file.Manifest().Len(), Bytes: tensorBytes(file.Manifest())}
@@ -88,8 +92,8 @@ func (o *publishOptions) run(ctx context.Context, std streams, path string) (err
 	ended := bar.follow(p.SentBytes)
 	done, err := o.publish(ctx, p, file)
 	ended()
-	if err == nil { // in place all goes at once, and what lies between tensors is not sent
-		bar.add(file.Manifest().DataBytes() - p.SentBytes())
+	if err == nil { // what lies between tensors does not count
+		bar.add(total - max(p.SentBytes(), 1))
 	}
 	bar.done(std.err)
 	took := time.Since(began)

@@ -276,12 +276,16 @@ func TestWeightsErrors(t *testing.T) {
 		{"get " + here + " --deadline 30ms -o " + in + "y", exitTimeout, "--deadline"},
 		{"verify " + here, exitRefused, "publish first"},
 		{"verify " + here + " " + bad, exitData, "bad.safetensors"},
+		{"publish " + here + " --progress some " + in, exitUsage, "auto, always or never"},
+		{"publish " + here + " --progress always " + in, exitOK, "100%"},
+		{"get --table model --addr " + s.TCP + " --progress always -o " + in + "z", exitOK, "100%"},
+		{"get " + here + " --progress some -o " + in + "y", exitUsage, "auto, always or never"},
 		{"verify a b", exitUsage, "accepts at most 1"},
 		{"watch --count -1", exitUsage, "negative"},
 		{"ls --admin nowhere", exitUsage, "admin address"},
 		{"ls --admin 127.0.0.1:1", exitUnreachable, "no daemon answers"},
 		{"ls --table other --admin " + s.Admin, exitRefused, "no table"},
-		{"ls -l " + here, exitRefused, "publish first"},
+		{"ls -l " + here, exitOK, "5 tensors"},
 		{"ls --admin " + s.Admin, exitOK, "table model"},
 	} {
 		ingestd(t, "", append([]string{"weights"}, strings.Fields(c.args)...)...).want(t, c.code, c.want)

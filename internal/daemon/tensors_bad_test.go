@@ -86,7 +86,9 @@ func TestManifestMismatch(t *testing.T) {
 		t.Errorf("the first connection ended with %+v", end)
 	}
 	again.leave()
-	r.work(t, r.addr.TCP, "w1", testManifest(t)).leave()
+	eventually(t, func() bool { // the daemon lets go of the stream once it is drained, after the producer has seen its end
+		return greet(t, r.dial(t, r.addr.TCP), pushHello("w1", testManifest(t)), new(wire.AcceptedPush)) == nil
+	})
 }
 
 // badChunks are the ways in which a producer's second chunk is wrong.

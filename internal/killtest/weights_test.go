@@ -124,6 +124,7 @@ func TestPublisherKilled(t *testing.T) {
 				t.Fatalf("a publisher was not killed at %s: %s", name, p.ending())
 			}
 			published = max(published, p.last.Load())
+			w.settled()
 			newest := w.newest()
 			switch {
 			case name == "client/publisher/committed" && newest == published+1: // the daemon had heard it
@@ -143,6 +144,24 @@ func TestPublisherKilled(t *testing.T) {
 		}
 	}
 	w.ended(append(readers, p)...)
+}
+
+// settled returns when the daemon has seen the end of the last publisher, and with it all that this had said.
+func (w *weightsWorld) settled() {
+	w.t.Helper()
+	m, err := WeightsManifest()
+	check(w.t, err)
+	if !within(patience, func() bool {
+		p, err := client.OpenPublisher(w.t.Context(), w.addr(), client.PublisherConfig{Table: "w", Manifest: m})
+		if errors.Is(err, client.ErrPublisherActive) {
+			return false
+		}
+		check(w.t, err)
+		check(w.t, p.Close())
+		return true
+	}) {
+		w.t.Fatal("a publisher that is dead still has the table")
+	}
 }
 
 // newest returns the newest generation, after looking at every byte of it; 0: none.

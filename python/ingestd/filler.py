@@ -42,7 +42,7 @@ from .redial import Dialer, Opened, Redialer, retried
 from .segment import LENT
 from .spec import Array, Spec
 
-__all__ = ["Filler", "Reserved"]
+__all__ = ["Attached", "Filler", "Reserved"]
 
 _ROWS, _SETTLE, _RESUMED = 1, 2, 3  # verbs of the giveback queue
 _T = TypeVar("_T")
@@ -71,7 +71,7 @@ class _Run(NamedTuple):
         return self._replace(first=self.first + n, rows=[a[n:] for a in self.rows])
 
 
-class _Attached:
+class Attached:
     """One attachment."""
 
     def __init__(self, opened: Opened) -> None:
@@ -143,7 +143,7 @@ class _Attached:
 class Reserved(NamedTuple):
     """Rows of one place that a caller fills: ``rows`` are arrays ``(n, *shape)``."""
 
-    attached: _Attached
+    attached: Attached
     n: int
     rows: list[Array]
 
@@ -163,7 +163,7 @@ class Filler:
         self._base = first.held
         self._go_on = go_on
         self._redialer = Redialer(dialer, patience)
-        self._attached: _Attached | None = _Attached(first)
+        self._attached: Attached | None = Attached(first)
         self._incoming = self._attached.incoming
         self.spec: Spec = self._attached.spec
         self.batch_size = self._attached.segment.batch_size
@@ -171,7 +171,7 @@ class Filler:
         self._runs: deque[_Run] = deque()  # called complete at this attachment, not taken
         self._backlog: deque[_Run] = deque()  # complete, for the next attachment
         self._open: Reserved | None = None
-        self._left: _Attached | None = None  # an earlier attachment, to be closed when its reservation ends
+        self._left: Attached | None = None  # an earlier attachment, to be closed when its reservation ends
         self._resume_due = False  # the daemon waits to hear that nothing of an earlier attachment is needed
         self._why = ""
         self._error: Error | None = None
@@ -355,7 +355,7 @@ class Filler:
             a.channel.say(0, 0, _RESUMED)
             self._resume_due = False
 
-    def _advance(self, a: _Attached) -> None:
+    def _advance(self, a: Attached) -> None:
         """Takes what the daemon has lent and learns what it has taken. Raises FormatError."""
         progress = a.accept()
         taken = a.channel.taken()
@@ -401,7 +401,7 @@ class Filler:
                     raise self._timeout(deadline, doing)
 
     @staticmethod
-    def _announce(a: _Attached) -> bool:
+    def _announce(a: Attached) -> bool:
         """Says that this side is about to sleep; True when it need not, because something has come."""
         a.channel.announce(True)
         if a.channel.taken() != a.taken or (a.channel.delivered() and not a.drained):
@@ -460,7 +460,7 @@ class Filler:
                         attached.close()
                 self._attached = self._left = None
 
-    def _watch(self, a: _Attached) -> bool:
+    def _watch(self, a: Attached) -> bool:
         """Reads the socket until it ends; whether to connect again."""
         poll = select.poll()
         poll.register(a.sock, select.POLLIN)
@@ -476,7 +476,7 @@ class Filler:
                 if error is not None:
                     return self._drop(a, error)
 
-    def _listen(self, a: _Attached) -> Error | None:
+    def _listen(self, a: Attached) -> Error | None:
         """Reads what the daemon wrote to the socket; why the attachment is over, if it is."""
         try:
             data = a.sock.recv(1 << 16)
@@ -499,7 +499,7 @@ class Filler:
     def _refused(self, note: Note) -> None:
         """The daemon does not use a step."""
 
-    def _drop(self, a: _Attached, error: Error) -> bool:
+    def _drop(self, a: Attached, error: Error) -> bool:
         """The attachment is over; whether to connect again. What is not in the ring waits for the next one."""
         with contextlib.suppress(FormatError):
             self._advance(a)
@@ -518,7 +518,7 @@ class Filler:
         self._news.ring()
         return self._error is None
 
-    def _reconnect(self) -> _Attached | None:
+    def _reconnect(self) -> Attached | None:
         """The next attachment, with everything from before in it; None when there shall be none."""
         while True:
             try:
@@ -526,7 +526,7 @@ class Filler:
                 if opened is None:
                     return None
                 try:
-                    a = _Attached(opened)
+                    a = Attached(opened)
                 except BaseException:
                     opened.close()
                     raise
@@ -582,7 +582,7 @@ class Filler:
             self._backlog[0] = self._backlog[0].after(held - self._backlog[0].first)
         return True
 
-    def _resume(self, a: _Attached) -> bool:
+    def _resume(self, a: Attached) -> bool:
         """Copies the backlog into places of ``a`` and puts it in force; False when it ended before."""
         poll = select.poll()
         for fd in (a.sock.fileno(), a.wake, self._wake.fd):
@@ -626,7 +626,7 @@ class Filler:
                     self._drop(a, error)
                     return False
 
-    def _move(self, a: _Attached, run: _Run) -> None:
+    def _move(self, a: Attached, run: _Run) -> None:
         """Copies rows of the backlog's first run into the place being filled, and calls them complete."""
         place = a.places[0]
         n = min(run.end - run.first, a.segment.batch_size - place.row)

@@ -182,6 +182,11 @@ class Transaction:
         have = sum(len(piece.raw) for piece in self._pieces)
         return min(have, want), want
 
+    def part(self, flat: int, end: int) -> Raw:
+        """The bytes from ``flat`` on that lie in one piece, at most to ``end``."""
+        piece = self._pieces[bisect.bisect_right(self._starts, flat) - 1]
+        return piece.raw[flat - piece.flat : end - piece.flat]
+
     def parts(self, flat: int, end: int) -> Iterator[tuple[int, Raw]]:
         """``(flat offset, bytes)`` of the pieces that make up flat bytes ``flat`` to ``end``, in order."""
         at = bisect.bisect_right(self._starts, flat) - 1

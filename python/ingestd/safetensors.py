@@ -3,8 +3,8 @@
 ::
 
     with SafeTensors("model.safetensors") as file:   # or an index: model.safetensors.index.json
-        pub = Publisher(address, "weights", file.manifest)
-        pub.publish(file)                            # a mapping of names and read-only arrays
+        with Publisher(address, "weights", file.manifest) as pub:
+            pub.publish(file)                        # a mapping of names and read-only arrays
     write("copy.safetensors", sub.latest())
 
 Everything that a header says is checked before it is used: every byte of the data belongs to exactly one tensor, whose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
@@ -29,9 +30,9 @@ from .errors import (
     TensorMismatch,
     Timeout,
 )
-from .filler import Filler
+from .filler import Attached, Filler
 from .manifest import Manifest, Tensor
-from .native import copy_crc, crc32c
+from .native import PAST_CACHES_BYTES, copy_crc, crc32c
 from .redial import PATIENCE_S, Dialer, Opened
 from .session import Pieces, Queued, Session
 from .spec import Array, as_array, dtype_advice
@@ -79,6 +80,7 @@ class _Stamp:
         self.producer = producer_id(name)
         self.manifest = manifest.id
         self.summed = summed
+        self.past_caches = manifest.data_bytes >= PAST_CACHES_BYTES
 
     def __call__(self, chunk: Chunk, stream: int, crc: int) -> bytearray:
         return bytearray(chunk.header(stream, self.producer, self.manifest, crc if self.summed else None).pack())
@@ -168,7 +170,7 @@ class _StepFiller(Filler):
             at = crc = 0
             for piece in chunk.pieces:
                 if self._stamp.summed:
-                    crc = copy_crc(data[at : at + len(piece)], piece, crc)
+                    crc = copy_crc(data[at : at + len(piece)], piece, crc, self._stamp.past_caches)
                 else:
                     data[at : at + len(piece)] = piece
                 at += len(piece)
@@ -183,6 +185,23 @@ class _StepFiller(Filler):
         """Sends ``abort``, where there is room for it soon: readers find out without it, too, with the next step."""
         with contextlib.suppress(Timeout, Error):
             self.send(abort, Deadline(_ABORT_S))
+
+    def flush(self, deadline: Deadline) -> None:
+        """Waits until everything is in the ring, and what the daemon wrote before it said so was read."""
+        super().flush(deadline)
+        while True:
+            with self._state:
+                a = self._attached
+                if a is None or self._stop or not _io.wait(a.sock.fileno(), select.POLLIN, Deadline(0)):
+                    return
+            if not _io.wait(self._news.fd, select.POLLIN, deadline):
+                raise deadline.timeout("reading what the daemon says of the step")
+            self._news.clear()
+
+    def _listen(self, a: Attached) -> Error | None:
+        error = super()._listen(a)
+        self._news.ring()
+        return error
 
     def _go_on_from(self, opened: Opened) -> bool:
         self.stream = opened.stream

@@ -24,8 +24,6 @@ __all__ = ["Plan", "outputs"]
 Floats = NDArray[np.float32]
 Out = dict[str, Floats]
 
-_BLOCK_BYTES = 256 << 10  # of the sum, that are added up at a time
-
 
 def outputs(manifest: Manifest, out: Mapping[str, Floats] | None) -> Out:
     """The arrays that sums go into, checked; new ones for all tensors that can be summed where ``out`` is None.
@@ -137,14 +135,15 @@ class Plan:
         start = self.manifest.offsets[i] + (SCALE_BYTES if tensor.kind.startswith("f8") else 0)
         if not transactions:
             out[(begin - start) // item : (end - start) // item] = 0
-        step = _BLOCK_BYTES // 4 * item
+            return
         scales = [self._scale(tensor, i, tx) for tx in transactions]
-        kind = kind_of(tensor)
-        for at in range(begin, end, step):
-            for k, tx in enumerate(transactions):
-                for flat, raw in tx.parts(at, min(at + step, end)):
-                    first = (flat - start) // item
-                    native.accumulate(out[first : first + len(raw) // item], raw, kind, k > 0, scales[k])
+        kind, flat = kind_of(tensor), begin
+        while flat < end:
+            parts = [tx.part(flat, end) for tx in transactions]
+            n = min(map(len, parts))
+            into = out[(flat - start) // item : (flat + n - start) // item]
+            native.sum_of(into, [part[:n] for part in parts], kind, scales)
+            flat += n
 
     def _scale(self, tensor: Tensor, i: int, tx: Transaction) -> float:
         if not tensor.kind.startswith("f8"):

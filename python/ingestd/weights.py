@@ -53,7 +53,8 @@ class Subscription:
         stream: receives the bytes over a unix socket too.
         delta: receives only the tensors that differ from the generation that is here; streamed only.
         buffers: most generations that there is memory for, those that are held included; streamed only.
-        reconnect: seconds without a byte before a subscription over a connection gives up; None: no limit.
+        reconnect: seconds without a connection that brings something before one that is streamed gives up; None: no
+            limit; 0: it does not connect again.
         client: free text for the daemon's status and logs, and for publishers that wait for this reader.
         deadline: seconds for connecting.
 

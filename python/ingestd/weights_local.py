@@ -66,12 +66,9 @@ class Attachment:
         self._address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
         _io.close_in_child(self)
 
-    def take(self, newer_than: int) -> Weights | None:
-        """Pins the newest generation, if it is above ``newer_than``. Raises FormatError."""
+    def take(self) -> Weights | None:
+        """Pins the newest generation; None where there is none. Raises FormatError."""
         segment = self.segment
-        newest = segment.newest()
-        if newest is None or newest.generation <= newer_than:
-            return None
         with self._locked():
             found = self._pins.pin_newest()
             if found is None:
@@ -220,7 +217,8 @@ class LocalSource:
     def close(self) -> None:
         """Ends waiting calls (Closed). What is held stays so."""
         self._closed = True
-        self._bell.ring()
+        if self._forks == _io.forks():  # in a child the bell is the parent's
+            self._bell.ring()
         attached, self._attached = self._attached, None
         if attached is not None:
             attached.retire()
@@ -235,10 +233,11 @@ class LocalSource:
         newest = attached.segment.newest()
         if newest is None:
             return None
-        if newest.generation < self._last:
+        generation = newest.generation
+        if generation < self._last:
             self._before = max(self._before, self._last)
-        self._last = newest.generation
-        return attached.take(0 if newest.generation < newer_than <= self._before else newer_than)
+        self._last = generation
+        return attached.take() if generation > newer_than or generation < newer_than <= self._before else None
 
     def _current(self, wait: bool, until: Deadline) -> Attachment:
         """The attachment, made again where it has ended. Raises as the daemon ended it, once."""

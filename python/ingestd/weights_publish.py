@@ -179,7 +179,7 @@ class Publisher:
                 raise
             except Error as e:
                 if isinstance(e, Refused) and self.in_place and self._may_stream and e.code == "not_permitted":
-                    self.in_place = False
+                    self.in_place, self._memory, self._segment = False, None, None
                     continue
                 left = until.left()
                 pause = random.uniform(0, longest_pause(time.monotonic() - began))

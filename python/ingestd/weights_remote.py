@@ -444,13 +444,16 @@ class RemoteSource:
 
     def _fill(self, transfer: Transfer) -> None:
         """Receives the bytes of a generation."""
+        moved = 0
         while True:
             room = transfer.room()
             if room is None:
                 return
             n = self._some(room[:RECEIVE_BYTES], STALL_S)
             transfer.take(n)
-            self._outage = None  # it moves
+            moved += n
+            if moved >= RECEIVE_BYTES:
+                self._outage = None
 
     def _keep(self, transfer: Transfer, base: Buffer | None) -> None:
         """Keeps what came of a whole generation for the next connection. A difference is sent again: it is little."""

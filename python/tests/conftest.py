@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ingestd import Manifest
+from tensors import GRADIENTS, GradDaemon, Make
 
 from fakes import SPEC, FakeDaemon, Listener
 from real import BINARY, POINT, Daemon, Serve
@@ -66,3 +68,19 @@ def serve() -> Iterator[Serve]:
         yield start
         for d in daemons:
             d.close()
+
+
+@pytest.fixture
+def make_grads(socket_path: str) -> Iterator[Make]:
+    """Makes the fake daemon of a test, which knows producers a, b, c, d as streams 2, 3, 4, 5."""
+    made: list[GradDaemon] = []
+
+    def start(manifest: Manifest = GRADIENTS, **options: Any) -> GradDaemon:
+        made.append(GradDaemon(socket_path, manifest, **options))
+        for k, name in enumerate("abcd"):
+            made[0].know(name, 2 + k)
+        return made[0]
+
+    yield start
+    for one in made:
+        one.__exit__()

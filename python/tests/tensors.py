@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from ingestd import Manifest
+from ingestd import GradReader, Manifest
 from ingestd.chunks import chunk_spec
 from ingestd.native import crc32c
 
-from fakes import FakeDaemon, Peer
+from fakes import PATIENCE, FakeDaemon, Peer
 
 C = 64 << 10
 CHUNKS = chunk_spec(C)
@@ -162,3 +163,44 @@ class GradDaemon(FakeDaemon):
         for k in range(len(starts))[first:last]:
             end = min(starts[k] + C, self.manifest.ends[-1])
             self.send(name, step, BEGIN if k == 0 else 0, starts[k], raw[starts[k] : end])
+
+
+Make = Callable[..., GradDaemon]
+Arrays = dict[str, Any]
+
+N = 5 * C // 8  # elements of w: two and a half chunks
+
+
+def gradients(who: int, step: int) -> Arrays:
+    rng = np.random.default_rng(who * 1000 + step)
+    return {
+        "w": (rng.standard_normal((5, N // 5)) * 10.0 ** rng.integers(-9, 9, (5, N // 5))).astype(np.float32),
+        "e": np.zeros((2, 0), np.float32), "h": rng.standard_normal(77).astype(np.float16), "n": np.int64(who),
+        "b": rng.standard_normal(3).astype(np.float32),
+    }  # fmt: skip
+
+
+GRADIENTS = Manifest.from_arrays(gradients(0, 0))
+SMALL = Manifest.from_arrays({"x": np.zeros(6, np.float32)})
+
+
+def small(k: float) -> Arrays:
+    return {"x": np.arange(6, dtype=np.float32) + np.float32(k)}
+
+
+def reference(arrays: list[Arrays], name: str) -> Any:
+    """The documented sum: in the order given, one rounding per addition."""
+    total = arrays[0][name].astype(np.float32)
+    for more in arrays[1:]:
+        total = total + more[name].astype(np.float32)
+    return total
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and np.array_equal(a.reshape(-1).view(np.uint32), b.reshape(-1).view(np.uint32))
+
+
+def attach(d: GradDaemon, **options: Any) -> GradReader:
+    reader = GradReader(d.address, "t", deadline=PATIENCE, **options)
+    d.serve_manifest()
+    return reader

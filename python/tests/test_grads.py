@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,78 +14,36 @@ from ingestd import (
     GradReader,
     Manifest,
     PeerClosed,
-    Released,
     SpecError,
     StepOrder,
     StepTimeout,
-    Tensor,
-    TensorMismatch,
-    native,
 )
-from ingestd.encodings import decode, encode
-from tensors import ABORT, BEGIN, CLOSED, END, NO_CRC, REFUSED, C, GradDaemon, flat_of, header
+from tensors import (
+    ABORT,
+    BEGIN,
+    CLOSED,
+    GRADIENTS,
+    NO_CRC,
+    REFUSED,
+    SMALL,
+    Arrays,
+    C,
+    Make,
+    N,
+    attach,
+    equal,
+    flat_of,
+    gradients,
+    header,
+    reference,
+    small,
+)
 
 from fakes import PATIENCE, SPEC, FakeDaemon
 
-Arrays = dict[str, Any]
-Make = Callable[..., GradDaemon]
 
-N = 5 * C // 8  # elements of w: two and a half chunks
-
-
-def gradients(who: int, step: int) -> Arrays:
-    rng = np.random.default_rng(who * 1000 + step)
-    return {
-        "w": (rng.standard_normal((5, N // 5)) * 10.0 ** rng.integers(-9, 9, (5, N // 5))).astype(np.float32),
-        "e": np.zeros((2, 0), np.float32), "h": rng.standard_normal(77).astype(np.float16), "n": np.int64(who),
-        "b": rng.standard_normal(3).astype(np.float32),
-    }  # fmt: skip
-
-
-MANIFEST = Manifest.from_arrays(gradients(0, 0))
-SMALL = Manifest.from_arrays({"x": np.zeros(6, np.float32)})
-
-
-def small(k: float) -> Arrays:
-    return {"x": np.arange(6, dtype=np.float32) + np.float32(k)}
-
-
-def reference(arrays: list[Arrays], name: str) -> Any:
-    """The documented sum: in the order given, one rounding per addition."""
-    total = arrays[0][name].astype(np.float32)
-    for more in arrays[1:]:
-        total = total + more[name].astype(np.float32)
-    return total
-
-
-def equal(a: Any, b: Any) -> bool:
-    return a.shape == b.shape and np.array_equal(a.reshape(-1).view(np.uint32), b.reshape(-1).view(np.uint32))
-
-
-@pytest.fixture
-def make(socket_path: str) -> Iterator[Make]:
-    """Makes the fake daemon of a test, which knows producers a, b, c, d as streams 2, 3, 4, 5."""
-    made: list[GradDaemon] = []
-
-    def start(manifest: Manifest = MANIFEST, **options: Any) -> GradDaemon:
-        made.append(GradDaemon(socket_path, manifest, **options))
-        for k, name in enumerate("abcd"):
-            made[0].know(name, 2 + k)
-        return made[0]
-
-    yield start
-    for one in made:
-        one.__exit__()
-
-
-def attach(d: GradDaemon, **options: Any) -> GradReader:
-    reader = GradReader(d.address, "t", deadline=PATIENCE, **options)
-    d.serve_manifest()
-    return reader
-
-
-def test_attach(make: Make) -> None:
-    d = make()
+def test_attach(make_grads: Make) -> None:
+    d = make_grads()
     with GradReader(d.address, "t", "g", client="me", deadline=PATIENCE) as r:
         want = {"role": "train", "table": "t", "byte_order": "little", "prefetch": 1 << 15, "group": "g"}
         assert d.hello == {**want, "client": "me"}
@@ -105,69 +61,8 @@ def test_a_table_of_samples(socket_path: str) -> None:
         GradReader(d.address, "t", deadline=PATIENCE)
 
 
-@pytest.mark.parametrize("way", ["C", "numpy"])
-@pytest.mark.parametrize("eager", [False, True])
-def test_sums_in_the_order_of_names(make: Make, monkeypatch: pytest.MonkeyPatch, way: str, eager: bool) -> None:
-    if way == "numpy":
-        monkeypatch.setattr(native, "_lib", None)
-    d = make()
-    with attach(d) as r:
-        for name in "cab":
-            d.opened(name)
-        sent = {name: gradients(ord(name), 5) for name in "abc"}
-        for part in range(3):  # interleaved, in another order than that of the names
-            for name in "cab":
-                d.step(name, 5, sent[name], part, part + 1)
-        into = {t.name: np.full(t.shape, np.nan, np.float32) for t in MANIFEST if t.name != "n"} if eager else None
-        with r.step(5, quorum=3, deadline=PATIENCE, into=into) as step:
-            assert (step.have, step.missing, step.step, step.manifest) == (["a", "b", "c"], {}, 5, MANIFEST)
-            total = step.sum()
-            assert list(total) == ["w", "e", "h", "b"]
-            for name, array in total.items():
-                assert into is None or array is into[name]
-                assert equal(array, reference([sent[k] for k in "abc"], name)), name
-            out = {"h": np.empty(77, np.float32)}
-            assert step.mean(out) == out
-            assert equal(out["h"], reference([sent[k] for k in "abc"], "h") / np.float32(3))
-            mean = step.mean()
-            assert equal(mean["w"], reference([sent[k] for k in "abc"], "w") / np.float32(3))
-            assert equal(step.sum()["w"], reference([sent[k] for k in "abc"], "w"))  # anew, after the mean
-            for name in "abc":
-                for tensor in MANIFEST.names:
-                    got = step.tensor(name, tensor)
-                    assert got.dtype == sent[name][tensor].dtype and np.array_equal(got, sent[name][tensor])
-            with pytest.raises(KeyError, match="'d' is not complete"):
-                step.tensor("d", "w")
-            assert r.held == 9
-        assert r.held == 0 and len(d.channel.given()) + len(d.free) > 9
-        for use in (step.sum, step.mean, lambda: step.tensor("a", "w"), step.__enter__):
-            with pytest.raises(Released, match="step 5 was released"):
-                use()
-        step.release()
-        assert r.stats.completed_steps == 1 and r.stats.spilled_bytes == 0
-
-
-def test_values_pass_through(make: Make) -> None:
-    d = make(SMALL)
-    special = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.4e38], np.float32)
-    special.view(np.uint32)[0] = 0x7FC12345
-    with attach(d) as r:
-        d.opened("a")
-        d.step("a", 0, {"x": special})
-        with r.step(0, deadline=PATIENCE) as step:
-            assert equal(step.sum()["x"], special)
-            assert equal(step.mean()["x"], special)
-        d.step("a", 1, {"x": special})
-        d.opened("b")
-        d.step("b", 1, {"x": special})
-        with r.step(1, deadline=PATIENCE) as step:
-            with np.errstate(all="ignore"):
-                assert np.array_equal(step.sum()["x"], special + special, equal_nan=True)
-            assert np.isinf(step.sum()["x"][5])
-
-
-def test_it_waits_for_those_that_are_connected(make: Make) -> None:
-    d = make(SMALL)
+def test_it_waits_for_those_that_are_connected(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         with pytest.raises(StepTimeout, match="0 of 1 producers complete") as nobody:
             r.step(1, deadline=0)
@@ -191,8 +86,8 @@ def test_it_waits_for_those_that_are_connected(make: Make) -> None:
         assert (r.stats.late, r.stats.completed_steps) == (1, 2)
 
 
-def test_it_sleeps_until_the_last_one_is_there(make: Make) -> None:
-    d = make(SMALL)
+def test_it_sleeps_until_the_last_one_is_there(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     found: list[Any] = []
     with attach(d) as r:
         d.opened("a")
@@ -209,8 +104,8 @@ def test_it_sleeps_until_the_last_one_is_there(make: Make) -> None:
         found[0].release()
 
 
-def test_those_that_have_left_are_waited_for_only_without_a_quorum(make: Make) -> None:
-    d = make(SMALL)
+def test_those_that_have_left_are_waited_for_only_without_a_quorum(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         for name in "abc":
             d.opened(name)
@@ -230,15 +125,15 @@ def test_those_that_have_left_are_waited_for_only_without_a_quorum(make: Make) -
             assert step.have == ["a", "b", "c"]
 
 
-def test_a_connection_that_ends_in_the_middle(make: Make) -> None:
-    d = make()
+def test_a_connection_that_ends_in_the_middle(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d) as r:
         d.opened("a")
         d.opened("b")
         d.step("a", 1, gradients(1, 1))
         d.step("b", 1, gradients(2, 1), 0, 2)
         d.closed("b")
-        want = sum(t.encoded_bytes for t in MANIFEST)
+        want = sum(t.encoded_bytes for t in GRADIENTS)
         with pytest.raises(StepTimeout) as caught:
             r.step(1, quorum=2, deadline=0)
         assert caught.value.missing == {"b": f"connection ended: {2 * C} of {want} bytes"}
@@ -248,8 +143,8 @@ def test_a_connection_that_ends_in_the_middle(make: Make) -> None:
             assert equal(step.sum()["w"], reference([gradients(1, 1), gradients(2, 1)], "w"))
 
 
-def test_who_leaves_is_taken_out_of_a_sum_that_had_begun(make: Make) -> None:
-    d = make()
+def test_who_leaves_is_taken_out_of_a_sum_that_had_begun(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d) as r:
         into = {"w": np.empty((5, N // 5), np.float32), "b": np.empty(3, np.float32)}
         d.opened("a")
@@ -267,9 +162,9 @@ def test_who_leaves_is_taken_out_of_a_sum_that_had_begun(make: Make) -> None:
             assert equal(step.sum()["w"], gradients(1, 1)["w"]) and equal(into["b"], gradients(1, 1)["b"])
 
 
-def test_a_step_that_begins_anew(make: Make) -> None:
+def test_a_step_that_begins_anew(make_grads: Make) -> None:
     """Other bytes in the second attempt, of which some had been summed already."""
-    d = make()
+    d = make_grads()
     with attach(d) as r:
         into = {"w": np.empty((5, N // 5), np.float32)}
         d.opened("a")
@@ -282,8 +177,8 @@ def test_a_step_that_begins_anew(make: Make) -> None:
         assert r.stats.duplicates == r.stats.bad_chunks == 0
 
 
-def test_a_complete_step_that_is_sent_again_is_ignored(make: Make) -> None:
-    d = make(SMALL)
+def test_a_complete_step_that_is_sent_again_is_ignored(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.opened("a")
         d.step("a", 1, small(1))
@@ -294,8 +189,8 @@ def test_a_complete_step_that_is_sent_again_is_ignored(make: Make) -> None:
         assert r.stats.duplicates == 1
 
 
-def test_aborted_steps(make: Make) -> None:
-    d = make()
+def test_aborted_steps(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d) as r:
         d.opened("a")
         d.opened("b")
@@ -311,8 +206,8 @@ def test_aborted_steps(make: Make) -> None:
             assert equal(step.sum()["b"], reference([gradients(3, 1), gradients(2, 1)], "b"))
 
 
-def test_who_went_on_is_not_waited_for(make: Make) -> None:
-    d = make()
+def test_who_went_on_is_not_waited_for(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d) as r:
         d.opened("a")
         d.opened("b")
@@ -321,15 +216,15 @@ def test_who_went_on_is_not_waited_for(make: Make) -> None:
         d.step("b", 1, gradients(2, 1))
         d.step("b", 3, gradients(2, 3))
         with r.step(1, deadline=PATIENCE) as step:
-            want = sum(t.encoded_bytes for t in MANIFEST)
+            want = sum(t.encoded_bytes for t in GRADIENTS)
             assert (step.have, step.missing) == (["b"], {"a": f"incomplete: {2 * C} of {want} bytes"})
         with r.step(2, deadline=PATIENCE) as step:
             assert (step.have, step.missing) == (["a"], {"b": "went on to step 3"})
         assert r.stats.dropped_incomplete == 1
 
 
-def test_refused_steps(make: Make) -> None:
-    d = make(SMALL)
+def test_refused_steps(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.opened("a")
         d.opened("b")
@@ -340,9 +235,9 @@ def test_refused_steps(make: Make) -> None:
         assert r.stats.refused == 1
 
 
-def test_every_byte_of_a_chunk_counts(make: Make) -> None:
+def test_every_byte_of_a_chunk_counts(make_grads: Make) -> None:
     """Each is flipped in turn: the step is absent then, and its reason names what is known."""
-    d = make(SMALL)
+    d = make_grads(SMALL)
     data = flat_of(SMALL, small(1))[:24]
     with attach(d) as r:
         d.opened("a")
@@ -361,12 +256,12 @@ def test_every_byte_of_a_chunk_counts(make: Make) -> None:
         assert r.stats.bad_chunks == 64 + 24 and r.held == 0
 
 
-def test_a_damaged_chunk_spoils_its_step(make: Make) -> None:
-    d = make()
+def test_a_damaged_chunk_spoils_its_step(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d) as r:
         d.opened("a")
         d.step("a", 1, gradients(1, 1), 0, 1)
-        raw = flat_of(MANIFEST, gradients(1, 1))
+        raw = flat_of(GRADIENTS, gradients(1, 1))
         d.send("a", 1, 0, C, raw[C : 2 * C], crc=5)
         d.step("a", 1, gradients(1, 1), 2)
         with pytest.raises(StepTimeout) as caught:
@@ -379,16 +274,16 @@ def test_a_damaged_chunk_spoils_its_step(make: Make) -> None:
 
 
 @pytest.mark.parametrize("without_sum", [False, True])
-def test_overlaps_and_repeats(make: Make, without_sum: bool) -> None:
-    d = make()
-    raw = flat_of(MANIFEST, gradients(1, 1))
+def test_overlaps_and_repeats(make_grads: Make, without_sum: bool) -> None:
+    d = make_grads()
+    raw = flat_of(GRADIENTS, gradients(1, 1))
     flag = NO_CRC if without_sum else 0
     with attach(d) as r:
         d.opened("a")
         d.send("a", 1, BEGIN | flag, 0, raw[:C])
         d.send("a", 1, flag, 0, raw[:C])  # the same again
         d.send("a", 1, flag, C, raw[C : 2 * C])
-        d.send("a", 1, flag, 2 * C, raw[2 * C : MANIFEST.ends[-1]])
+        d.send("a", 1, flag, 2 * C, raw[2 * C : GRADIENTS.ends[-1]])
         with r.step(1, deadline=PATIENCE) as step:
             assert equal(step.sum()["w"], gradients(1, 1)["w"])
         assert r.stats.duplicates == 1
@@ -412,9 +307,9 @@ def test_overlaps_and_repeats(make: Make, without_sum: bool) -> None:
         ({"length": 300}, "end neither"), ({"flags_": BEGIN | ABORT}, "no data and no place"),
     ],
 )  # fmt: skip
-def test_chunks_in_a_wrong_place(make: Make, over: Arrays, match: str) -> None:
-    d = make()
-    raw = flat_of(MANIFEST, gradients(1, 1))
+def test_chunks_in_a_wrong_place(make_grads: Make, over: Arrays, match: str) -> None:
+    d = make_grads()
+    raw = flat_of(GRADIENTS, gradients(1, 1))
     with attach(d) as r:
         d.opened("a")
         d.send("a", 1, BEGIN, 0, raw[:C])
@@ -429,8 +324,8 @@ def test_chunks_in_a_wrong_place(make: Make, over: Arrays, match: str) -> None:
         assert match in caught.value.missing["a"] and r.stats.bad_chunks == 1
 
 
-def test_a_manifest_that_is_not_the_one(make: Make) -> None:
-    d = make()
+def test_a_manifest_that_is_not_the_one(make_grads: Make) -> None:
+    d = make_grads()
     with GradReader(d.address, "t", deadline=PATIENCE) as r:
         d.listener.script(lambda peer: (peer.hello(), peer.reply({"table": "t", "manifest": SMALL.to_dict()}))[1])
         d.opened("a")
@@ -438,13 +333,13 @@ def test_a_manifest_that_is_not_the_one(make: Make) -> None:
             r.step(1, deadline=0)
 
 
-def test_samples_that_did_not_come_or_came_twice(make: Make) -> None:
-    d = make()
-    raw = flat_of(MANIFEST, gradients(1, 1))
+def test_samples_that_did_not_come_or_came_twice(make_grads: Make) -> None:
+    d = make_grads()
+    raw = flat_of(GRADIENTS, gradients(1, 1))
     with attach(d) as r:
         d.opened("a")
         d.step("a", 1, gradients(1, 1), 0, 1)
-        d.chunk(2, header(MANIFEST, 0, 1, 2, "a", 0, raw[:C]), raw[:C], number=0)  # delivered again
+        d.chunk(2, header(GRADIENTS, 0, 1, 2, "a", 0, raw[:C]), raw[:C], number=0)  # delivered again
         d.step("a", 1, gradients(1, 1), 1)
         with r.step(1, deadline=PATIENCE) as step:
             assert equal(step.sum()["w"], gradients(1, 1)["w"])
@@ -461,9 +356,9 @@ def test_samples_that_did_not_come_or_came_twice(make: Make) -> None:
         assert caught.value.missing["b"] == "incomplete: its beginning did not come to this reader"
 
 
-def test_more_than_may_be_held_is_copied(make: Make) -> None:
+def test_more_than_may_be_held_is_copied(make_grads: Make) -> None:
     manifest = Manifest.from_arrays({"big": np.zeros(20 * C // 4, np.float32)})
-    d = make(manifest, batches=6, prefetch=4)
+    d = make_grads(manifest, batches=6, prefetch=4)
     arrays = {
         name: {"big": np.random.default_rng(ord(name)).standard_normal(20 * C // 4).astype("f4")} for name in "ab"
     }
@@ -483,9 +378,9 @@ def test_more_than_may_be_held_is_copied(make: Make) -> None:
             assert np.array_equal(step.tensor("b", "big"), arrays["b"]["big"])
 
 
-def test_copies_have_a_limit(make: Make) -> None:
+def test_copies_have_a_limit(make_grads: Make) -> None:
     manifest = Manifest.from_arrays({"big": np.zeros(8 * C // 4, np.float32)})
-    d = make(manifest, batches=6, prefetch=2)
+    d = make_grads(manifest, batches=6, prefetch=2)
     arrays = {"big": np.ones(8 * C // 4, np.float32)}
     with attach(d, spill_bytes=2 * C) as r:
         d.opened("a")
@@ -498,8 +393,8 @@ def test_copies_have_a_limit(make: Make) -> None:
         assert r.stats.spilled_bytes == 2 * C and r.held == 2
 
 
-def test_steps_are_asked_for_in_order(make: Make) -> None:
-    d = make(SMALL)
+def test_steps_are_asked_for_in_order(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.opened("a")
         for step in (1, 2, 3, 5):
@@ -516,8 +411,8 @@ def test_steps_are_asked_for_in_order(make: Make) -> None:
         assert r.held == 0
 
 
-def test_a_step_that_nobody_finishes_is_dropped(make: Make) -> None:
-    d = make()
+def test_a_step_that_nobody_finishes_is_dropped(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d, keep_incomplete=0.0) as r:
         d.opened("a")
         d.opened("b")
@@ -532,145 +427,39 @@ def test_a_step_that_nobody_finishes_is_dropped(make: Make) -> None:
         assert r.held == 0 and r.stats.dropped_incomplete == 2
 
 
-def test_other_manifests(make: Make) -> None:
-    d = make(SMALL)
-    with attach(d, manifest=MANIFEST) as r:
+def test_other_manifests(make_grads: Make) -> None:
+    d = make_grads(SMALL)
+    with attach(d, manifest=GRADIENTS) as r:
         d.opened("a")
         d.step("a", 1, small(1))
         with pytest.raises(StepTimeout) as caught:
             r.step(1, deadline=0)
         assert caught.value.missing == {"a": "manifest differs"}
-        d.manifest = MANIFEST
+        d.manifest = GRADIENTS
         d.opened("b")
         d.step("b", 1, gradients(1, 1))
         with r.step(1, deadline=PATIENCE) as step:
             assert (step.have, step.missing) == (["b"], {"a": "manifest differs"})
 
 
-def test_the_manifest_may_change_when_all_have_it(make: Make) -> None:
-    d = make(SMALL)
+def test_the_manifest_may_change_when_all_have_it(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.opened("a")
         d.step("a", 1, small(1))
         with r.step(1, deadline=PATIENCE):
             assert r.manifest == SMALL
         d.closed("a")
-        d.manifest = MANIFEST
+        d.manifest = GRADIENTS
         d.serve_manifest()
         d.opened("a")
         d.step("a", 2, gradients(1, 2))
         with r.step(2, deadline=PATIENCE) as step:
-            assert r.manifest == MANIFEST and equal(step.sum()["w"], gradients(1, 2)["w"])
+            assert r.manifest == GRADIENTS and equal(step.sum()["w"], gradients(1, 2)["w"])
 
 
-def test_subsets(make: Make) -> None:
-    d = make()
-    b = MANIFEST.index("b")
-    flat, raw = MANIFEST.offsets[b], gradients(2, 1)["b"].tobytes()
-    with attach(d) as r:
-        into = {"w": np.empty((5, N // 5), np.float32), "b": np.empty(3, np.float32), "h": np.empty(77, np.float32)}
-        d.opened("a")
-        d.opened("b")
-        d.step("a", 1, gradients(1, 1))
-        d.send("b", 1, BEGIN, flat, raw)
-        with pytest.raises(StepTimeout):
-            r.step(1, quorum=2, deadline=0)
-        d.send("b", 1, END, 0, struct.pack("<I", b))
-        with r.step(1, quorum=2, deadline=PATIENCE, into=into) as step:
-            both = [gradients(1, 1), gradients(2, 1)]
-            total = step.sum()
-            assert equal(total["b"], reference(both, "b")) and equal(total["w"], both[0]["w"])
-            assert equal(step.mean()["b"], reference(both, "b") / np.float32(2)) and equal(into["w"], both[0]["w"])
-            with pytest.raises(KeyError, match="without tensor 'w'"):
-                step.tensor("b", "w")
-        d.closed("a")
-        d.send("b", 2, BEGIN | END)  # nothing at all
-        into["w"][:] = 5
-        with r.step(2, deadline=PATIENCE, into=into) as step:
-            assert step.have == ["b"] and not step.sum()["w"].any() and not step.mean()["h"].any()
-        for bad in ([9], [1, 1], [b]):
-            d.send("b", 3, BEGIN, MANIFEST.offsets[2], gradients(2, 1)["h"].tobytes())
-            d.send("b", 3, END, 0, struct.pack(f"<{len(bad)}I", *bad))
-            with pytest.raises(StepTimeout):
-                r.step(3, deadline=0)
-
-
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("encoding", ["bf16", "f16", "f8_e4m3", "f8_e5m2", "topk:9000"])
-def test_encodings(make: Make, encoding: str, eager: bool) -> None:
-    n = 40_000
-    manifest = Manifest([Tensor("first", "U8", (256 * 200,)), Tensor("x", "F32", (n,), encoding)])
-    tensor, begin = manifest[1], manifest.offsets[1]
-    d = make(manifest)
-    raws, decoded = {}, {}
-    for name in "abc":
-        rng = np.random.default_rng(ord(name))
-        array = rng.standard_normal(n).astype(np.float32)
-        if tensor.kind == "topk":
-            index = np.sort(rng.choice(n, 8000, replace=False))
-            pairs = np.full(9000, 0xFFFFFFFF, native._PAIR)
-            pairs["index"][:8000], pairs["value"][:8000] = index, array[index]
-            raws[name] = pairs.view(np.uint8)
-        else:
-            raws[name] = encode(tensor, array)
-        decoded[name] = decode(tensor, raws[name])
-    with attach(d) as r:
-        for name in "abc":
-            d.opened(name)
-        for at in range(0, manifest.data_bytes, C):
-            for name in "abc":
-                flat = np.zeros(manifest.data_bytes, np.uint8)
-                flat[begin : begin + len(raws[name])] = raws[name]
-                d.send(name, 1, 0 if at else BEGIN, at, flat[at : min(at + C, manifest.ends[-1])].tobytes())
-        into = {"x": np.full(n, 7, np.float32)} if eager else None
-        with r.step(1, quorum=3, deadline=PATIENCE, into=into) as step:
-            want = (decoded["a"] + decoded["b"]) + decoded["c"]
-            if tensor.kind == "topk":
-                want = ((np.zeros(n, np.float32) + decoded["a"]) + decoded["b"]) + decoded["c"]
-            assert equal(step.sum()["x"], want)
-            assert equal(step.tensor("b", "x"), decoded["b"])
-
-
-def test_entries_of_topk_beyond_the_tensor(make: Make) -> None:
-    manifest = Manifest([Tensor("x", "F32", (100,), "topk:40")])
-    d = make(manifest)
-    with attach(d) as r:
-        d.opened("a")
-        for step, (at, index) in enumerate([(0, 100), (39, 100), (20, 3), (39, 38)]):
-            pairs = np.zeros(40, native._PAIR)
-            pairs["index"] = np.arange(40)
-            pairs["index"][at] = index
-            d.send("a", step, BEGIN, 0, pairs.tobytes())
-            with pytest.raises(StepTimeout) as caught:
-                r.step(step, deadline=0)
-            bad = 8 if (at, index) == (0, 100) else 0
-            assert f"tensor 'x' at byte {8 * at + bad - bad}: an entry of topk" in caught.value.missing["a"]
-
-
-def test_what_sums_go_into(make: Make) -> None:
-    d = make()
-    with attach(d) as r:
-        d.opened("a")
-        d.step("a", 1, gradients(1, 1))
-        bad: list[tuple[Arrays, type[Exception], str]] = [
-            ({"x": np.zeros(1, np.float32)}, KeyError, "no tensor 'x'"),
-            ({"n": np.zeros((), np.float32)}, SpecError, "'n' is I64, which is not summed"),
-            ({"b": np.zeros(3)}, TensorMismatch, "float64"), ({"b": np.zeros(4, np.float32)}, TensorMismatch, "got f"),
-            ({"b": np.zeros(6, np.float32)[::2]}, SpecError, "contiguous"), ({"b": [0.0] * 3}, TensorMismatch, "list"),
-            ({"b": np.broadcast_to(np.float32(0), 3)}, SpecError, "contiguous and writable"),
-        ]  # fmt: skip
-        for out, error, match in bad:
-            with pytest.raises(error, match=match):
-                r.step(1, deadline=PATIENCE, into=out)
-        with r.step(1, deadline=PATIENCE) as step:
-            for out, error, match in bad:
-                with pytest.raises(error, match=match):
-                    step.sum(out)
-            assert list(step.sum({"b": np.zeros(3, np.float32)})) == ["b"]
-
-
-def test_the_end_of_the_table(make: Make) -> None:
-    d = make()
+def test_the_end_of_the_table(make_grads: Make) -> None:
+    d = make_grads()
     with attach(d, reconnect=0) as r:
         d.opened("a")
         d.opened("b")
@@ -684,8 +473,8 @@ def test_the_end_of_the_table(make: Make) -> None:
             r.step(2, deadline=PATIENCE)
 
 
-def test_a_daemon_that_stopped_and_does_not_come_back(make: Make) -> None:
-    d = make(SMALL)
+def test_a_daemon_that_stopped_and_does_not_come_back(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d, reconnect=1e-9) as r:
         d.opened("a")
         d.step("a", 2, small(2))
@@ -698,16 +487,16 @@ def test_a_daemon_that_stopped_and_does_not_come_back(make: Make) -> None:
         assert r.held == 0 and r.stats.spilled_bytes == 24
 
 
-def test_a_daemon_that_goes_away_for_good(make: Make) -> None:
-    d = make()
+def test_a_daemon_that_goes_away_for_good(make_grads: Make) -> None:
+    d = make_grads()
     with GradReader(d.address, "t", reconnect=0, deadline=PATIENCE) as r:
         d.die()
         with pytest.raises(PeerClosed):
             r.step(1, deadline=PATIENCE)
 
 
-def test_chunks_of_an_unknown_session(make: Make) -> None:
-    d = make(SMALL)
+def test_chunks_of_an_unknown_session(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.streams["x"] = 9
         d.opened("x")
@@ -716,8 +505,8 @@ def test_chunks_of_an_unknown_session(make: Make) -> None:
             assert step.have == ["stream 9"]
 
 
-def test_closed_is_of_the_daemon_alone(make: Make) -> None:
-    d = make(SMALL)
+def test_closed_is_of_the_daemon_alone(make_grads: Make) -> None:
+    d = make_grads(SMALL)
     with attach(d) as r:
         d.opened("a")
         d.send("a", 0, CLOSED)  # from the producer itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -570,8 +570,8 @@ def fills(socket_path: str) -> Iterator[FillDaemon]:
     made.finish()
 
 
-def take(filling: Filling, n: int, stream: int = 7) -> list[Any]:
-    """Waits for ``n`` chunks and takes them, lending a place for each."""
+def take(filling: Filling, n: int, stream: int = 7, before: Callable[[], None] = lambda: None) -> list[Any]:
+    """Waits for ``n`` chunks and takes them; calls ``before`` when one is there, before it says so."""
     found: list[Any] = []
     while len(found) < n:
         rows = filling.take(done=False)
@@ -579,6 +579,7 @@ def take(filling: Filling, n: int, stream: int = 7) -> list[Any]:
             filling.channel.set_daemon_waiting()
             continue
         found += [parse(row, stream) for row in rows]
+        before()
         c = filling.channel
         c.words[(c.giveback + 64) // 8] += 1
         if c.waiting():
@@ -602,9 +603,9 @@ def test_in_place(fills: FillDaemon) -> None:
 def test_in_place_a_refused_step_and_an_abort(fills: FillDaemon) -> None:
     def script(peer: Peer, filling: Filling) -> None:
         filling.accept(peer, prefetch=6)
-        peer.note({"code": "step_refused", "reason": "too old", "step": 3})
-        chunks = take(filling, 2)
-        assert chunks[0].flags == BEGIN and chunks[-1].flags == ABORT
+        note = {"code": "step_refused", "reason": "too old", "step": 3}
+        assert take(filling, 1, before=lambda: peer.note(note))[0].flags == BEGIN
+        assert take(filling, 1)[0].flags == ABORT
         peer.sock.recv(1)
 
     fills.serve(script)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,12 +24,14 @@ from ingestd import (
     NotWritten,
     OldGeneration,
     PeerClosed,
+    Pin,
     Pinned,
     Publisher,
     Refused,
     Subscription,
     Timeout,
     subscribe,
+    weights_publish,
 )
 
 from real import BINARY, PATIENCE, Daemon
@@ -103,7 +107,7 @@ def test_publish_and_read(start: Start, publisher: str, reader: str) -> None:
             assert sub.stats.bytes == MANIFEST.data_bytes * 7 if whole else MANIFEST.data_bytes * 5 + 8
 
 
-def test_all_places_are_pinned(start: Start) -> None:
+def test_all_places_are_pinned(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     d = start(generations=2)
     with Publisher(d.unix, "w", MANIFEST) as pub, subscribe(d.unix, "w", client="slow reader") as sub:
         pub.publish(tensors(1))
@@ -116,8 +120,17 @@ def test_all_places_are_pinned(start: Start) -> None:
             assert (pin.client, pin.pid, pin.generation, pin.reader) == ("slow reader", os.getpid(), 1, sub.reader)
             assert abs(pin.since / 1e9 - time.time()) < PATIENCE
         check(one, 1)
-        threading.Timer(0.05, one.release).start()  # the pin ends while the publisher waits
+        told = weights_publish._pins
+
+        def release(answer: dict[str, Any]) -> list[Pin]:
+            """The daemon says that it waits, and for whom."""
+            assert answer["op"] == "waiting"
+            one.release()
+            return told(answer)
+
+        monkeypatch.setattr(weights_publish, "_pins", release)
         pub.publish(tensors(3), deadline=PATIENCE)
+        assert one.released
         with sub.latest() as w:
             check(w, 3)
 
@@ -233,8 +246,17 @@ def test_one_publisher_at_a_time(start: Start) -> None:
             with pytest.raises(Refused) as caught:
                 Publisher(address, "w", MANIFEST, deadline=0.2)
             assert caught.value.code == "publisher_active"
-        threading.Timer(0.05, pub.close).start()
-        with Publisher(d.tcp, "w", MANIFEST, deadline=PATIENCE) as other:
+
+        class Next(Publisher):
+            def _connect(self, until: Any) -> None:
+                try:
+                    super()._connect(until)
+                except Refused:
+                    pub.close()  # it is tried again
+                    raise
+
+        with Next(d.tcp, "w", MANIFEST, deadline=PATIENCE) as other:
+            assert pub.closed
             other.publish(tensors(1))
 
 
@@ -270,12 +292,11 @@ def test_another_manifest(start: Start, reader: str) -> None:
 def test_ten_thousand_tiny_tensors(start: Start) -> None:
     d = start()
     arrays = {f"t{i}": np.full(i % 3, i, np.int32) for i in range(10_000)}
-    for publisher in PUBLISHERS.values():
-        with Publisher(table="w", tensors=arrays, **publisher(d)) as pub:
+    for publisher, reader in (("in place", "tcp"), ("streamed", "mapped"), ("tcp", "streamed")):
+        with Publisher(table="w", tensors=arrays, **PUBLISHERS[publisher](d)) as pub:
             pub.publish(arrays, deadline=PATIENCE)
-        for reader in READERS.values():
-            with Subscription(table="w", **reader(d)) as sub, sub.wait(deadline=PATIENCE) as w:
-                assert all(np.array_equal(w[name], a) for name, a in arrays.items())
+        with Subscription(table="w", **READERS[reader](d)) as sub, sub.wait(deadline=PATIENCE) as w:
+            assert all(np.array_equal(w[name], a) for name, a in arrays.items())
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -357,3 +378,82 @@ def test_waiting(start: Start) -> None:
         with pytest.raises(Refused) as caught:
             subscribe(address, "none")
         assert caught.value.code == "unknown_table"
+
+
+class Proxy:
+    """Connections to the daemon that are cut after so many bytes, up or down; the next budget for each connection."""
+
+    def __init__(self, address: str, up: list[int], down: list[int]) -> None:
+        self.host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self.port, self.budgets = int(port), (up, down)
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.threads = [threading.Thread(target=self.run, daemon=True)]
+        self.threads[0].start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, daemon = self.sock.accept()[0], socket.create_connection((self.host, self.port))
+                for n, (a, b) in enumerate([(client, daemon), (daemon, client)]):
+                    budget = self.budgets[n].pop(0) if self.budgets[n] else 1 << 60
+                    self.threads.append(threading.Thread(target=self.relay, args=(a, b, budget), daemon=True))
+                    self.threads[-1].start()
+
+    def relay(self, a: socket.socket, b: socket.socket, budget: int) -> None:
+        with contextlib.suppress(OSError):  # the other direction was cut
+            while budget and (data := a.recv(min(budget, 1 << 16))):
+                b.sendall(data)
+                budget -= len(data)
+        for sock in (a, b):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        self.sock.close()
+
+
+BIG = {"a": np.arange(1 << 20, dtype=np.uint32), "b": np.arange(999, dtype=np.uint8), "c": np.ones(1 << 18)}
+
+
+def test_transfers_that_break_go_on(start: Start) -> None:
+    d = start()
+    with Publisher(d.unix, "w", BIG) as pub:
+        done = pub.publish(BIG)
+        proxy = Proxy(d.tcp, [], [700_000, 100, 1_900_000, 0, 2_000_000, 1_234_567])
+        with subscribe(proxy.address, "w", reconnect=PATIENCE) as sub, sub.wait(deadline=PATIENCE) as w:
+            assert w.digest == done.digest and all(np.array_equal(w[name], array) for name, array in BIG.items())
+            assert sub.stats is not None and sub.stats.resumed >= 3
+            assert sub.stats.bytes == pub.manifest.data_bytes, "no byte came twice"
+            pub.publish({**BIG, "b": BIG["b"] + np.uint8(1)})
+            with sub.wait(w, deadline=PATIENCE) as newer:
+                assert newer["b"][0] == 1 and np.array_equal(newer["a"], BIG["a"])
+            assert sub.stats.bytes == pub.manifest.data_bytes + 999
+        proxy.close()
+
+
+@pytest.mark.parametrize("cut", [0, 3, 400, 600, 700, 70_000, 3_000_000, 6_000_000, 6_294_600])
+def test_a_publisher_whose_connection_breaks(start: Start, cut: int) -> None:
+    """Readers see the old generation or, where only the end was lost, the new one; never a part."""
+    d = start()
+    with Publisher(d.unix, "w", BIG) as pub:
+        old = pub.publish(BIG)
+    changed = {**BIG, "c": BIG["c"] * 2}
+    proxy = Proxy(d.tcp, [cut], [])
+    try:
+        with Publisher(proxy.address, "w", BIG, deadline=PATIENCE) as pub:
+            pub.publish(changed, deadline=PATIENCE)
+    except PeerClosed:
+        pass
+    with subscribe(d.unix, "w") as sub, sub.latest() as w:
+        w.verify()
+        assert w.digest == old.digest if w.generation == old.generation else w["c"][0] == 2
+        assert np.array_equal(w["c"], BIG["c"]) or np.array_equal(w["c"], changed["c"])
+    with Publisher(proxy.address, "w", BIG, deadline=PATIENCE) as pub:
+        again = pub.publish(changed, deadline=PATIENCE)
+    with subscribe(d.unix, "w") as sub, sub.latest() as w:
+        assert (w.generation, w.digest) == again
+    proxy.close()

@@ -427,6 +427,7 @@ def test_after_a_fork(readers: Readers, attached: Attached) -> None:
                     call()
                 except Closed as e:
                     said.append(str(e))
+            sub.close()
             del w, view
             gc.collect()
             os.write(write, "\n".join(said).encode())
@@ -438,6 +439,8 @@ def test_after_a_fork(readers: Readers, attached: Attached) -> None:
         assert len(said) == 3 and all("fork" in line for line in said)
         assert attached.pages.pinned() == {1: 4} and not attached.detached.is_set()
         assert view == 4
+        with pytest.raises(Timeout):
+            sub.wait(w, deadline=0.01)
 
 
 def test_many_tensors_cost_nothing_before_they_are_looked_at(readers: Readers) -> None:

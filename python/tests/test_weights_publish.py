@@ -9,7 +9,7 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,6 @@ from ingestd import (
     Closed,
     Ended,
     Error,
-    FormatError,
     Manifest,
     NotWritten,
     OldGeneration,
@@ -32,15 +31,12 @@ from ingestd import (
     Released,
     ShuttingDown,
     SpecError,
-    Tensor,
     Timeout,
 )
-from ingestd.weights_segment import WeightsSegment
 
 from fakes import PATIENCE, Listener, Peer
 from weights_fakes import (
     MANIFEST,
-    WeightsMaker,
     digest_of,
     end,
     flat,
@@ -51,61 +47,7 @@ from weights_fakes import (
     sums_of,
     tensors,
 )
-
-CHUNK = 65_536
-
-
-class Table:
-    """The daemon's side of publishers, one script per connection."""
-
-    def __init__(self, listener: Listener, in_place: bool) -> None:
-        self.listener, self.in_place = listener, in_place
-        self.address = listener.address
-        self.maker = WeightsMaker()
-        self.newest = 0
-
-    def accept(self, peer: Peer, **over: Any) -> dict[str, Any]:
-        body = peer.hello()
-        assert body["role"] == "publish" and body["table"] == "w"
-        assert Manifest.from_dict(body["manifest"]) == self.maker.manifest
-        assert body.get("in_place", False) is self.in_place
-        reply = {"table": "w", "publisher": 9, "newest": self.newest, "chunk_bytes": CHUNK}
-        if self.in_place:
-            reply["segment_bytes"] = self.maker.bytes
-        peer.reply({**reply, **over}, fds=[self.maker.fd] if self.in_place else None)
-        return body
-
-    def give(self, peer: Peer, generation: int) -> int:
-        """Answers a begin; the place."""
-        asked = hear(peer)
-        assert asked["op"] == "begin" and asked["deadline_ms"] >= 0
-        place = generation % self.maker.places
-        self.maker.word(self.maker.place(place), 0)
-        say(peer, op="place", generation=generation, place=place)
-        return place
-
-    def take(self, peer: Peer, generation: int) -> None:
-        """Takes one generation, which must be that of `tensors`, and publishes it."""
-        self.take_unanswered(peer, generation)
-        self.newest = generation
-        say(peer, op="published", generation=generation, digest=digest_of(sums_of(tensors(generation))).hex())
-
-    def take_unanswered(self, peer: Peer, generation: int) -> None:
-        place = self.give(peer, generation)
-        maker = self.maker
-        if self.in_place:
-            assert hear(peer) == {"op": "commit", "generation": generation}
-            at = maker.place(place)
-            assert bytes(maker.memory[at + maker.data_offset :][: MANIFEST.data_bytes]) == flat(tensors(generation))
-            assert WeightsSegment(maker.memory).sums(place).tolist() == sums_of(tensors(generation))
-            return
-        data = bytearray(MANIFEST.data_bytes)
-        came = 0
-        while n := hear_chunk(peer, MANIFEST, generation, 9, data):
-            assert n == min(CHUNK, MANIFEST.data_bytes - came)
-            came += n
-        assert hear(peer) == {"op": "commit", "generation": generation}
-        assert came == MANIFEST.data_bytes and bytes(data) == flat(tensors(generation))
+from weights_table import CHUNK, Table
 
 
 @pytest.fixture(params=["in place", "streamed", "tcp"])
@@ -434,112 +376,6 @@ def test_a_daemon_that_reads_nothing(socket_path: str) -> None:
     listener.finish()
 
 
-ODD: list[tuple[str, Callable[[Peer], None]]] = [
-    ("begin", lambda peer: say(peer, op="published", generation=1)),
-    ("begin", lambda peer: say(peer, op="place")),
-    ("begin", lambda peer: say(peer, op="place", generation=0, place=0)),
-    ("begin", lambda peer: say(peer, op="place", generation=True, place=0)),
-    ("begin", lambda peer: say(peer, op="place", generation=1, place=-1)),
-    ("begin", lambda peer: say(peer, nothing=1)),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<I", 1) + b"x")),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<I", 65_537) + b"x" * 100)),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<I", 2) + b"[]")),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<I", 2) + b"\xff\xff")),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<I", 0) + b"\x01")),
-    ("begin", lambda peer: peer.sock.sendall(struct.pack("<IBI", 0, 0, 65_537))),
-    ("commit", lambda peer: say(peer, op="place", generation=1, place=0)),
-    ("commit", lambda peer: say(peer, op="published", generation=2, digest="")),
-    ("commit", lambda peer: say(peer, op="published")),
-    ("abort", lambda peer: say(peer, op="published", generation=1)),
-]
-
-
-@pytest.mark.parametrize(("stage", "odd"), ODD)
-def test_answers_that_break_the_protocol(table: Table, stage: str, odd: Callable[[Peer], None]) -> None:
-    def script(peer: Peer) -> None:
-        table.accept(peer)
-        if stage == "begin":
-            hear(peer)
-        elif stage == "commit":
-            table.take_unanswered(peer, 1)
-        else:
-            table.give(peer, 1)
-            hear(peer)
-        odd(peer)
-        gone(peer)
-
-    table.listener.script(script)
-    with publisher(table) as pub, pytest.raises(FormatError):
-        if stage == "abort":
-            pub.begin(deadline=PATIENCE).abort()
-        else:
-            pub.publish(tensors(1), deadline=PATIENCE)
-
-
-def test_a_place_that_readers_see(place: Table) -> None:
-    """A daemon that gives a place that it has not taken is not written into."""
-
-    def script(peer: Peer) -> None:
-        place.accept(peer)
-        hear(peer)
-        place.maker.publish(4, place=1)
-        say(peer, op="place", generation=5, place=1)
-        gone(peer)
-
-    def other(peer: Peer) -> None:
-        place.accept(peer)
-        hear(peer)
-        say(peer, op="place", generation=5, place=3)
-        gone(peer)
-
-    for run, says in ((script, "place 1, which holds generation 4"), (other, "place 3, the segment has 3")):
-        place.listener.script(run)
-        with publisher(place) as pub, pytest.raises(FormatError, match=says):
-            pub.publish(tensors(5), deadline=PATIENCE)
-    maker = place.maker
-    assert bytes(maker.memory[maker.place(1) + maker.data_offset :][: MANIFEST.data_bytes]) == flat(tensors(4))
-
-
-@pytest.mark.parametrize(
-    ("over", "fds", "says"),
-    [
-        ({"segment_bytes": 1 << 40}, 1, "the daemon said"),
-        ({"segment_bytes": None}, 1, "segment_bytes"),
-        ({"publisher": -1}, 1, "publisher"),
-        ({"newest": "x"}, 1, "newest"),
-        ({"chunk_bytes": 65_535}, 1, "chunk_bytes"),
-        ({"chunk_bytes": (64 << 20) + 1}, 1, "chunk_bytes"),
-        ({}, 2, "passed 2 descriptors"),
-    ],
-)
-def test_a_daemon_of_another_kind(place: Table, over: dict[str, Any], fds: int, says: str) -> None:
-    def script(peer: Peer) -> None:
-        peer.hello()
-        body = {"table": "w", "publisher": 9, "newest": 0, "chunk_bytes": CHUNK, "segment_bytes": place.maker.bytes}
-        peer.reply({**body, **over}, fds=[place.maker.fd] * fds)
-        assert peer.end() == b""
-
-    place.listener.script(script)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(FormatError, match=says):
-        publisher(place)
-    assert len(os.listdir("/proc/self/fd")) <= before + 1, "descriptors were left open"  # the script's
-
-
-def test_a_segment_of_another_manifest(place: Table) -> None:
-    place.maker = WeightsMaker(Manifest([Tensor("other", "U8")]))
-
-    def script(peer: Peer) -> None:
-        peer.hello()
-        body = {"table": "w", "publisher": 9, "newest": 0, "chunk_bytes": CHUNK, "segment_bytes": place.maker.bytes}
-        peer.reply(body, fds=[place.maker.fd])
-        assert peer.end() == b""
-
-    place.listener.script(script)
-    with pytest.raises(FormatError, match="not the one that this publisher gave"):
-        publisher(place)
-
-
 def refuse(listener: Listener, code: str) -> threading.Thread:
     def script(peer: Peer) -> None:
         peer.hello()
@@ -588,6 +424,39 @@ def test_who_may_not_write_in_place_sends(socket_path: str) -> None:
         assert not pub.in_place and pub.manifest == MANIFEST
         pub.publish(tensors(1))
     table.listener.finish()
+
+
+def test_who_may_write_in_place_no_more_sends(place: Table) -> None:
+    """After a reconnect: into memory of its own, not into what it had mapped."""
+
+    def first(peer: Peer) -> None:
+        place.accept(peer)
+        place.take(peer, 1)
+
+    def refusing(peer: Peer) -> None:
+        assert peer.hello()["in_place"] is True
+        place.in_place = False
+        place.listener.script(streamed)
+        peer.reply({"code": "not_permitted", "reason": "no more"}, status=1)
+
+    def streamed(peer: Peer) -> None:
+        place.accept(peer)
+        place.take(peer, 2)
+
+    thread = place.listener.script(first)
+    with Publisher(place.address, "w", MANIFEST) as pub:
+        pub.publish(tensors(1))
+        before = bytes(place.maker.memory)
+        thread.join(PATIENCE)
+        with pytest.raises(PeerClosed):
+            pub.publish(tensors(2), deadline=PATIENCE)
+        place.listener.script(refusing)
+        with pub.begin(deadline=PATIENCE) as draft:
+            for name, array in tensors(2).items():
+                draft[name][...] = array
+        assert not pub.in_place
+    place.maker.word(place.maker.place(2), struct.unpack_from("<Q", before, place.maker.place(2))[0])
+    assert bytes(place.maker.memory) == before
 
 
 def test_random_manifests_are_cut_into_right_chunks(socket_path: str) -> None:

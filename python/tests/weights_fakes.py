@@ -264,3 +264,20 @@ def announce(peer: Peer, number: int, arrays: Mapping[str, Any], manifest: Manif
     say(peer, **fields)
     peer.sock.sendall(struct.pack(f"<{len(sums)}I", *sums))
     return data
+
+
+SHOWN, DAMAGED = b"\x01", b"\x02"
+
+
+def accept_reader(peer: Peer, manifest: Manifest = MANIFEST, **over: Any) -> dict[str, Any]:
+    """Takes a reader over a connection."""
+    body = peer.hello()
+    assert body["role"] == "subscribe" and body["table"] == "w"
+    peer.reply({"table": "w", "reader": 4, "newest": 1, "manifest": manifest.to_dict(), **over})
+    return body
+
+
+def give(peer: Peer, generation: int, answer: bytes = SHOWN) -> None:
+    """A whole generation, and the answer to it."""
+    peer.sock.sendall(announce(peer, generation, tensors(generation)))
+    assert peer.exactly(1) == answer

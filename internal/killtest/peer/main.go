@@ -38,7 +38,7 @@ type options struct {
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "peer: say produce, fill, train, own, scribble, publish or subscribe")
+		fmt.Fprintln(os.Stderr, "peer: say produce, fill, train, own, scribble, publish, subscribe or steps")
 		os.Exit(2)
 	}
 	o := &options{}
@@ -47,10 +47,10 @@ func main() {
 	f.StringVar(&o.table, "table", "", "table")
 	f.StringVar(&o.specText, "spec", "", "the table's spec")
 	f.StringVar(&o.group, "group", "", "train: group")
-	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked; own: the first part of the names of such files")
-	f.StringVar(&o.name, "name", "", "produce: name of the session; empty: none, which cannot come back")
-	f.StringVar(&o.role, "role", "train", "scribble: train or fill; subscribe: hold keeps the first generation; publish: stream sends instead of writing in place")
-	f.Uint64Var(&o.session, "session", 0, "produce: number of the session, which stands in its samples")
+	f.StringVar(&o.ledger, "ledger", "", "produce: file for what was sent and acked; own: the first part of the names of such files; steps: file with the highest step that may be sent")
+	f.StringVar(&o.name, "name", "", "produce: name of the session; empty: none, which cannot come back; steps: name of the producer")
+	f.StringVar(&o.role, "role", "train", "scribble: train or fill; subscribe: hold keeps the first generation; publish: stream sends instead of writing in place; steps: push or place")
+	f.Uint64Var(&o.session, "session", 0, "produce: number of the session, which stands in its samples; steps: the first step")
 	f.Uint64Var(&o.seed, "seed", 0, "of its random choices")
 	f.IntVar(&o.most, "most", 8, "produce: samples at once; train: batches held at once")
 	f.DurationVar(&o.pause, "pause", 0, "longest pause after a step")
@@ -75,6 +75,8 @@ func (o *options) run(ctx context.Context, kind string) (err error) {
 		return o.publish(ctx)
 	case "subscribe":
 		return o.subscribe(ctx)
+	case "steps":
+		return o.steps(ctx)
 	}
 	if o.spec, err = spec.ParseText(o.specText); err != nil {
 		return err

@@ -1,6 +1,6 @@
 //go:build !amd64
 
-package tensor
+package crc32c
 
 // prefetch does nothing: what other processors gain by it was not measured.
 func prefetch(*byte, int) {}
