@@ -6,10 +6,10 @@ import (
 
 // Challenge is one question to a client, and what its answer must be. It serves one handshake.
 type Challenge struct {
-	message wire.Challenge
-	want    [2]wire.Proof
-	entry   *entry
-	known   bool
+	message    wire.Challenge
+	transcript wire.Transcript // the awaited proofs are made when one has come: until then nothing here is worth having
+	entry      *entry
+	known      bool
 }
 
 // Challenge asks for the proof of a token, whether there is one of that name or not: both take the same time, and look the same. hello is the frame of the client's hello
@@ -17,10 +17,9 @@ type Challenge struct {
 func (t *Tokens) Challenge(name string, hello []byte, exporter []byte) *Challenge {
 	c := &Challenge{message: wire.Challenge{Nonce: wire.NewNonce(), Proofs: make([]wire.Proof, len(t.decoy.secrets))}}
 	c.entry, c.known = t.find(name)
-	transcript := wire.NewTranscript(hello, c.message.Nonce, exporter)
+	c.transcript = wire.NewTranscript(hello, c.message.Nonce, exporter)
 	for i, s := range c.entry.secrets {
-		c.message.Proofs[i] = transcript.DaemonProof(s)
-		c.want[i] = transcript.ClientProof(s)
+		c.message.Proofs[i] = c.transcript.DaemonProof(s)
 	}
 	return c
 }
@@ -31,8 +30,8 @@ func (c *Challenge) Message() *wire.Challenge { return &c.message }
 // Verify says who has given the proof, false for nobody.
 func (c *Challenge) Verify(p wire.Proof) (*Identity, bool) {
 	which := -1
-	for i := range c.want {
-		if p.Equal(c.want[i]) {
+	for i, s := range c.entry.secrets {
+		if p.Equal(c.transcript.ClientProof(s)) {
 			which = i
 		}
 	}

@@ -58,7 +58,7 @@ type Peer struct {
 }
 
 // notAuthenticatedReason is the same whatever it was, so that nobody can ask which names there are.
-const notAuthenticatedReason = "this daemon serves who proves to have one of its tokens: give name and secret (--token, INGESTD_TOKEN), as they are in its file of tokens"
+const notAuthenticatedReason = "this daemon serves who proves to have one of its tokens: give name and secret (--token-file or INGESTD_TOKEN), as they are in its file of tokens"
 
 // Admit lets a peer in, or returns the refusal to send it. It is called when the hello was read, before anything is told of tables: hello, and the frame as
 // wire.ReadHelloFrame gave both. If the hello names a token it writes a challenge to conn and reads the proof from it, not a byte beyond it, both within
@@ -72,7 +72,7 @@ func (g *Gate) Admit(conn io.ReadWriter, hello *wire.Hello, frame []byte, peer P
 	switch tokens := g.cfg.Tokens; {
 	case tokens == nil && hello.Token != "":
 		// It must not be let in, since it would take that for somebody's trick.
-		return nil, g.refuse(noTokens, wire.Refuse(wire.CodeBadOption, "this daemon has no tokens; take the token out (--token, INGESTD_TOKEN)"))
+		return nil, g.refuse(noTokens, wire.Refuse(wire.CodeBadOption, "this daemon has no tokens; take the token out (--token-file or INGESTD_TOKEN)"))
 	case tokens == nil:
 		return Everybody(), nil
 	case hello.Token == "" && peer.Local && peer.User >= 0 && (peer.User == g.own || slices.Contains(g.cfg.Users, peer.User)):

@@ -77,7 +77,7 @@ func parse(text []byte) ([]*entry, error) {
 			return nil, err
 		}
 		if names[e.name] {
-			return nil, wrong(n, "token %q is there twice", e.name)
+			return nil, wrong(n, "%s is there twice", called(e.name))
 		}
 		names[e.name] = true
 		entries = append(entries, e)
@@ -106,39 +106,47 @@ func parseToken(n *yaml.Node) (*entry, error) {
 			e.secrets[i], err = wire.NewSecret(s)
 		}
 		if err != nil {
-			return nil, wrong(n, "`%s` of token %q: %v", field, e.name, err)
+			return nil, wrong(n, "`%s` of %s: %v", field, called(e.name), err)
 		}
 	}
 	e.rotating = !e.secrets[1].IsZero()
 	if e.rotating && e.secrets[0].Reveal() == e.secrets[1].Reveal() {
-		return nil, wrong(n, "`secret` and `previous` of token %q are the same", e.name)
+		return nil, wrong(n, "`secret` and `previous` of %s are the same", called(e.name))
 	}
 	rights, err := texts(given["rights"])
 	if err != nil || len(rights) == 0 {
-		return nil, wrong(n, "`rights` of token %q must be a list of some of push, read, publish, admin", e.name)
+		return nil, wrong(n, "`rights` of %s must be a list of some of push, read, publish, admin", called(e.name))
 	}
 	for _, name := range rights {
 		right, err := ParseRight(name)
 		if err != nil {
-			return nil, wrong(n, "`rights` of token %q: %v", e.name, err)
+			return nil, wrong(n, "`rights` of %s: %v", called(e.name), err)
 		}
 		e.rights |= right
 	}
 	e.tables, err = texts(given["tables"])
 	switch {
 	case given["tables"] != nil && err != nil:
-		return nil, wrong(n, "`tables` of token %q must be a list of names or patterns of tables, such as [\"digits\", \"w*\"]", e.name)
+		return nil, wrong(n, "`tables` of %s must be a list of names or patterns of tables, such as [\"digits\", \"w*\"]", called(e.name))
 	case len(e.tables) > TablesMax:
-		return nil, wrong(n, "`tables` of token %q has %d patterns, at most %d are allowed", e.name, len(e.tables), TablesMax)
+		return nil, wrong(n, "`tables` of %s has %d patterns, at most %d are allowed", called(e.name), len(e.tables), TablesMax)
 	case len(e.tables) == 0 && e.rights != Admin:
-		return nil, wrong(n, "`tables` of token %q is missing; write [\"*\"] for all tables", e.name)
+		return nil, wrong(n, "`tables` of %s is missing; write [\"*\"] for all tables", called(e.name))
 	}
 	for _, pattern := range e.tables {
 		if pattern == "" || len(pattern) > wire.NameBytesMax {
-			return nil, wrong(n, "`tables` of token %q: a pattern has 1 to %d bytes", e.name, wire.NameBytesMax)
+			return nil, wrong(n, "`tables` of %s: a pattern has 1 to %d bytes", called(e.name), wire.NameBytesMax)
 		}
 	}
 	return e, nil
+}
+
+// called is a token in an error. What is as long as a secret may be one in the wrong place.
+func called(name string) string {
+	if len(name) >= wire.SecretBytesMin {
+		return "this token"
+	}
+	return fmt.Sprintf("token %q", name)
 }
 
 // fields takes a mapping apart, in which nothing but the names may be.

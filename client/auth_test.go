@@ -21,10 +21,17 @@ import (
 
 const rightSecret = "the-right-secret-of-32-characters"
 
+func noError(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func tokenOf(t *testing.T, text string) Token {
 	t.Helper()
 	token, err := ParseToken(text)
-	ok(t, err)
+	noError(t, err)
 	return token
 }
 
@@ -39,7 +46,7 @@ var passedOn = wire.Refuse(wire.CodeInternal, "let in")
 
 func startGated(t *testing.T, l net.Listener, addr string) *gated {
 	tokens, err := auth.Parse([]byte(`tokens: [{name: worker, secret: ` + rightSecret + `, rights: [push, read, publish], tables: ["t"]}]`))
-	ok(t, err)
+	noError(t, err)
 	g := &gated{addr, make(chan string, 1)}
 	gate := auth.NewGate(auth.GateConfig{Tokens: tokens})
 	done := make(chan struct{})
@@ -122,7 +129,7 @@ func open(ctx context.Context, t *testing.T, addr, what string, token Token) err
 func TestEveryClientProvesItsToken(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
-	ok(t, err)
+	noError(t, err)
 	g := startGated(t, l, "unix://"+path)
 	for _, what := range []string{
 		"Producer", "StepProducer", "StepProducer in place", "Filler", "Trainer", "GradReader", "Publisher", "Publisher that streams", "Subscription",
@@ -154,13 +161,13 @@ func TestEveryClientProvesItsToken(t *testing.T) {
 // TestTokenOverTLS: the proof is bound to the TLS connection, so one that was carried from one to another is worth nothing.
 func TestTokenOverTLS(t *testing.T) {
 	ca, err := devcert.NewAuthority("test", time.Hour)
-	ok(t, err)
+	noError(t, err)
 	pair, err := ca.NewServer([]string{"127.0.0.1"}, time.Hour)
-	ok(t, err)
+	noError(t, err)
 	serverTLS := &tls.Config{Certificates: []tls.Certificate{pair.TLS()}, MinVersion: tls.VersionTLS13}
 	clientTLS := &tls.Config{RootCAs: ca.Pool(), ServerName: "127.0.0.1", MinVersion: tls.VersionTLS13}
 	l, err := tls.Listen("tcp", "127.0.0.1:0", serverTLS)
-	ok(t, err)
+	noError(t, err)
 	g := startGated(t, l, l.Addr().String())
 	dialTLS := func(ctx context.Context, network, address string) (net.Conn, error) {
 		return (&tls.Dialer{Config: clientTLS}).DialContext(ctx, network, address)
@@ -172,7 +179,7 @@ func TestTokenOverTLS(t *testing.T) {
 	}
 	// One in the middle with a certificate that the client trusts: two TLS connections, between which it carries the bytes.
 	middle, err := tls.Listen("tcp", "127.0.0.1:0", serverTLS)
-	ok(t, err)
+	noError(t, err)
 	defer middle.Close()
 	carried := make(chan error, 1)
 	go func() { carried <- carry(t.Context(), middle, dialTLS, g.addr) }()
@@ -183,7 +190,7 @@ func TestTokenOverTLS(t *testing.T) {
 	if got := <-g.let; got != string(wire.CodeNotAuthenticated) {
 		t.Errorf("the daemon let in %s", got)
 	}
-	ok(t, <-carried)
+	noError(t, <-carried)
 }
 
 // carry takes one connection and carries its bytes both ways, until the client has ended.
@@ -249,8 +256,8 @@ func TestReadToken(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name, text string, mode os.FileMode) string {
 		path := filepath.Join(dir, name)
-		ok(t, os.WriteFile(path, []byte(text), 0o600))
-		ok(t, os.Chmod(path, mode))
+		noError(t, os.WriteFile(path, []byte(text), 0o600))
+		noError(t, os.Chmod(path, mode))
 		return path
 	}
 	for _, end := range []string{"", "\n", "\r\n"} {

@@ -15,7 +15,7 @@
 // random part of a sixteenth of the outage so far, which is at least Config.ReconnectFrom (10 ms) and at most ReconnectTo (1 s), so that an
 // outage of up to 1.6 s costs at most 100 ms more. When it had no connection for ReconnectFor (5 min) since the last ack it gives up,
 // unless nothing is unacked: then it waits for the next Push and starts anew. A refusal ends it at once, except too_many_connections,
-// shutting_down, handshake_timeout and internal. A fresh process of an old session asks Held and pushes the samples after those.
+// shutting_down, handshake_timeout, banned and internal. A fresh process of an old session asks Held and pushes the samples after those.
 //
 // Fillers: Reserve gives slots in the daemon's own memory, which are the caller's until Commit or Abandon; no byte is copied. A committed sample is in
 // the ring as soon as the daemon looks, whether this process lives on or not. With a session, a Filler attaches anew as a Producer connects anew, and
@@ -38,6 +38,9 @@
 // two generations, and one more for each that callers hold, up to SubscribeConfig.Generations; when they hold all of it, it lets the daemon go and comes back when one is released. A Publisher
 // whose connection broke makes another at the next Begin; what was under way is gone. A Subscription over a connection has one goroutine, until Close.
 //
+// Tokens: a client whose configuration has a Token proves to the daemon that it knows its secret, and the daemon proves the same to it first; the secret is never sent. A daemon that
+// proves nothing (ErrNotChallenged), or something else (ErrDaemonUnproven), is final: no other connection is tried. Nothing that prints a configuration or an error shows a secret.
+//
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.
@@ -54,6 +57,8 @@
 //	session taken over       ErrSessionTaken                 *wire.Notice or none   do not dial again by yourself
 //	daemon ended the stream                                  *wire.Notice
 //	daemon refused                                           *wire.Refusal
+//	daemon proved nothing    ErrNotChallenged                                       it has no tokens, or somebody is in between
+//	daemon proved wrong      ErrDaemonUnproven                                      name or secret are wrong, or the daemon is
 //	acked samples lost                                       *LostError             or Config.ContinueAfterLoss
 //	step too old                                             *StepRefusedError      abort the transaction, go on with a newer step
 //	step goes back                                           *StepOrderError        as if the call had not been made, also all below

@@ -82,16 +82,19 @@ func ParseToken(text string) (Token, error) {
 	return Token{name, secret}, nil
 }
 
-// CheckTokenName says what is wrong with a token's name: it has 1 to NameBytesMax bytes of UTF-8 without control characters and without a colon.
+// CheckTokenName says what is wrong with a token's name: it has 1 to NameBytesMax bytes of UTF-8 without control characters and without a colon. Its errors do not
+// show the name, which may have a secret in it by mistake.
 func CheckTokenName(name string) error {
 	if name == "" {
 		return errors.New("the token's name is empty")
 	}
-	if err := checkText(name); err != nil {
+	switch err := checkText(name); {
+	case len(name) > NameBytesMax:
 		return fmt.Errorf("the token's name %w", err)
-	}
-	if strings.Contains(name, ":") {
-		return fmt.Errorf("the token's name %q has a colon, after which the secret would begin", name)
+	case err != nil:
+		return errors.New("the token's name is not UTF-8, or holds a control character")
+	case strings.Contains(name, ":"):
+		return errors.New("the token's name has a colon, after which the secret would begin")
 	}
 	return nil
 }

@@ -17,16 +17,31 @@ import (
 
 // target is where a command connects to.
 type target struct {
-	addr  string
-	table string
-	wait  time.Duration
+	addr      string
+	table     string
+	wait      time.Duration
+	tokenFile string
 }
 
 func (t *target) flags(cmd *cobra.Command, addr string) {
 	f := cmd.Flags()
 	f.StringVarP(&t.addr, "addr", "a", addr, "address of the daemon")
 	f.StringVarP(&t.table, "table", "t", daemon.DefaultTable, "table")
+	f.StringVar(&t.tokenFile, "token-file", "", "file whose one line is NAME:SECRET, a token of the daemon's; default: the environment variable "+client.TokenVariable)
 	f.DurationVar(&t.wait, "wait", 0, "keep trying to connect for so long, for a daemon that is just starting")
+}
+
+// token is the one of --token-file or the environment, or none.
+func (t *target) token() (token client.Token, err error) {
+	if t.tokenFile != "" {
+		token, err = client.ReadToken(t.tokenFile)
+	} else {
+		token, err = client.TokenFromEnvironment()
+	}
+	if err != nil {
+		return client.Token{}, usagef("%w", err)
+	}
+	return token, nil
 }
 
 // connectPause is the time between two tries to connect.
@@ -52,8 +67,12 @@ func (t *target) retry(ctx context.Context, connect func() error) error {
 func (t *target) dial(ctx context.Context, cfg client.Config, settle func(table *spec.Spec) (*spec.Spec, error)) (*client.Producer, error) {
 	cfg.Table = t.table
 	cfg.Client = "ingestd push/" + version()
+	var err error
+	if cfg.Token, err = t.token(); err != nil {
+		return nil, err
+	}
 	var p *client.Producer
-	err := t.retry(ctx, func() (err error) {
+	err = t.retry(ctx, func() (err error) {
 		p, err = client.Dial(ctx, t.addr, cfg)
 		return err
 	})

@@ -86,7 +86,7 @@ func exitCode(err error) int {
 		return exitInterrupted
 	case is[*daemon.ConfigError](err):
 		return exitUsage
-	case is[*wire.Refusal](err), is[*wire.Notice](err):
+	case is[*wire.Refusal](err), is[*wire.Notice](err), errors.Is(err, client.ErrNotChallenged), errors.Is(err, client.ErrDaemonUnproven):
 		return exitRefused
 	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err), is[*daemon.SegmentError](err),
 		is[*safetensors.FormatError](err), is[*client.BadSumError](err):

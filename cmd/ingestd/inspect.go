@@ -62,13 +62,19 @@ func (o *inspectOptions) live(ctx context.Context, w io.Writer) error {
 	if !ok {
 		return usagef("inspect: --addr is %q: a live segment is looked at over the daemon's unix socket, unix:///path", o.addr)
 	}
+	token, err := o.token()
+	if err != nil {
+		return err
+	}
+	hello := wire.Hello{Table: o.table, Client: "ingestd inspect/" + version()}
+	hello.SetToken(token)
 	ctx, cancel := untilSignal(ctx)
 	defer cancel()
 	ctx, stop := deadline(ctx, o.wait+o.timeout, "--timeout")
 	defer stop()
 	var seen *shm.Observation
-	err := o.retry(ctx, func() (err error) {
-		seen, err = shm.Observe(ctx, path, wire.Hello{Table: o.table, Client: "ingestd inspect/" + version()})
+	err = o.retry(ctx, func() (err error) {
+		seen, err = shm.Observe(ctx, path, hello)
 		return err
 	})
 	if err != nil {

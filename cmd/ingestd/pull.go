@@ -92,11 +92,15 @@ func (o *pullOptions) run(ctx context.Context, std streams) error {
 	if err != nil {
 		return err
 	}
+	token, err := o.token()
+	if err != nil {
+		return err
+	}
 	ctx, cancel := untilSignal(ctx)
 	defer cancel()
 	var t *client.Trainer
 	err = o.retry(ctx, func() (err error) {
-		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version()}
+		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version(), Token: token}
 		t, err = client.Attach(ctx, o.addr, cfg)
 		return err
 	})

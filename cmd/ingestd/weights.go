@@ -56,9 +56,13 @@ func (o *reading) flags(cmd *cobra.Command) {
 
 // subscribe opens a subscription. With wait it waits until something was published.
 func (o *reading) subscribe(ctx context.Context, command string, wait bool) (*client.Subscription, error) {
+	token, err := o.token()
+	if err != nil {
+		return nil, err
+	}
 	var s *client.Subscription
-	err := o.retry(ctx, func() (err error) {
-		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version()})
+	err = o.retry(ctx, func() (err error) {
+		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version(), Token: token})
 		return err
 	})
 	return s, err

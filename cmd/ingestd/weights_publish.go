@@ -110,12 +110,16 @@ func (o *publishOptions) inPlace() bool { return !o.stream && !strings.HasPrefix
 
 // open becomes the publisher: in place where the daemon permits it.
 func (o *publishOptions) open(ctx context.Context, log io.Writer, file *safetensors.File) (*client.Publisher, error) {
+	token, err := o.token()
+	if err != nil {
+		return nil, err
+	}
 	until := time.Now().Add(o.wait)
 	for {
 		var p *client.Publisher
 		err := o.retry(ctx, func() (err error) {
 			p, err = client.OpenPublisher(ctx, o.addr, client.PublisherConfig{
-				Table: o.table, Manifest: file.Manifest(), Stream: o.stream, Client: "ingestd weights publish/" + version(),
+				Table: o.table, Manifest: file.Manifest(), Stream: o.stream, Client: "ingestd weights publish/" + version(), Token: token,
 			})
 			return err
 		})
