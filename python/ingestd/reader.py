@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from . import _io
 from ._io import Deadline
@@ -19,6 +19,7 @@ from .batch import Batch, CheckedWindow, Window
 from .channel import Descriptor
 from .errors import AllHeld, Closed, EndOfStream, Error, FormatError, LostBatches, PeerClosed
 from .incoming import ended
+from .redial import PATIENCE_S
 from .segment import LEASED
 from .spec import Spec
 from .version import CLIENT
@@ -50,7 +51,8 @@ class Reader:
     Not for use after a fork (Closed): attach in the child.
 
     Args:
-        address: ``unix:///path`` (``shm:///path`` means the same).
+        address: ``unix:///path`` (``shm:///path`` means the same): the daemon's memory is mapped; or
+            ``tcp://host:port`` of a daemon anywhere, which sends its batches.
         table: name of the table.
         spec: what the samples must look like; None takes the table's spec.
         group: the group to read for; None is the group ``default``.
@@ -60,11 +62,21 @@ class Reader:
             when the environment has ``INGESTD_CHECK=1``.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
+        reconnect: over TCP, seconds without a connection after which the reader gives up; None never does. Batches that
+            were not released when a connection broke are delivered again: ``batch.seq`` tells.
+        memory: over TCP, most bytes for batches that were received and not released.
 
     Raises:
         Refused: with ``code``, ``reason`` and, where the spec differs from the table's, ``diff``.
         PeerClosed: nobody listens there. Timeout: the deadline passed. FormatError: the daemon is of another version.
     """
+
+    def __new__(cls, address: str, *args: Any, **options: Any) -> Reader:
+        if cls is Reader and _io.parse_address(address).kind != "unix":
+            from .remote_reader import RemoteReader
+
+            return super().__new__(RemoteReader)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -78,11 +90,11 @@ class Reader:
         check: bool | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
+        reconnect: float | None = PATIENCE_S,
+        memory: int = 4 << 30,
     ) -> None:
         self._closed = True
         self.address = _io.parse_address(address)
-        if self.address.kind != "unix":
-            raise ValueError(f"address {address!r}: trainers attach over a unix socket; write unix:///path")
         want = Spec.parse(spec) if isinstance(spec, str) else spec
         self._checked = os.environ.get("INGESTD_CHECK", "0") not in ("", "0") if check is None else check
         self._forks = _io.forks()
