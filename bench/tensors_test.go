@@ -20,7 +20,7 @@ func TestSmokeTensors(t *testing.T) {
 	for i := range record.Cases {
 		checkTensorCase(t, &record.Cases[i], figureSumPython, figureNumpy)
 	}
-	for _, want := range []string{"Gradients:", "Reduction:", "Weights in shared memory:", "Weights over TCP", "CRC-32C", "Targets", "Python was not measured"} {
+	for _, want := range []string{"Gradients:", "Reduction:", "Weights in shared memory:", "Weights over TCP", "Batches of samples over TCP", "CRC-32C", "Targets", "Python was not measured"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the tables lack %q:\n%s", want, out)
 		}
@@ -155,6 +155,8 @@ func TestTensorTargets(t *testing.T) {
 		result(kindPublish, map[string]float64{figurePublish: 116, figureCopy: 100, figureMemory: 11, figureBound: 10}),
 		result(kindStream, map[string]float64{figureStream: 9, figureSendfile: 10}),
 		result(kindStream, map[string]float64{figureStream: 8.9, figureSendfile: 10, figureMemory: 11, figureBound: 10}),
+		result(kindRemote, map[string]float64{figureRemote: 8.5, figureRemoteBare: 10}),
+		result(kindRemote, map[string]float64{figureRemote: 8.4, figureRemoteBare: 10}),
 		result(kindCRC, map[string]float64{figureCRCHot: 10, figureCRCCold: 9.9}),
 		result(kindCRC, map[string]float64{}),
 	}
@@ -181,6 +183,8 @@ func TestTensorTargets(t *testing.T) {
 		"stream GB/s to the bare sendfile loop's: pass",
 		"stream GB/s to the bare sendfile loop's: fail",
 		"stream daemon's memory to its bound: fail",
+		"remote GB/s to the bare sendfile loop's: pass",
+		"remote GB/s to the bare sendfile loop's: fail",
 		"crc GB/s of crc, hot: pass",
 		"crc GB/s of crc, cold: fail",
 	}
