@@ -105,7 +105,7 @@ func TestTensorOptionsRefused(t *testing.T) {
 
 func TestTensorCases(t *testing.T) {
 	for _, c := range append(tensorCases(), smokeTensorCases()...) {
-		if c.Kind == kindCRC {
+		if c.Kind == kindCRC || c.Kind == kindRemote {
 			continue
 		}
 		m, err := benchManifest(c.Bytes, c.Tensors)
@@ -127,7 +127,7 @@ func TestTensorCases(t *testing.T) {
 	full := tensorCases()
 	want := []TensorCase{
 		{Kind: kindGradients, Peers: 4, ChunkBytes: mib}, {Kind: kindReduce, Peers: 8, Bytes: 64 * mib}, {Kind: kindPublish, Peers: 4, Bytes: 512 * mib},
-		{Kind: kindStream, Peers: 1, Bytes: 512 * mib}, {Kind: kindCRC, Bytes: 64 * mib, HotBytes: 256 * kib},
+		{Kind: kindStream, Peers: 1, Bytes: 512 * mib}, {Kind: kindRemote, Peers: 1, ChunkBytes: 4 * mib}, {Kind: kindCRC, Bytes: 64 * mib, HotBytes: 256 * kib},
 	}
 	for i, w := range want {
 		got := full[i]
