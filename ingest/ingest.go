@@ -162,6 +162,9 @@ const (
 	EndReset = "reset" // the connection broke
 )
 
+// RefusedTLS is counted as refused where the handshake of TLS failed, so that nothing could be told; the others are wire codes.
+const RefusedTLS = "bad_tls"
+
 // Stats is a snapshot of a transport.
 type Stats struct {
 	Transport    string

@@ -2,6 +2,7 @@ package tcpingest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -53,7 +55,7 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve accepts producers of the native protocol on l, TCP or unix, until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
+// Serve accepts producers of the native protocol on l, TCP, unix, or TLS over one of them (NewTLSListener), until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
 // Shutdown or ctx's end; connections live on until Shutdown.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return s.accept(ctx, l, s.serveHello)
@@ -127,31 +129,54 @@ func (s *Server) isStopping() bool {
 
 // start gives a new connection its goroutine.
 func (s *Server) start(nc net.Conn, serve func(*conn)) {
-	s.counters.Accepted.Add(1)
+	if secure, ok := nc.(*tls.Conn); ok {
+		wrapped, err := newTLSConn(secure)
+		if err != nil {
+			_ = nc.Close()
+			return
+		}
+		nc = wrapped
+	}
 	both, ok := nc.(netConn)
 	if !ok {
 		_ = nc.Close()
 		return
 	}
-	c, err := newConn(s, both, s.nextID.Add(1))
+	if run := s.enter(both, serve); run != nil {
+		go run()
+	}
+}
+
+// ServeStream serves the native protocol on a stream that another transport accepted, until it ends, and closes it. The stream counts as a connection: for limits,
+// Stats and Shutdown.
+func (s *Server) ServeStream(stream Stream) {
+	if run := s.enter(stream, s.serveHello); run != nil {
+		run()
+	}
+}
+
+// enter notes a new connection and returns what serves it, to its end; nil if it was closed at once.
+func (s *Server) enter(nc netConn, serve func(*conn)) func() {
+	s.counters.Accepted.Add(1)
+	c, err := newConn(s, nc, s.nextID.Add(1))
 	if err != nil {
 		_ = nc.Close()
-		return
+		return nil
 	}
 	full, ok := s.add(c)
 	if !ok {
 		c.endWait()
 		_ = nc.Close()
-		return
+		return nil
 	}
-	go func() {
+	return func() {
 		defer s.remove(c)
 		if full {
 			s.refuse(c, wire.Refuse(wire.CodeTooManyConnections, "this daemon serves at most %d connections at once; try again later", s.cfg.MaxConnections))
 			return
 		}
 		serve(c)
-	}()
+	}
 }
 
 // refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
@@ -192,7 +217,10 @@ func (s *Server) serveHello(c *conn) {
 	if c.stopping.Load() {
 		_ = c.SetReadDeadline(time.Unix(1, 0))
 	}
-	hello, err := wire.ReadHello(c.netConn)
+	if secure, ok := c.netConn.(*tlsConn); ok && !s.secure(c, secure) {
+		return
+	}
+	hello, frame, err := wire.ReadHelloFrame(c.netConn)
 	var refusal *wire.Refusal
 	switch {
 	case errors.As(err, &refusal):
@@ -208,6 +236,9 @@ func (s *Server) serveHello(c *conn) {
 		s.counters.Ended.Add(ingest.EndReset)
 		return
 	}
+	if !s.admit(c, hello, frame) {
+		return
+	}
 	switch hello.Role {
 	case wire.RolePush:
 		s.push(c, hello)
@@ -216,6 +247,20 @@ func (s *Server) serveHello(c *conn) {
 	default:
 		s.attach(c, hello)
 	}
+}
+
+// admit asks the peer who it is, and tells it if that is not enough.
+func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
+	peer, err := auth.PeerOf(c.netConn)
+	if err != nil {
+		s.refuse(c, wire.Refuse(wire.CodeInternal, "this connection's TLS says nothing that a token can be bound to"))
+		return false
+	}
+	_, refusal := s.cfg.Gate.Admit(c.netConn, hello, frame, peer)
+	if refusal != nil {
+		s.refuse(c, refusal)
+	}
+	return refusal == nil
 }
 
 // push serves a producer.
@@ -357,7 +402,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 // Stats implements ingest.Transport.
 func (s *Server) Stats() ingest.Stats {
-	st := s.counters.Snapshot("tcp")
+	st := s.counters.Snapshot(s.cfg.Transport)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st.Open = len(s.conns)

@@ -242,6 +242,7 @@ func transport(ch out, st *ingest.Stats) {
 	for _, code := range wire.Codes() {
 		ch.counter(refused, st.Refused[string(code)], t, string(code))
 	}
+	ch.counter(refused, st.Refused[ingest.RefusedTLS], t, ingest.RefusedTLS)
 }
 
 func (c *Collector) trainers(ch out, tables []engine.Stats) {

@@ -1,0 +1,224 @@
+package tcpingest
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/ingestd/ingestd/drainer"
+	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/ingest/ingesttest"
+	"github.com/ingestd/ingestd/internal/devcert"
+	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// certificates are both ends' of a network in which everybody has one.
+type certificates struct {
+	ca             *devcert.Authority
+	server, client *tls.Config
+}
+
+func newCertificates(t testing.TB) *certificates {
+	t.Helper()
+	ca, err := devcert.NewAuthority("test", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &certificates{
+		ca: ca,
+		server: &tls.Config{
+			Certificates: []tls.Certificate{certify(t)(ca.NewServer([]string{"127.0.0.1", "ingestd.test"}, time.Hour))},
+			ClientCAs:    ca.Pool(), ClientAuth: tls.RequireAndVerifyClientCert,
+		},
+		client: &tls.Config{
+			RootCAs: ca.Pool(), ServerName: "ingestd.test", NextProtos: []string{wire.ALPN},
+			Certificates: []tls.Certificate{certify(t)(ca.NewClient("producer", time.Hour))},
+		},
+	}
+}
+
+func certify(t testing.TB) func(*devcert.Pair, error) tls.Certificate {
+	return func(p *devcert.Pair, err error) tls.Certificate {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p.TLS()
+	}
+}
+
+// samplesTable is a table of one number that nobody reads.
+func samplesTable(t *testing.T) ingesttest.Tables {
+	t.Helper()
+	s, err := spec.ParseText("a:U64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := drainer.NewPool(1)
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = pool.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		stop()
+		<-ended
+	})
+	table, err := engine.New(engine.Config{Name: "t", Spec: s, BatchSize: 4, Batches: 4, Drainers: pool})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ingesttest.Tables{"t": table}
+}
+
+// TestBadTLS: whoever does not shake hands as it must is ended alone, and counted; the others go on.
+func TestBadTLS(t *testing.T) {
+	certs, strangers := newCertificates(t), newCertificates(t)
+	tables := samplesTable(t)
+	s, l := serveOn(t, "tcp", Config{Tables: tables, HandshakeTimeout: 5 * time.Second}, certs)
+	push := func(cfg *tls.Config) error {
+		c, err := tls.Dial("tcp", l.Addr().String(), cfg)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(time.Minute))
+		if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}); err != nil {
+			return err
+		}
+		return wire.ReadReply(c, &wire.AcceptedPush{})
+	}
+	change := func(f func(*tls.Config)) *tls.Config {
+		c := certs.client.Clone()
+		f(c)
+		return c
+	}
+	var unknown x509.UnknownAuthorityError
+	var name x509.HostnameError
+	for _, tc := range []struct {
+		name   string
+		client *tls.Config
+		target any // the client's own error; nil: the daemon's alert
+	}{
+		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil},
+		{"client certificate of another CA", change(func(c *tls.Config) {
+			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+				return &strangers.client.Certificates[0], nil
+			}
+		}), nil},
+		{"expired client certificate", change(func(c *tls.Config) {
+			c.Certificates = []tls.Certificate{certify(t)(certs.ca.NewClient("late", time.Nanosecond))}
+		}), nil},
+		{"server's certificate for a client", change(func(c *tls.Config) {
+			c.Certificates = []tls.Certificate{certify(t)(certs.ca.NewServer([]string{"x"}, time.Hour))}
+		}), nil},
+		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h2"} }), nil},
+		{"TLS 1.2", change(func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }), nil},
+		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.client.RootCAs }), &unknown},
+		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := s.Stats().Refused[ingest.RefusedTLS]
+			err := push(tc.client)
+			if err == nil {
+				t.Fatal("was let in")
+			}
+			if refusal := (*wire.Refusal)(nil); errors.As(err, &refusal) {
+				t.Fatalf("was answered: %v", err)
+			}
+			if tc.target != nil && !errors.As(err, tc.target) {
+				t.Errorf("got %v, want a %T", err, tc.target)
+			}
+			awaitRefused(s, before+1)
+			if err := push(certs.client); err != nil {
+				t.Errorf("a good client after that: %v", err)
+			}
+		})
+	}
+	t.Run("no TLS at all", func(t *testing.T) {
+		before := s.Stats().Refused[ingest.RefusedTLS]
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}); err != nil {
+			t.Fatal(err)
+		}
+		answer, _ := io.ReadAll(c) // an alert, and perhaps a reset
+		if len(answer) > 7 {
+			t.Errorf("was told %q", answer)
+		}
+		awaitRefused(s, before+1)
+	})
+}
+
+// awaitRefused waits until so many handshakes have failed.
+func awaitRefused(s *Server, n uint64) {
+	for s.Stats().Refused[ingest.RefusedTLS] < n {
+		runtime.Gosched()
+	}
+}
+
+// TestSilentTLS: who connects and says nothing, or half a handshake, is let go after HandshakeTimeout.
+func TestSilentTLS(t *testing.T) {
+	for name, said := range map[string]string{"nothing": "", "half a record": "\x16\x03\x01\x02\x00\x01\x00"} {
+		t.Run(name, func(t *testing.T) {
+			s, l := serveOn(t, "tcp", Config{Tables: samplesTable(t), HandshakeTimeout: 50 * time.Millisecond}, newCertificates(t))
+			c, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, err := io.WriteString(c, said); err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, c) // until it is closed
+			awaitRefused(s, 1)
+		})
+	}
+}
+
+// TestBrokenRecords: bytes that are no record of the connection's end it as a reset, within a sample or not; what was acked before stays.
+func TestBrokenRecords(t *testing.T) {
+	certs := newCertificates(t)
+	tables := samplesTable(t)
+	s, l := serveOn(t, "tcp", Config{Tables: tables}, certs)
+	plain, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	c := tls.Client(plain, certs.client)
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := wire.ReadReply(c, &wire.AcceptedPush{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(make([]byte, 3*8)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := plain.Write(append([]byte{0x17, 3, 3, 0, 32}, make([]byte, 32)...)); err != nil {
+		t.Fatal(err)
+	}
+	for s.Stats().Ended[ingest.EndReset] == 0 {
+		runtime.Gosched()
+	}
+	if st := s.Stats(); st.Samples != 3 {
+		t.Errorf("%d samples taken, want 3", st.Samples)
+	}
+}
