@@ -72,6 +72,9 @@ func (s *Server) secure(c *conn, t *tlsConn) bool {
 		s.counters.Ended.Add(ingest.EndClean)
 		return false
 	}
+	if !c.stopping.Load() { // which ends it, too
+		c.visit.Failed()
+	}
 	s.counters.Refused.Add(ingest.RefusedTLS)
 	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer, "err", err)
 	return false

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"time"
 
@@ -57,7 +58,7 @@ func (o *listOptions) run(ctx context.Context, w io.Writer) error {
 	if o.long {
 		return because(ctx, o.tensors(ctx, w))
 	}
-	text, err := (&statusOptions{addr: o.admin}).ask(ctx)
+	text, err := (&adminTarget{o.admin, o.tokenFile}).ask(ctx, "weights ls", http.MethodGet, "/status")
 	if err != nil {
 		return because(ctx, err)
 	}

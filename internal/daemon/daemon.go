@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,6 +39,8 @@ type Daemon struct {
 	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
+	access    access
+	certs     *certificates // nil: no TLS
 
 	now     context.Context // ends with StopNow: no more waiting
 	stopNow context.CancelFunc
@@ -91,6 +94,9 @@ func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
 }
 
 func (d *Daemon) open(log *slog.Logger) error {
+	if err := d.openAccess(log); err != nil {
+		return err
+	}
 	for _, a := range d.plan.listeners {
 		l, err := listen(context.Background(), a)
 		if err != nil {
@@ -126,6 +132,8 @@ func (d *Daemon) open(log *slog.Logger) error {
 		return err
 	}
 	d.ingest, err = tcpingest.New(tcpingest.Config{
+		Gate:             d.access.gate,
+		Door:             d.access.door,
 		Tables:           ingestTables{d.registry()},
 		Attach:           d.attach,
 		MaxConnections:   l.MaxConnections,
@@ -138,6 +146,17 @@ func (d *Daemon) open(log *slog.Logger) error {
 		WindowBytesMax:   int64(l.WindowBytesMax),
 		Log:              log,
 	})
+	return err
+}
+
+// openAccess reads tokens and certificates.
+func (d *Daemon) openAccess(log *slog.Logger) (err error) {
+	if d.access, err = newAccess(d.plan, log); err != nil {
+		return err
+	}
+	if d.plan.TLS.Cert != "" {
+		d.certs, err = loadCertificates(d.plan.TLS, log)
+	}
 	return err
 }
 
@@ -356,6 +375,7 @@ func (d *Daemon) enter() bool {
 // Addresses is where the daemon really listens, by scheme; the first of each. It is what ReadyFile holds.
 type Addresses struct {
 	TCP   string `json:"tcp"`
+	TLS   string `json:"tls"`
 	Unix  string `json:"unix"`
 	Echo  string `json:"echo"`
 	Admin string `json:"admin"`
@@ -368,6 +388,8 @@ func (d *Daemon) Addresses() Addresses {
 		switch {
 		case l.scheme == "tcp" && a.TCP == "":
 			a.TCP = l.url()
+		case l.scheme == "tls" && a.TLS == "":
+			a.TLS = l.url()
 		case l.scheme == "unix" && a.Unix == "":
 			a.Unix = l.url()
 		case l.scheme == "echo" && a.Echo == "":
@@ -395,6 +417,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	group.Go(func() { _ = d.pool.Run(running) })
 	for _, t := range d.tables {
 		group.Go(func() { _ = t.Run(running) })
+	}
+	if d.access.tokens != nil {
+		group.Go(func() { _ = d.access.tokens.Run(running) })
 	}
 	failed := make(chan error, len(d.listeners)+1)
 	for _, l := range d.listeners {
@@ -430,6 +455,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 func (d *Daemon) serve(ctx context.Context, l listener) error {
 	if l.scheme == "echo" {
 		return d.ingest.ServeEcho(ctx, l, d.registry().find(l.table))
+	}
+	if l.scheme == "tls" {
+		return d.ingest.Serve(ctx, tls.NewListener(l, d.certs.config(tcpingest.TLSConfig)))
 	}
 	return d.ingest.Serve(ctx, l)
 }

@@ -24,6 +24,7 @@ type Status struct {
 	Producers ProducerStatus  `json:"producers"`
 	Local     LocalStatus     `json:"local_producers"`
 	Trainers  []TrainerStatus `json:"trainers"`
+	Access    AccessStatus    `json:"access"`
 }
 
 // Wait says who waits for whom.
@@ -174,6 +175,7 @@ func (d *Daemon) Status() Status {
 	s := Status{
 		Version: d.version, State: stateNames[d.state.Load()], Started: d.started, Now: time.Now(), Addresses: d.Addresses(),
 		Waits: []Wait{}, Tables: []TableStatus{}, Weights: []WeightsStatus{}, Trainers: []TrainerStatus{},
+		Access: d.access.status(),
 	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
