@@ -162,8 +162,11 @@ const (
 	EndReset = "reset" // the connection broke
 )
 
-// RefusedTLS is counted as refused where the handshake of TLS failed, so that nothing could be told; the others are wire codes.
-const RefusedTLS = "bad_tls"
+// What is counted as refused though nothing could be told; the other reasons are wire codes.
+const (
+	RefusedTLS      = "bad_tls"      // the handshake of TLS failed
+	RefusedDatagram = "bad_datagram" // a datagram belonged to no connection and began none
+)
 
 // Stats is a snapshot of a transport.
 type Stats struct {

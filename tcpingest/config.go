@@ -44,8 +44,9 @@ type Config struct {
 	Log *slog.Logger // default: none
 }
 
-func (c *Config) withDefaults() (Config, error) {
-	out := *c
+// WithDefaults returns the configuration with every field that is zero filled in, or what is wrong with it.
+func (c Config) WithDefaults() (Config, error) {
+	out := c
 	if out.Tables == nil {
 		return out, fmt.Errorf("tcpingest: Config.Tables is required")
 	}

@@ -34,9 +34,9 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// TestDefaultsReachEveryField: a field added to Config without a default, or one that withDefaults forgets, fails here.
+// TestDefaultsReachEveryField: a field added to Config without a default, or one that WithDefaults forgets, fails here.
 func TestDefaultsReachEveryField(t *testing.T) {
-	full, err := (&Config{Tables: ingesttest.Tables{}}).withDefaults()
+	full, err := Config{Tables: ingesttest.Tables{}}.WithDefaults()
 	if err != nil {
 		t.Fatal(err)
 	}

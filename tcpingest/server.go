@@ -43,7 +43,7 @@ type Server struct {
 
 // New returns a server; Serve starts it.
 func New(cfg Config) (*Server, error) {
-	full, err := cfg.withDefaults()
+	full, err := cfg.WithDefaults()
 	if err != nil {
 		return nil, err
 	}
@@ -331,8 +331,8 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
-	if reason == ingest.EndReset {
-		return
+	if _, ok := c.netConn.(Stream); reason == ingest.EndReset || ok && reason == string(wire.CodeAckTimeout) {
+		return // at once: in a stream, acks that nobody reads would stay in the way of what others on its connection are sent
 	}
 	var say []byte
 	if notice != nil {

@@ -16,7 +16,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // startOn returns a Start for listeners of one network. Where TLS is not nil, listener and client speak it.
-func startOn(network string, secure *certificates) ingesttest.Start {
+func startOn(network string, secure *ingesttest.Certificates) ingesttest.Start {
 	return func(t *testing.T, tables ingest.Tables, limits ingesttest.Limits) (ingest.Transport, func(context.Context) (ingesttest.Conn, error)) {
 		t.Helper()
 		s, l := serveOn(t, network, Config{
@@ -34,7 +34,7 @@ func startOn(network string, secure *certificates) ingesttest.Start {
 				return nil, err
 			}
 			if secure != nil {
-				client := tls.Client(c, secure.client)
+				client := tls.Client(c, secure.Client)
 				return client, client.HandshakeContext(ctx)
 			}
 			return c.(ingesttest.Conn), nil
@@ -43,7 +43,7 @@ func startOn(network string, secure *certificates) ingesttest.Start {
 }
 
 // serveOn starts a server with one listener, until the test ends.
-func serveOn(t *testing.T, network string, cfg Config, secure *certificates) (*Server, net.Listener) {
+func serveOn(t *testing.T, network string, cfg Config, secure *ingesttest.Certificates) (*Server, net.Listener) {
 	t.Helper()
 	s, err := New(cfg)
 	if err != nil {
@@ -58,7 +58,7 @@ func serveOn(t *testing.T, network string, cfg Config, secure *certificates) (*S
 		t.Fatal(err)
 	}
 	if secure != nil {
-		l = NewTLSListener(l, secure.server)
+		l = NewTLSListener(l, secure.Server)
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(context.Background(), l) }()
@@ -73,4 +73,6 @@ func serveOn(t *testing.T, network string, cfg Config, secure *certificates) (*S
 
 func TestConformanceTCP(t *testing.T)  { ingesttest.Run(t, startOn("tcp", nil)) }
 func TestConformanceUnix(t *testing.T) { ingesttest.Run(t, startOn("unix", nil)) }
-func TestConformanceTLS(t *testing.T)  { ingesttest.Run(t, startOn("tcp", newCertificates(t))) }
+func TestConformanceTLS(t *testing.T) {
+	ingesttest.Run(t, startOn("tcp", ingesttest.NewCertificates(t)))
+}

@@ -15,13 +15,23 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// TLSConfig completes what a listener offers: TLS 1.3 only, under the protocol's name. What says which certificates there are and which are asked for is the caller's.
+// TLSConfig completes what a listener offers: TLS 1.3 only, under the protocol's name. Which certificates there are and which are asked for is the caller's to say, also for each
+// client (GetConfigForClient).
 // No ticket lets a client in later without its certificate being looked at.
 func TLSConfig(base *tls.Config) *tls.Config {
 	c := base.Clone()
 	c.MinVersion, c.MaxVersion = tls.VersionTLS13, tls.VersionTLS13
 	c.NextProtos = []string{wire.ALPN}
 	c.SessionTicketsDisabled = true
+	if choose := base.GetConfigForClient; choose != nil {
+		c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			chosen, err := choose(hello)
+			if chosen != nil {
+				chosen = TLSConfig(chosen)
+			}
+			return chosen, err
+		}
+	}
 	return c
 }
 

@@ -15,45 +15,9 @@ import (
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/internal/devcert"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
-
-// certificates are both ends' of a network in which everybody has one.
-type certificates struct {
-	ca             *devcert.Authority
-	server, client *tls.Config
-}
-
-func newCertificates(t testing.TB) *certificates {
-	t.Helper()
-	ca, err := devcert.NewAuthority("test", time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &certificates{
-		ca: ca,
-		server: &tls.Config{
-			Certificates: []tls.Certificate{certify(t)(ca.NewServer([]string{"127.0.0.1", "ingestd.test"}, time.Hour))},
-			ClientCAs:    ca.Pool(), ClientAuth: tls.RequireAndVerifyClientCert,
-		},
-		client: &tls.Config{
-			RootCAs: ca.Pool(), ServerName: "ingestd.test", NextProtos: []string{wire.ALPN},
-			Certificates: []tls.Certificate{certify(t)(ca.NewClient("producer", time.Hour))},
-		},
-	}
-}
-
-func certify(t testing.TB) func(*devcert.Pair, error) tls.Certificate {
-	return func(p *devcert.Pair, err error) tls.Certificate {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return p.TLS()
-	}
-}
 
 // samplesTable is a table of one number that nobody reads.
 func samplesTable(t *testing.T) ingesttest.Tables {
@@ -82,7 +46,7 @@ func samplesTable(t *testing.T) ingesttest.Tables {
 
 // TestBadTLS: whoever does not shake hands as it must is ended alone, and counted; the others go on.
 func TestBadTLS(t *testing.T) {
-	certs, strangers := newCertificates(t), newCertificates(t)
+	certs, strangers := ingesttest.NewCertificates(t), ingesttest.NewCertificates(t)
 	tables := samplesTable(t)
 	s, l := serveOn(t, "tcp", Config{Tables: tables, HandshakeTimeout: 5 * time.Second}, certs)
 	push := func(cfg *tls.Config) error {
@@ -98,7 +62,7 @@ func TestBadTLS(t *testing.T) {
 		return wire.ReadReply(c, &wire.AcceptedPush{})
 	}
 	change := func(f func(*tls.Config)) *tls.Config {
-		c := certs.client.Clone()
+		c := certs.Client.Clone()
 		f(c)
 		return c
 	}
@@ -112,18 +76,18 @@ func TestBadTLS(t *testing.T) {
 		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil},
 		{"client certificate of another CA", change(func(c *tls.Config) {
 			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-				return &strangers.client.Certificates[0], nil
+				return &strangers.Client.Certificates[0], nil
 			}
 		}), nil},
 		{"expired client certificate", change(func(c *tls.Config) {
-			c.Certificates = []tls.Certificate{certify(t)(certs.ca.NewClient("late", time.Nanosecond))}
+			c.Certificates = []tls.Certificate{ingesttest.Certify(t)(certs.CA.NewClient("late", time.Nanosecond))}
 		}), nil},
 		{"server's certificate for a client", change(func(c *tls.Config) {
-			c.Certificates = []tls.Certificate{certify(t)(certs.ca.NewServer([]string{"x"}, time.Hour))}
+			c.Certificates = []tls.Certificate{ingesttest.Certify(t)(certs.CA.NewServer([]string{"x"}, time.Hour))}
 		}), nil},
 		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h2"} }), nil},
 		{"TLS 1.2", change(func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }), nil},
-		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.client.RootCAs }), &unknown},
+		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }), &unknown},
 		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -139,7 +103,7 @@ func TestBadTLS(t *testing.T) {
 				t.Errorf("got %v, want a %T", err, tc.target)
 			}
 			awaitRefused(s, before+1)
-			if err := push(certs.client); err != nil {
+			if err := push(certs.Client); err != nil {
 				t.Errorf("a good client after that: %v", err)
 			}
 		})
@@ -173,7 +137,7 @@ func awaitRefused(s *Server, n uint64) {
 func TestSilentTLS(t *testing.T) {
 	for name, said := range map[string]string{"nothing": "", "half a record": "\x16\x03\x01\x02\x00\x01\x00"} {
 		t.Run(name, func(t *testing.T) {
-			s, l := serveOn(t, "tcp", Config{Tables: samplesTable(t), HandshakeTimeout: 50 * time.Millisecond}, newCertificates(t))
+			s, l := serveOn(t, "tcp", Config{Tables: samplesTable(t), HandshakeTimeout: 50 * time.Millisecond}, ingesttest.NewCertificates(t))
 			c, err := net.Dial("tcp", l.Addr().String())
 			if err != nil {
 				t.Fatal(err)
@@ -190,7 +154,7 @@ func TestSilentTLS(t *testing.T) {
 
 // TestBrokenRecords: bytes that are no record of the connection's end it as a reset, within a sample or not; what was acked before stays.
 func TestBrokenRecords(t *testing.T) {
-	certs := newCertificates(t)
+	certs := ingesttest.NewCertificates(t)
 	tables := samplesTable(t)
 	s, l := serveOn(t, "tcp", Config{Tables: tables}, certs)
 	plain, err := net.Dial("tcp", l.Addr().String())
@@ -198,7 +162,7 @@ func TestBrokenRecords(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer plain.Close()
-	c := tls.Client(plain, certs.client)
+	c := tls.Client(plain, certs.Client)
 	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}); err != nil {
 		t.Fatal(err)

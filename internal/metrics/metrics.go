@@ -244,7 +244,9 @@ func transport(ch out, st *ingest.Stats) {
 	for _, code := range wire.Codes() {
 		ch.counter(refused, st.Refused[string(code)], t, string(code))
 	}
-	ch.counter(refused, st.Refused[ingest.RefusedTLS], t, ingest.RefusedTLS)
+	for _, reason := range []string{ingest.RefusedTLS, ingest.RefusedDatagram} {
+		ch.counter(refused, st.Refused[reason], t, reason)
+	}
 }
 
 func (c *Collector) trainers(ch out, tables []engine.Stats) {
