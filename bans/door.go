@@ -45,6 +45,9 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 	return &Visit{Wait: verdict.Wait, door: d, from: from, leave: leave}, ""
 }
 
+// Banned says whether a peer is turned away before anything else is done for it. For transports whose peers' addresses are not verified yet: nothing is counted against them.
+func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Address(peer)).Banned }
+
 // end says that the handshake is over, and whether it was before.
 func (v *Visit) end() bool {
 	if v == nil || v.leave == nil {

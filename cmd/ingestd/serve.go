@@ -74,15 +74,15 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	c := &o.flagged
 	f.StringVar(&c.SegmentDir, "segment-dir", "", "folder, of this daemon alone, in which tables are kept over restarts; default: they lie in memory only")
 	f.BoolVar(&c.DiscardSegments, "discard-segments", false, "overwrite kept segments that cannot be taken up")
-	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, tls://host:port, unix:///path or echo://host:port/table; repeatable")
+	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, tls://host:port, quic://host:port, unix:///path or echo://host:port/table; repeatable")
 	f.StringVar(&c.Admin, "admin", c.Admin, "host:port of the admin HTTP endpoint, or off")
 	f.BoolVar(&c.Insecure, "insecure", false, "allow listeners that other machines can reach, though nobody is asked for credentials")
 	f.StringVar(&c.Tokens, "tokens", "", "file of tokens, one of which clients must prove to have (ingestd token new); default: everybody who reaches a listener is let in")
 	f.BoolVar(&c.Bans.Enabled, "bans", c.Bans.Enabled, "slow addresses from which handshakes fail, and ban them for 5 minutes from the fifth on")
 	f.BoolVar(&c.Bans.Loopback, "bans-loopback", false, "bans concern addresses of this machine, too")
-	f.StringVar(&c.TLS.Cert, "tls-cert", "", "file with the daemon's certificate (PEM), for tls:// listeners")
+	f.StringVar(&c.TLS.Cert, "tls-cert", "", "file with the daemon's certificate (PEM), for tls:// and quic:// listeners")
 	f.StringVar(&c.TLS.Key, "tls-key", "", "file with its key")
-	f.StringVar(&c.TLS.ClientCA, "tls-client-ca", "", "file with authorities; clients over TLS must have a certificate of one of them")
+	f.StringVar(&c.TLS.ClientCA, "tls-client-ca", "", "file with authorities; clients at tls:// and quic:// must have a certificate of one of them")
 	f.IntVar(&c.Drainers, "drainers", c.Drainers, "goroutines that move samples from queues to rings")
 	f.Var(&c.DrainTimeout, "drain-timeout", "how long to wait for producers and trainers when stopping")
 	f.StringVar(&c.ReadyFile, "ready-file", "", "write the real addresses there as JSON once serving; removed at the end")
@@ -262,7 +262,7 @@ func howToConnect(cfg daemon.Config, a daemon.Addresses) string {
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(&b, "%-7s %s\n", name, fmt.Sprintf(format, args...))
 	}
-	for _, at := range [][2]string{{"tcp", a.TCP}, {"tls", a.TLS}, {"unix", a.Unix}, {"echo", a.Echo}, {"admin", a.Admin}} {
+	for _, at := range [][2]string{{"tcp", a.TCP}, {"tls", a.TLS}, {"quic", a.QUIC}, {"unix", a.Unix}, {"echo", a.Echo}, {"admin", a.Admin}} {
 		if at[1] != "" {
 			line(at[0], "%s", at[1])
 		}

@@ -42,6 +42,7 @@ With -l list the tensors of --table instead, which asks the daemon at --addr.`,
 		},
 	}
 	o.target.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.admin, "admin", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
 	f.DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")

@@ -15,7 +15,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/ingestd/ingestd/engine"
-	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/metrics"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/weights"
@@ -136,7 +135,7 @@ func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 			Version:    d.version,
 			Ready:      func() bool { return d.state.Load() == stateServing },
 			Tables:     d.tableStats,
-			Transports: func() []ingest.Stats { return []ingest.Stats{d.ingest.Stats()} },
+			Transports: d.transportStats,
 			Trainers:   func() shm.Stats { return d.trainers.Stats() },
 			Weights:    d.weightsStats,
 			Access:     d.access.sources(),

@@ -18,7 +18,7 @@ import (
 
 // Config is everything that can be set about a daemon. Its YAML form is the configuration file and what serve prints; the names are those of the flags.
 type Config struct {
-	Listen       []string `yaml:"listen"`        // tcp://host:port, tls://host:port, unix:///path, echo://host:port/table
+	Listen       []string `yaml:"listen"`        // tcp://host:port, tls://host:port, quic://host:port, unix:///path, echo://host:port/table
 	Admin        string   `yaml:"admin"`         // host:port of the admin HTTP server, or "off"
 	Insecure     bool     `yaml:"insecure"`      // allow listeners that other machines can reach, without credentials
 	Drainers     int      `yaml:"drainers"`      // goroutines that move samples from queues to rings

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +16,8 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/certfile"
+	"github.com/ingestd/ingestd/quicingest"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tcpingest"
 	"github.com/ingestd/ingestd/weights"
@@ -35,12 +36,15 @@ type Daemon struct {
 	tables    []*table
 	stores    map[string]*weights.Store
 	ingest    *tcpingest.Server
+	quic      *quicingest.Server // nil: no such listener
 	trainers  *shm.Server
 	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
 	access    access
-	certs     *certificates // nil: no TLS
+	certs     *certfile.Source // nil: no TLS
+
+	transports []ingest.Transport
 
 	now     context.Context // ends with StopNow: no more waiting
 	stopNow context.CancelFunc
@@ -59,11 +63,6 @@ type table struct {
 	memory   *shm.Memory
 	attached atomic.Int32 // trainers of other processes; its end wakes the ring's Space, too
 	left     uint64       // of tensors: chunks that no reader was given when the daemon stopped; Run's own
-}
-
-type listener struct {
-	address
-	net.Listener
 }
 
 // The states of a daemon.
@@ -94,15 +93,19 @@ func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
 }
 
 func (d *Daemon) open(log *slog.Logger) error {
-	if err := d.openAccess(log); err != nil {
+	var err error
+	if d.access, err = newAccess(d.plan, log); err != nil {
+		return err
+	}
+	if err := d.openCertificates(log); err != nil {
 		return err
 	}
 	for _, a := range d.plan.listeners {
-		l, err := listen(context.Background(), a)
+		l, err := listenAt(a, log)
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, listener{a, l})
+		d.listeners = append(d.listeners, l)
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -124,40 +127,12 @@ func (d *Daemon) open(log *slog.Logger) error {
 	if err := d.openStores(log); err != nil {
 		return err
 	}
-	l := &d.plan.Limits
-	var err error
 	if d.trainers, err = shm.NewServer(shm.ServerConfig{
-		Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: d.fillConfig(),
+		Tables: d.registry(), Prefetch: d.plan.Limits.Prefetch, TrainersMax: d.plan.Limits.MaxTrainers, Log: log, Fill: d.fillConfig(),
 	}); err != nil {
 		return err
 	}
-	d.ingest, err = tcpingest.New(tcpingest.Config{
-		Gate:             d.access.gate,
-		Door:             d.access.door,
-		Tables:           ingestTables{d.registry()},
-		Attach:           d.attach,
-		MaxConnections:   l.MaxConnections,
-		HandshakeTimeout: time.Duration(l.HandshakeTimeout),
-		IdleTimeout:      time.Duration(l.IdleTimeout),
-		StallTimeout:     time.Duration(l.StallTimeout),
-		AckTimeout:       time.Duration(l.AckTimeout),
-		WindowSamples:    int64(l.WindowSamples),
-		WindowBytes:      int64(l.WindowBytes),
-		WindowBytesMax:   int64(l.WindowBytesMax),
-		Log:              log,
-	})
-	return err
-}
-
-// openAccess reads tokens and certificates.
-func (d *Daemon) openAccess(log *slog.Logger) (err error) {
-	if d.access, err = newAccess(d.plan, log); err != nil {
-		return err
-	}
-	if d.plan.TLS.Cert != "" {
-		d.certs, err = loadCertificates(d.plan.TLS, log)
-	}
-	return err
+	return d.openTransports(log)
 }
 
 // fillConfig says who may write in place.
@@ -376,6 +351,7 @@ func (d *Daemon) enter() bool {
 type Addresses struct {
 	TCP   string `json:"tcp"`
 	TLS   string `json:"tls"`
+	QUIC  string `json:"quic"`
 	Unix  string `json:"unix"`
 	Echo  string `json:"echo"`
 	Admin string `json:"admin"`
@@ -390,6 +366,8 @@ func (d *Daemon) Addresses() Addresses {
 			a.TCP = l.url()
 		case l.scheme == "tls" && a.TLS == "":
 			a.TLS = l.url()
+		case l.scheme == "quic" && a.QUIC == "":
+			a.QUIC = l.url()
 		case l.scheme == "unix" && a.Unix == "":
 			a.Unix = l.url()
 		case l.scheme == "echo" && a.Echo == "":
@@ -400,14 +378,6 @@ func (d *Daemon) Addresses() Addresses {
 		a.Admin = "http://" + d.admin.listener.Addr().String()
 	}
 	return a
-}
-
-func (l listener) url() string {
-	a := l.address
-	if a.scheme != "unix" {
-		a.host = l.Addr().String()
-	}
-	return a.String()
 }
 
 // Run serves until ctx ends or a listener fails, and then stops in order. It may be called once.
@@ -450,16 +420,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 		_ = os.Remove(d.plan.ReadyFile)
 	}
 	return err
-}
-
-func (d *Daemon) serve(ctx context.Context, l listener) error {
-	if l.scheme == "echo" {
-		return d.ingest.ServeEcho(ctx, l, d.registry().find(l.table))
-	}
-	if l.scheme == "tls" {
-		return d.ingest.Serve(ctx, tls.NewListener(l, d.certs.config(tcpingest.TLSConfig)))
-	}
-	return d.ingest.Serve(ctx, l)
 }
 
 // announce writes ReadyFile, whole or not at all.

@@ -141,7 +141,8 @@ type ProducerStatus struct {
 // ConnectionStatus is one producer's connection.
 type ConnectionStatus struct {
 	ingest.Connection
-	Waits *Waits `json:"waits,omitempty"`
+	Transport string `json:"transport"` // tcp (and unix, tls), quic; IDs are of one
+	Waits     *Waits `json:"waits,omitempty"`
 }
 
 // TrainerStatus is one attached trainer.
@@ -187,13 +188,15 @@ func (d *Daemon) Status() Status {
 	for i := range stores {
 		s.Weights = append(s.Weights, weightsStatus(&stores[i], &served))
 	}
-	in := d.ingest.Stats()
-	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Notes, []ConnectionStatus{}}
-	for _, c := range in.Connections {
-		one := ConnectionStatus{c, connectionWaits(&c, full[c.Table])}
-		s.Producers.Connections = append(s.Producers.Connections, one)
-		if c.State == "waiting-for-slot" {
-			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+	s.Producers = ProducerStatus{Ended: map[string]uint64{}, Refused: map[string]uint64{}, Connections: []ConnectionStatus{}}
+	for _, in := range d.transportStats() {
+		s.Producers.addTransport(&in)
+		for _, c := range in.Connections {
+			one := ConnectionStatus{c, in.Transport, connectionWaits(&c, full[c.Table])}
+			s.Producers.Connections = append(s.Producers.Connections, one)
+			if c.State == "waiting-for-slot" {
+				s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+			}
 		}
 	}
 	attached := d.trainers.Stats()
