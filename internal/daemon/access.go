@@ -35,7 +35,7 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 	if p.Tokens == "" {
 		return a, nil
 	}
-	tokens, err := auth.Load(p.Tokens, log.With("component", "auth"))
+	tokens, err := auth.Load(p.Tokens, log)
 	if err != nil {
 		return a, configErrorf("tokens", "%v", err)
 	}

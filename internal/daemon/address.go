@@ -146,8 +146,11 @@ func (p *plan) checkLoopback(where string, a address) error {
 	if p.Insecure || a.loopback() || p.Tokens != "" && a.scheme != "echo" || p.TLS.ClientCA != "" && (a.scheme == "tls" || a.scheme == "quic") {
 		return nil
 	}
-	return configErrorf(where, "%v can be reached from other machines, and peers are not asked for credentials: use 127.0.0.1, or give a file of tokens (--tokens), "+
-		"or say --insecure (insecure: true) if the network is trusted", a)
+	advice := "use 127.0.0.1, or give a file of tokens (--tokens), or"
+	if a.scheme == "echo" {
+		advice = "use 127.0.0.1, or"
+	}
+	return configErrorf(where, "%v can be reached from other machines, and peers are not asked for credentials: %s say --insecure (insecure: true) if the network is trusted", a, advice)
 }
 
 // loopback says whether only this machine reaches the address.
