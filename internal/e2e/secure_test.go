@@ -3,12 +3,20 @@
 package e2e
 
 import (
+	"bytes"
+	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/daemon"
+	"github.com/ingestd/ingestd/safetensors"
+	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/tensor"
 )
 
 // certify makes an authority with a server's and a client's certificate in a folder, as a person would.
@@ -81,6 +89,76 @@ func TestSecure(t *testing.T) {
 		d.push(small.name, 3, 0, append([]string{"--addr", addr}, with(strangers, strangers)...)...).ends(exitOK)
 	}
 	k.hides("the daemon", d.out.String()+d.err.String())
+}
+
+// TestSecureTrainers: trainers elsewhere read over TLS and QUIC what was pushed there, with the right to, and each sample once.
+func TestSecureTrainers(t *testing.T) {
+	t.Parallel()
+	k := newKeyring(t)
+	k.add("worker", "push", small.name)
+	k.add("trainer", "read", small.name)
+	certs := filepath.Join(k.dir, "certs")
+	certify(t, certs)
+	in := func(name string) string { return filepath.Join(certs, name) }
+	d := serve(t, []table{small}, "--listen", "tls://127.0.0.1:0", "--listen", "quic://127.0.0.1:0", "--tokens", k.path(), "--tls-cert", in("server.pem"), "--tls-key", in("server.key"))
+	var trainers []*process
+	for i, addr := range []string{d.TCP, d.TLS, d.QUIC} {
+		args := []string{"pull", "--table", small.name, "--verify", "--json", "--addr", addr, "--group", addr, "--tls-ca", in("ca.pem")}
+		trainers = append(trainers, start(t, append(args, "--token-file", k.file("trainer"))...))
+		p := start(t, append(args, "--token-file", k.file("worker"))...)
+		p.ends(exitRefused)
+		says(t, p.err.String(), "not_permitted")
+		d.await("the trainer is there", func(s *status) bool { return len(s.Trainers) == i+1 })
+	}
+	const samples = 64 * 16
+	for _, addr := range []string{d.TLS, d.QUIC} {
+		d.push(small.name, samples, 0, "--addr", addr, "--tls-ca", in("ca.pem"), "--token-file", k.file("worker")).ends(exitOK)
+	}
+	d.signal(syscall.SIGTERM)
+	d.ends(exitOK)
+	for _, p := range trainers {
+		p.ends(exitOK)
+		if r := result[pulled](p); r.Samples != 2*samples || r.Wrong+r.Disorder > 0 || !r.Ended {
+			t.Errorf("%v: %+v", p.args, r)
+		}
+	}
+}
+
+// TestSecureWeights: weights go over TLS and QUIC in both directions.
+func TestSecureWeights(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	certs := filepath.Join(dir, "certs")
+	certify(t, certs)
+	in := func(name string) string { return filepath.Join(certs, name) }
+	ready := filepath.Join(dir, "ready.json")
+	p := start(t, "serve", "--table", "model", "--kind", "weights", "--listen", "tls://127.0.0.1:0", "--listen", "quic://127.0.0.1:0", "--admin", "off", "--ready-file", ready,
+		"--tls-cert", in("server.pem"), "--tls-key", in("server.key"))
+	var at daemon.Addresses
+	eventually(t, "the daemon serves", func() bool {
+		text, err := os.ReadFile(ready)
+		return err == nil && json.Unmarshal(text, &at) == nil
+	})
+	m, err := tensor.NewManifest([]tensor.Tensor{{Name: "w", DType: spec.F32, Shape: []int64{1 << 18}}}, nil)
+	check(t, err)
+	data := bytes.Repeat([]byte("weights!"), 1<<17)
+	model := filepath.Join(dir, "model.safetensors")
+	check(t, safetensors.Write(model, m, nil, func(int) []byte { return data }))
+	for i, addr := range []string{at.TLS, at.QUIC} {
+		more := []string{"--table", "model", "--addr", addr, "--tls-ca", in("ca.pem")}
+		run(t, exitOK, append([]string{"weights", "publish", model}, more...)...)
+		run(t, exitOK, append([]string{"weights", "verify", model}, more...)...)
+		out := filepath.Join(dir, fmt.Sprint(i))
+		run(t, exitOK, append([]string{"weights", "get", "-o", out}, more...)...)
+		f, err := safetensors.Open(out)
+		check(t, err)
+		if !bytes.Equal(f.Data(0), data) {
+			t.Errorf("%s: other weights came back", addr)
+		}
+		check(t, f.Close())
+	}
+	p.signal(syscall.SIGTERM)
+	p.ends(exitOK)
 }
 
 // TestBeyondLoopback: a listener that other machines can reach starts only where they are asked who they are, or --insecure says that nobody is.
