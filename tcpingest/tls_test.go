@@ -157,3 +157,60 @@ func TestBrokenRecords(t *testing.T) {
 		t.Errorf("%d samples taken, want 3", st.Samples)
 	}
 }
+
+// TestHalfARecord: a record that stops half-way is as good as silence: what came before it is acked, and the connection ends as an idle one does, or as one that stalled.
+func TestHalfARecord(t *testing.T) {
+	certs := ingesttest.NewCertificates(t)
+	tables := ingesttest.Tables{"t": ingesttest.NewTable(t, "t", "a:U64", 4, 4)}
+	s, l := serveOn(t, "tcp", Config{Tables: tables, StallTimeout: 100 * time.Millisecond, IdleTimeout: 100 * time.Millisecond}, certs)
+	plain, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	cut := &cutting{Conn: plain}
+	c := tls.Client(cut, certs.Client)
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := wire.ReadReply(c, &wire.AcceptedPush{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(make([]byte, 3*8)); err != nil {
+		t.Fatal(err)
+	}
+	cut.now = true
+	if _, err := c.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	acks := make([]byte, 3)
+	if _, err := io.ReadFull(c, acks); err != nil || acks[0] != wire.Ack || acks[2] != wire.Ack {
+		t.Fatalf("acks % x, %v", acks, err)
+	}
+	mark := make([]byte, 1)
+	if _, err := io.ReadFull(c, mark); err != nil || mark[0] != wire.NoticeMark {
+		t.Fatalf("byte %#x, %v", mark[0], err)
+	}
+	notice, err := wire.ReadNotice(c)
+	if err != nil || notice.Code != wire.CodeStalled && notice.Code != wire.CodeIdleTimeout {
+		t.Fatalf("notice %v, %v", notice, err)
+	}
+	if st := s.Stats(); st.Samples != 3 || st.Ended[string(notice.Code)] != 1 {
+		t.Errorf("counted %+v", st)
+	}
+}
+
+// cutting writes half of what it is given, once told to.
+type cutting struct {
+	net.Conn
+	now bool
+}
+
+func (c *cutting) Write(b []byte) (int, error) {
+	if c.now {
+		_, err := c.Conn.Write(b[:len(b)/2])
+		return len(b), err
+	}
+	return c.Conn.Write(b)
+}
