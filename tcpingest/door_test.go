@@ -68,6 +68,7 @@ func TestDoor(t *testing.T) {
 		{"a hello", nil, text, 0},
 		{"TLS: nothing", certs, nil, 0},
 		{"TLS: a hello in the clear", certs, text, 1},
+		{"TLS: its first message", certs, firstOfTLS(t, certs.Client), 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			door := doorTo()
@@ -89,6 +90,20 @@ func TestDoor(t *testing.T) {
 			}
 		})
 	}
+}
+
+// firstOfTLS is what a client says first.
+func firstOfTLS(t *testing.T, cfg *tls.Config) []byte {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	go func() { _ = tls.Client(theirs, cfg).Handshake() }()
+	first := make([]byte, 16<<10)
+	n, err := ours.Read(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = ours.Close()
+	return first[:n]
 }
 
 // TestSuccessClears: whose handshake failed is slowed, and forgotten when it is let in.

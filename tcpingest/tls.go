@@ -78,7 +78,7 @@ func (s *Server) secure(c *conn, t *tlsConn) bool {
 	if err == nil {
 		return true
 	}
-	if errors.Is(err, io.EOF) {
+	if errors.Is(err, io.EOF) && t.ConnectionState().Version == 0 { // which its first message settles
 		s.counters.Ended.Add(ingest.EndClean)
 		return false
 	}
