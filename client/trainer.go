@@ -51,7 +51,9 @@ type TrainerConfig struct {
 	// ReconnectFrom and ReconnectTo are the shortest and the longest pause between two tries. Default DefaultReconnectFrom and DefaultReconnectTo.
 	ReconnectFrom, ReconnectTo time.Duration
 
-	// Dialer connects, also from a goroutine of the Trainer; default net.Dialer. A test or a tunnel may bring its own.
+	TLS TLS // for addresses tls:// and quic://
+
+	// Dialer connects, also from a goroutine of the Trainer; default net.Dialer. A test or a tunnel may bring its own. TLS goes over what it makes; quic:// does not use it.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
@@ -76,9 +78,7 @@ func (c TrainerConfig) withDefaults() TrainerConfig {
 			*d.value = d.standard
 		}
 	}
-	if c.Dialer == nil {
-		c.Dialer = new(net.Dialer).DialContext
-	}
+	c.Dialer = c.TLS.dialer(c.Dialer)
 	return c
 }
 
@@ -105,7 +105,7 @@ type Trainer struct {
 }
 
 // Attach joins a table as a trainer. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this
-// machine, whose memory is mapped; or tcp://host:port of a daemon anywhere, which sends its batches. ctx bounds the attaching only.
+// machine, whose memory is mapped; or tcp://, tls:// or quic://host:port of a daemon anywhere, which sends its batches. ctx bounds the attaching only.
 //
 // Over a connection a Trainer makes another one by itself when one breaks. The daemon then offers the batches that were not released again to the group, so
 // that this Trainer may get them a second time: Batch.Number tells. What it still holds stays readable.

@@ -52,6 +52,7 @@ a missing number is an error, too: for a pull that is the table's only trainer f
 		},
 	}
 	o.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.spec, "spec", "", "demand this spec; default: take the table's")
 	f.StringVar(&o.group, "group", wire.GroupDefault, "group of trainers to join; made if there is none of that name")
@@ -100,7 +101,7 @@ func (o *pullOptions) run(ctx context.Context, std streams) error {
 	defer cancel()
 	var t *client.Trainer
 	err = o.retry(ctx, func() (err error) {
-		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version(), Token: token}
+		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version(), Token: token, TLS: o.tls}
 		t, err = client.Attach(ctx, o.addr, cfg)
 		return err
 	})
