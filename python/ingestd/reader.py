@@ -15,6 +15,7 @@ from typing import Literal, NoReturn
 from . import _io
 from ._io import Deadline
 from .attach import attach
+from .auth import Token
 from .batch import Batch, CheckedWindow, Window
 from .channel import Descriptor
 from .errors import AllHeld, Closed, EndOfStream, Error, FormatError, LostBatches, PeerClosed
@@ -58,6 +59,7 @@ class Reader:
         on_lost: ``raise`` LostBatches, or ``count`` only.
         check: replace the memory of released batches by 0xCC bytes for everyone who kept an array; slower. Default: on
             when the environment has ``INGESTD_CHECK=1``.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
 
@@ -76,11 +78,12 @@ class Reader:
         prefetch: int | None = None,
         on_lost: Literal["raise", "count"] = "raise",
         check: bool | None = None,
+        token: Token | str | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
         self._closed = True
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token)
         if self.address.kind != "unix":
             raise ValueError(f"address {address!r}: trainers attach over a unix socket; write unix:///path")
         want = Spec.parse(spec) if isinstance(spec, str) else spec
@@ -96,7 +99,7 @@ class Reader:
         self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0  # taken and not given back
-        body = hello("train", table, want, group=group, prefetch=prefetch or 0, client=client)
+        body = hello("train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client)
         until = _io.deadline_of(deadline)
         sock = _io.connect(self.address, until)
         fds: list[int] = []
