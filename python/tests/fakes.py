@@ -54,10 +54,15 @@ class Peer:
             got += part
         return bytes(got)
 
+    def frame(self) -> bytes:
+        """A hello or a proof, as it came."""
+        head = self.exactly(HEAD.size)
+        return head + self.exactly(HEAD.unpack(head)[3])
+
     def hello(self) -> dict[str, Any]:
-        magic, low, high, length = HEAD.unpack(self.exactly(HEAD.size))
-        assert (magic, low, high) == (MAGIC, 1, 1)
-        body: dict[str, Any] = json.loads(self.exactly(length))
+        frame = self.frame()
+        assert HEAD.unpack(frame[: HEAD.size])[:3] == (MAGIC, 1, 1)
+        body: dict[str, Any] = json.loads(frame[HEAD.size :])
         return body
 
     def reply(self, body: dict[str, Any], status: int = 0, fds: list[int] | None = None) -> None:
@@ -96,6 +101,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.sock, self.address = sock, address
+        self.make: Callable[[socket.socket], Peer] = Peer  # of each connection that was accepted
         self.errors: list[BaseException] = []
         self.threads: list[threading.Thread] = []
 
@@ -115,7 +121,8 @@ class Listener:
         def work() -> None:
             try:
                 self.sock.settimeout(PATIENCE)
-                peer = Peer(self.sock.accept()[0])
+                sock = self.sock.accept()[0]
+                peer = self.make(sock)
                 with peer.sock:
                     run(peer)
             except BaseException as e:
