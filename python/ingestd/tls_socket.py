@@ -65,7 +65,7 @@ def _naming(files: str) -> Iterator[None]:
 
 def secure(sock: socket.socket, tls: TLS, host: str, deadline: Deadline, doing: str) -> TLSSocket:
     """Does the handshake of TLS over a socket that is connected. Raises TLSError, PeerClosed or Timeout."""
-    made = TLSSocket(sock, context_of(tls), tls.server_name or host)
+    made = TLSSocket(sock, context_of(tls), host if tls.server_name is None else tls.server_name)
     try:
         while not made.shake_hands():
             events = select.POLLOUT if made.unsent else select.POLLIN

@@ -26,10 +26,17 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.peeked = b""
         sock.settimeout(PATIENCE)
 
+    def peek(self, n: int) -> bytes:
+        """The next bytes, which are still to come after that."""
+        self.peeked = self.exactly(n)
+        return self.peeked
+
     def exactly(self, n: int) -> bytes:
-        got = bytearray()
+        got = bytearray(self.peeked[:n])
+        self.peeked = self.peeked[n:]
         while len(got) < n:
             part = self.sock.recv(min(n - len(got), 1 << 18))
             assert part, f"the client closed after {len(got)} of {n} bytes"
@@ -49,7 +56,8 @@ class Peer:
 
     def end(self) -> bytes:
         """Everything until the client closes its writing side."""
-        got = bytearray()
+        got = bytearray(self.peeked)
+        self.peeked = b""
         while part := self.sock.recv(1 << 16):
             got += part
         return bytes(got)

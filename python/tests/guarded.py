@@ -101,7 +101,8 @@ def that_fails(context: ssl.SSLContext, errors: list[str]) -> Callable[[socket.s
         peer = Peer(sock)
         try:
             peer.sock = context.wrap_socket(sock, server_side=True)
-            peer.sock.recv(1)
+            if not peer.sock.recv(1):
+                errors.append("nothing came")
         except OSError as e:
             errors.append(str(e))
         return peer
