@@ -59,7 +59,9 @@ type Config struct {
 	// Producer ends with a *LostError.
 	ContinueAfterLoss bool
 
-	// Dialer connects, also from a goroutine of the Producer; default net.Dialer. A test or a tunnel may bring its own.
+	TLS TLS // for addresses tls:// and quic://
+
+	// Dialer connects, also from a goroutine of the Producer; default net.Dialer. A test or a tunnel may bring its own. TLS goes over what it makes; quic:// does not use it.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -109,9 +111,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Client == "" {
 		c.Client = "ingestd-go/" + moduleVersion()
 	}
-	if c.Dialer == nil {
-		c.Dialer = new(net.Dialer).DialContext
-	}
+	c.Dialer = c.TLS.dialer(c.Dialer)
 	return c, nil
 }
 
@@ -137,15 +137,15 @@ func moduleVersion() string {
 	return version
 }
 
-// splitAddress takes tcp://host:port or unix:///path apart for net.Dial.
+// splitAddress takes tcp://host:port, tls://host:port, quic://host:port or unix:///path apart for a dialer.
 func splitAddress(addr string) (network, address string, err error) {
 	scheme, rest, ok := strings.Cut(addr, "://")
 	switch {
-	case ok && scheme == "tcp":
+	case ok && (scheme == "tcp" || scheme == "tls" || scheme == "quic"):
 		if _, _, err := net.SplitHostPort(rest); err != nil {
-			return "", "", fmt.Errorf("client: address %q: %w; write tcp://host:port", addr, err)
+			return "", "", fmt.Errorf("client: address %q: %w; write %s://host:port", addr, err, scheme)
 		}
-		return "tcp", rest, nil
+		return scheme, rest, nil
 	case ok && scheme == "unix":
 		if rest == "" {
 			return "", "", fmt.Errorf("client: address %q has no path; write unix:///path/to/ingestd.sock", addr)
@@ -154,7 +154,7 @@ func splitAddress(addr string) (network, address string, err error) {
 	case ok && scheme == "echo":
 		return "", "", fmt.Errorf("client: address %q is for clients of the echo protocol; use the daemon's tcp:// or unix:// address", addr)
 	}
-	return "", "", fmt.Errorf("client: address %q is not known; write tcp://host:port or unix:///path", addr)
+	return "", "", fmt.Errorf("client: address %q is not known; write tcp://host:port, tls://host:port, quic://host:port or unix:///path", addr)
 }
 
 // target is where a Producer connects to, and as what.
@@ -193,7 +193,7 @@ func (t *target) connect(ctx context.Context, within time.Duration) (net.Conn, w
 		if limited.Err() != nil {
 			return nil, wire.AcceptedPush{}, &waitError{limited, fmt.Sprintf("dial %s: no connection in time (%v)", t.addr, err)}
 		}
-		return nil, wire.AcceptedPush{}, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", t.addr, err)
+		return nil, wire.AcceptedPush{}, fmt.Errorf("dial %s: %w; %s", t.addr, err, dialAdvice(err))
 	}
 	accepted, err := t.handshake(limited, conn)
 	if err != nil {

@@ -33,7 +33,9 @@ type StepsConfig struct {
 	ReconnectFrom    time.Duration // least upper bound of a pause before a try; default DefaultReconnectFrom
 	ReconnectTo      time.Duration // greatest one; default DefaultReconnectTo
 
-	// Dialer connects, also from a goroutine of the StepProducer; default net.Dialer. Not in place.
+	TLS TLS // for addresses tls:// and quic://
+
+	// Dialer is as in Config. Not in place.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -55,7 +57,7 @@ func (c StepsConfig) withDefaults() (StepsConfig, error) {
 	// A spec and a way to connect that are not used: what all clients share is checked in one place.
 	same, err := Config{
 		Table: c.Table, Spec: &spec.Spec{}, Session: c.Name, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Token: c.Token,
-		ReconnectFor: c.ReconnectFor, ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo, Dialer: c.Dialer,
+		ReconnectFor: c.ReconnectFor, ReconnectFrom: c.ReconnectFrom, ReconnectTo: c.ReconnectTo, TLS: c.TLS, Dialer: c.Dialer,
 	}.withDefaults()
 	c.HandshakeTimeout, c.Client, c.Dialer = same.HandshakeTimeout, same.Client, same.Dialer
 	c.ReconnectFor, c.ReconnectFrom, c.ReconnectTo = same.ReconnectFor, same.ReconnectFrom, same.ReconnectTo

@@ -447,7 +447,7 @@ func TestStepsConfigDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	zeroIsMeant := map[string]bool{"InPlace": true, "NoCRC": true, "WindowBytes": true, "Prefetch": true, "Token": true}
+	zeroIsMeant := map[string]bool{"InPlace": true, "NoCRC": true, "WindowBytes": true, "Prefetch": true, "Token": true, "TLS": true}
 	v := reflect.ValueOf(cfg)
 	for i := range v.NumField() {
 		if name := v.Type().Field(i).Name; v.Field(i).IsZero() != zeroIsMeant[name] {

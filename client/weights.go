@@ -52,7 +52,10 @@ type SubscribeConfig struct {
 	// ReconnectFrom and ReconnectTo are the shortest and the longest pause between two tries. Default DefaultReconnectFrom and DefaultReconnectTo.
 	ReconnectFrom, ReconnectTo time.Duration
 
-	// Dialer makes connections. Streamed only. Default: net.Dialer.
+	// TLS is for addresses tls:// and quic://.
+	TLS TLS
+
+	// Dialer makes connections, as in Config. Streamed only. Default: net.Dialer.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
@@ -80,9 +83,7 @@ func (c SubscribeConfig) withDefaults() SubscribeConfig {
 			*d.field = d.value
 		}
 	}
-	if c.Dialer == nil {
-		c.Dialer = new(net.Dialer).DialContext
-	}
+	c.Dialer = c.TLS.dialer(c.Dialer)
 	return c
 }
 

@@ -46,7 +46,10 @@ type PublisherConfig struct {
 	// 0.35 s per GiB.
 	Timeout time.Duration
 
-	// Dialer makes connections. Streamed only. Default: net.Dialer.
+	// TLS is for addresses tls:// and quic://.
+	TLS TLS
+
+	// Dialer makes connections, as in Config. Streamed only. Default: net.Dialer.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
@@ -60,9 +63,7 @@ func (c PublisherConfig) withDefaults() PublisherConfig {
 	if c.Timeout == 0 {
 		c.Timeout = DefaultHandshakeTimeout
 	}
-	if c.Dialer == nil {
-		c.Dialer = new(net.Dialer).DialContext
-	}
+	c.Dialer = c.TLS.dialer(c.Dialer)
 	return c
 }
 

@@ -91,7 +91,7 @@ func (r *remoteWeights) connect(ctx context.Context) (net.Conn, error) {
 		if limited.Err() != nil {
 			return nil, &waitError{limited, fmt.Sprintf("dial %s: no connection in time (%v)", r.addr, err)}
 		}
-		return nil, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", r.addr, err)
+		return nil, fmt.Errorf("dial %s: %w; %s", r.addr, err, dialAdvice(err))
 	}
 	hello := r.hello()
 	if hello.Wait { // the reply comes when something was published

@@ -60,7 +60,7 @@ func (p *streamed) connect(ctx context.Context) error {
 		if limited.Err() != nil {
 			return &waitError{limited, fmt.Sprintf("dial %s: no connection in time (%v)", p.addr, err)}
 		}
-		return fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", p.addr, err)
+		return fmt.Errorf("dial %s: %w; %s", p.addr, err, dialAdvice(err))
 	}
 	hello := &wire.Hello{Role: wire.RolePublish, Table: p.cfg.Table, Manifest: p.cfg.Manifest.JSON(), Client: p.cfg.Client}
 	hello.SetToken(p.cfg.Token)

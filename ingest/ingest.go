@@ -162,6 +162,12 @@ const (
 	EndReset = "reset" // the connection broke
 )
 
+// What is counted as refused though nothing could be told; the other reasons are wire codes.
+const (
+	RefusedTLS      = "bad_tls"      // the handshake of TLS failed
+	RefusedDatagram = "bad_datagram" // a datagram belonged to no connection and began none
+)
+
 // Stats is a snapshot of a transport.
 type Stats struct {
 	Transport    string
@@ -184,6 +190,7 @@ type Connection struct {
 	Table   string    `json:"table,omitempty"`
 	Session string    `json:"session,omitempty"`
 	Client  string    `json:"client,omitempty"`
+	Token   string    `json:"token,omitempty"` // with which it was let in
 	Stream  uint64    `json:"stream"`
 	Ack     string    `json:"ack,omitempty"` // queued, committed
 	State   string    `json:"state"`         // handshake, receiving, waiting-for-slot, waiting-for-data, closing

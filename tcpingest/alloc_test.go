@@ -39,16 +39,43 @@ func socketPair(t testing.TB) (ours, theirs *net.UnixConn) {
 	return conns[0], conns[1]
 }
 
-// TestReceivingDoesNotAllocate drives one session by hand, from bytes in a socket to a batch given back, for each way of receiving.
+// bareStream is a Stream over a socket, with nothing between.
+type bareStream struct {
+	*net.UnixConn
+	socket *socket
+}
+
+func newBareStream(t testing.TB, c *net.UnixConn) *bareStream {
+	t.Helper()
+	s, err := newSocket(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &bareStream{c, s}
+}
+
+func (b *bareStream) Ready() bool {
+	n, err := b.socket.atHand()
+	return n > 0 && err == nil
+}
+func (b *bareStream) HungUp() bool       { return b.socket.hungUp() }
+func (b *bareStream) Offer(p []byte) int { return b.socket.offer(p) }
+
+// TestReceivingDoesNotAllocate drives one session by hand, from bytes in a socket, or in a stream, to a batch given back, for each way of receiving.
 func TestReceivingDoesNotAllocate(t *testing.T) {
 	for name, tc := range map[string]struct {
-		spec  string
-		batch int
+		spec   string
+		batch  int
+		stream bool
 	}{
-		"direct":   {"a:U8[1024]", 16},
-		"held":     {"a:U8[70000]", 1},
-		"vectored": {"a:U8[2048],b:U8[1024]", 8},
-		"staged":   {"a:U8[100],b:F32,c:U8[20],d:I64", 32},
+		"direct":           {"a:U8[1024]", 16, false},
+		"held":             {"a:U8[70000]", 1, false},
+		"vectored":         {"a:U8[2048],b:U8[1024]", 8, false},
+		"staged":           {"a:U8[100],b:F32,c:U8[20],d:I64", 32, false},
+		"direct, stream":   {"a:U8[1024]", 16, true},
+		"held, stream":     {"a:U8[70000]", 1, true},
+		"vectored, stream": {"a:U8[2048],b:U8[1024]", 8, true},
+		"staged, stream":   {"a:U8[100],b:F32,c:U8[20],d:I64", 32, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := spec.ParseText(tc.spec)
@@ -70,7 +97,11 @@ func TestReceivingDoesNotAllocate(t *testing.T) {
 				t.Fatal(err)
 			}
 			ours, theirs := socketPair(t)
-			c, err := newConn(server, ours, 1)
+			nc := netConn(ours)
+			if tc.stream {
+				nc = newBareStream(t, ours)
+			}
+			c, err := newConn(server, nc, 1)
 			if err != nil {
 				t.Fatal(err)
 			}

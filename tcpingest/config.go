@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/ingestd/ingestd/auth"
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -20,8 +22,13 @@ type Config struct {
 	// connection is its to close, and Shutdown does not wait for it. Nil refuses those roles.
 	Attach func(conn net.Conn, hello *wire.Hello) error
 
+	Gate *auth.Gate // asks who they are that connect; nil: nobody is asked
+	Door *bans.Door // says who is banned or slowed, and bounds handshakes under way; nil: nobody is, and MaxConnections does
+
+	Transport string // name in Stats; default "tcp"
+
 	MaxConnections   int           // at once, in any state; default 1024
-	HandshakeTimeout time.Duration // for the whole hello; default 10 s
+	HandshakeTimeout time.Duration // for the handshake of TLS and the whole hello; default 10 s
 	IdleTimeout      time.Duration // without a byte, between samples; default 5 min
 	StallTimeout     time.Duration // without a byte, inside a sample; default 10 s
 	AckTimeout       time.Duration // for the peer to take its acks; default 10 s
@@ -37,8 +44,9 @@ type Config struct {
 	Log *slog.Logger // default: none
 }
 
-func (c *Config) withDefaults() (Config, error) {
-	out := *c
+// WithDefaults returns the configuration with every field that is zero filled in, or what is wrong with it.
+func (c Config) WithDefaults() (Config, error) {
+	out := c
 	if out.Tables == nil {
 		return out, fmt.Errorf("tcpingest: Config.Tables is required")
 	}
@@ -87,6 +95,9 @@ func (c *Config) withDefaults() (Config, error) {
 	}
 	if out.StagingBuffers == 0 {
 		out.StagingBuffers = 4 * runtime.GOMAXPROCS(0)
+	}
+	if out.Transport == "" {
+		out.Transport = "tcp"
 	}
 	if out.Log == nil {
 		out.Log = slog.New(slog.DiscardHandler)

@@ -3,6 +3,7 @@ package tcpingest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -11,16 +12,14 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
 
-// netConn is what both TCP and unix connections offer.
+// netConn is what all connections offer.
 type netConn interface {
 	net.Conn
-	syscall.Conn
 	CloseWrite() error
 }
 
@@ -28,10 +27,12 @@ type netConn interface {
 type conn struct {
 	netConn
 	server *Server
-	raw    syscall.RawConn
+	from   source
 	id     uint64
 	peer   string
 	opened time.Time
+	visit  *bans.Visit // its handshake, until that has ended
+	token  string      // with which it was let in
 
 	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status
 	samples    atomic.Uint64
@@ -52,17 +53,13 @@ type conn struct {
 	settled bool // nothing more will be taken of the peer, and giveUp has nothing left to do; under ending
 	watch   watch
 
-	// Arguments and results of the callbacks given to raw; kept here so that a read allocates nothing.
-	vec            vector
-	got            int
-	errno          unix.Errno
-	lookFn, takeFn func(fd uintptr)
-	waitFn, readFn func(fd uintptr) bool
+	vec vector // where the next read goes; kept here so that it allocates nothing
 }
 
 // agreed is what the handshake settled, for status.
 type agreed struct {
 	table, session, client string
+	token                  string
 	ack                    wire.AckMode
 	stream                 uint64
 }
@@ -81,15 +78,22 @@ var stateNames = [...]string{"handshake", "receiving", "waiting-for-data", "wait
 const stateShift = 56
 
 func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
-	raw, err := nc.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	c := &conn{netConn: nc, server: s, raw: raw, id: id, peer: nc.RemoteAddr().String(), opened: time.Now()}
+	c := &conn{netConn: nc, server: s, id: id, peer: nc.RemoteAddr().String(), opened: time.Now()}
 	if c.peer == "" || c.peer == "@" {
 		c.peer = nc.LocalAddr().Network()
 	}
-	c.lookFn, c.takeFn, c.waitFn, c.readFn = c.look, c.take, c.tryWait, c.tryRead
+	switch nc := nc.(type) {
+	case Stream:
+		c.from = &ahead{stream: nc, conn: c}
+	case syscall.Conn:
+		socket, err := newSocket(nc)
+		if err != nil {
+			return nil, err
+		}
+		c.from = socket
+	default:
+		return nil, fmt.Errorf("tcpingest: connections of type %T cannot be served", nc)
+	}
 	c.ctx, c.endWait = context.WithCancel(s.hurry)
 	return c, nil
 }
@@ -111,7 +115,7 @@ func (c *conn) status() ingest.Connection {
 		Bytes:   c.bytes.Load(),
 	}
 	if a := c.agreed.Load(); a != nil {
-		st.Table, st.Session, st.Client, st.Stream, st.Ack = a.table, a.session, a.client, a.stream, string(a.ack)
+		st.Table, st.Session, st.Client, st.Token, st.Stream, st.Ack = a.table, a.session, a.client, a.token, a.stream, string(a.ack)
 	}
 	return st
 }
@@ -172,64 +176,24 @@ var (
 	errGone        = errors.New("tcpingest: the peer is gone")
 )
 
-// atHand returns how many bytes the socket holds, 0 when it would have to wait for the first. io.EOF is the peer's end.
-func (c *conn) atHand() (int, error) {
-	return c.result(c.raw.Control(c.lookFn))
-}
+// atHand returns how many bytes can be read without waiting, 0 when the first has not come. io.EOF is the peer's end.
+func (c *conn) atHand() (int, error) { return c.result(c.from.atHand()) }
 
 // wait is atHand that waits, until the read deadline.
-func (c *conn) wait() (int, error) {
-	return c.result(c.raw.Read(c.waitFn))
-}
+func (c *conn) wait() (int, error) { return c.result(c.from.wait()) }
 
-// readNow reads into c.vec what the socket holds, 0 bytes when it would have to wait.
-func (c *conn) readNow() (int, error) {
-	return c.result(c.raw.Control(c.takeFn))
-}
+// readNow reads into c.vec what is at hand, 0 bytes when it would have to wait.
+func (c *conn) readNow() (int, error) { return c.result(c.from.readNow(&c.vec)) }
 
 // readWait is readNow that waits for the first byte, until the read deadline.
-func (c *conn) readWait() (int, error) {
-	return c.result(c.raw.Read(c.readFn))
-}
+func (c *conn) readWait() (int, error) { return c.result(c.from.readWait(&c.vec)) }
 
-func (c *conn) look(fd uintptr) {
-	if c.got, c.errno = queued(int(fd)); c.got == 0 && c.errno == 0 {
-		if c.got, c.errno = peek(int(fd)); c.got > 0 { // came since
-			c.got, c.errno = queued(int(fd))
-		}
-	}
-}
-
-func (c *conn) take(fd uintptr) {
-	for c.errno = unix.EINTR; c.errno == unix.EINTR; {
-		c.got, c.errno = c.vec.read(int(fd))
-	}
-}
-
-func (c *conn) tryWait(fd uintptr) bool {
-	c.look(fd)
-	return c.errno != unix.EAGAIN
-}
-
-func (c *conn) tryRead(fd uintptr) bool {
-	c.take(fd)
-	return c.errno != unix.EAGAIN
-}
-
-func (c *conn) result(err error) (int, error) {
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded) && (c.stopping.Load() || c.taken.Load()):
+// result tells a deadline that passed from one that was set to end the wait.
+func (c *conn) result(n int, err error) (int, error) {
+	if err != nil && (c.stopping.Load() || c.taken.Load()) && errors.Is(err, os.ErrDeadlineExceeded) {
 		return 0, c.interrupted()
-	case err != nil:
-		return 0, err
-	case c.errno == unix.EAGAIN:
-		return 0, nil
-	case c.errno != 0:
-		return 0, os.NewSyscallError("read", c.errno)
-	case c.got == 0:
-		return 0, io.EOF
 	}
-	return c.got, nil
+	return n, err
 }
 
 // ackBytes is what acks are written from.

@@ -34,15 +34,15 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// TestDefaultsReachEveryField: a field added to Config without a default, or one that withDefaults forgets, fails here.
+// TestDefaultsReachEveryField: a field added to Config without a default, or one that WithDefaults forgets, fails here.
 func TestDefaultsReachEveryField(t *testing.T) {
-	full, err := (&Config{Tables: ingesttest.Tables{}}).withDefaults()
+	full, err := Config{Tables: ingesttest.Tables{}}.WithDefaults()
 	if err != nil {
 		t.Fatal(err)
 	}
 	v := reflect.ValueOf(full)
 	for i := range v.NumField() {
-		if name := v.Type().Field(i).Name; name != "Attach" && v.Field(i).IsZero() {
+		if name := v.Type().Field(i).Name; name != "Attach" && name != "Gate" && name != "Door" && v.Field(i).IsZero() {
 			t.Errorf("Config.%s has no default", name)
 		}
 	}

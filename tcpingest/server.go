@@ -2,6 +2,7 @@ package tcpingest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -28,6 +30,9 @@ type Server struct {
 	cut     context.Context
 	stopCut context.CancelFunc
 
+	// halt is closed when Shutdown begins: nobody is kept waiting before its handshake any more.
+	halt chan struct{}
+
 	mu        sync.Mutex
 	stopping  bool
 	listeners map[net.Listener]struct{}
@@ -38,13 +43,14 @@ type Server struct {
 
 // New returns a server; Serve starts it.
 func New(cfg Config) (*Server, error) {
-	full, err := cfg.withDefaults()
+	full, err := cfg.WithDefaults()
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
 		cfg:       full,
 		staging:   newStaging(full.StagingBuffers),
+		halt:      make(chan struct{}),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
 	}
@@ -53,7 +59,7 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve accepts producers of the native protocol on l, TCP or unix, until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
+// Serve accepts producers of the native protocol on l, TCP, unix, or TLS over one of them (NewTLSListener), until Shutdown, ctx's end or an error of the listener. It closes l. It returns nil after
 // Shutdown or ctx's end; connections live on until Shutdown.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return s.accept(ctx, l, s.serveHello)
@@ -127,31 +133,75 @@ func (s *Server) isStopping() bool {
 
 // start gives a new connection its goroutine.
 func (s *Server) start(nc net.Conn, serve func(*conn)) {
-	s.counters.Accepted.Add(1)
+	if secure, ok := nc.(*tls.Conn); ok {
+		wrapped, err := newTLSConn(secure)
+		if err != nil {
+			_ = nc.Close()
+			return
+		}
+		nc = wrapped
+	}
 	both, ok := nc.(netConn)
 	if !ok {
 		_ = nc.Close()
 		return
 	}
-	c, err := newConn(s, both, s.nextID.Add(1))
-	if err != nil {
-		_ = nc.Close()
-		return
+	if run := s.enter(both, serve); run != nil {
+		go run()
 	}
+}
+
+// ServeStream serves the native protocol on a stream that another transport accepted, until it ends, and closes it. The stream counts as a connection: for limits,
+// Stats and Shutdown.
+func (s *Server) ServeStream(stream Stream) {
+	if run := s.enter(stream, s.serveHello); run != nil {
+		run()
+	}
+}
+
+// enter notes a new connection and returns what serves it, to its end; nil if it was closed at once.
+func (s *Server) enter(nc netConn, serve func(*conn)) func() {
+	s.counters.Accepted.Add(1)
+	visit, closed := s.cfg.Door.Enter(nc.RemoteAddr())
+	if closed != "" {
+		s.counters.Refused.Add(string(closed))
+		hangUp(nc)
+		return nil
+	}
+	c, err := newConn(s, nc, s.nextID.Add(1))
+	if err != nil {
+		visit.Leave()
+		_ = nc.Close()
+		return nil
+	}
+	c.visit = visit
 	full, ok := s.add(c)
 	if !ok {
+		visit.Leave()
 		c.endWait()
 		_ = nc.Close()
-		return
+		return nil
 	}
-	go func() {
+	return func() {
 		defer s.remove(c)
+		defer visit.Leave()
 		if full {
 			s.refuse(c, wire.Refuse(wire.CodeTooManyConnections, "this daemon serves at most %d connections at once; try again later", s.cfg.MaxConnections))
 			return
 		}
 		serve(c)
-	}()
+	}
+}
+
+// hangUp closes a connection without a word, so that nothing of it stays behind in the kernel either.
+func hangUp(nc net.Conn) {
+	if secure, ok := nc.(*tlsConn); ok {
+		nc = secure.NetConn()
+	}
+	if c, ok := nc.(*net.TCPConn); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = nc.Close()
 }
 
 // refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
@@ -188,11 +238,15 @@ func (s *Server) remove(c *conn) {
 
 // serveHello serves one connection of the native protocol.
 func (s *Server) serveHello(c *conn) {
+	s.slow(c)
 	_ = c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	if c.stopping.Load() {
 		_ = c.SetReadDeadline(time.Unix(1, 0))
 	}
-	hello, err := wire.ReadHello(c.netConn)
+	if secure, ok := c.netConn.(*tlsConn); ok && !s.secure(c, secure) {
+		return
+	}
+	hello, frame, err := wire.ReadHelloFrame(c.netConn)
 	var refusal *wire.Refusal
 	switch {
 	case errors.As(err, &refusal):
@@ -208,6 +262,10 @@ func (s *Server) serveHello(c *conn) {
 		s.counters.Ended.Add(ingest.EndReset)
 		return
 	}
+	if !s.admit(c, hello, frame) {
+		return
+	}
+	c.visit.Succeeded()
 	switch hello.Role {
 	case wire.RolePush:
 		s.push(c, hello)
@@ -216,6 +274,38 @@ func (s *Server) serveHello(c *conn) {
 	default:
 		s.attach(c, hello)
 	}
+}
+
+// slow lets a peer wait from whose address handshakes failed, before anything of it is read.
+func (s *Server) slow(c *conn) {
+	if c.visit == nil || c.visit.Wait <= 0 {
+		return
+	}
+	over := time.NewTimer(c.visit.Wait)
+	defer over.Stop()
+	select {
+	case <-over.C:
+	case <-s.halt:
+	}
+}
+
+// admit asks the peer who it is, and tells it if that is not enough.
+func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
+	peer, err := auth.PeerOf(c.netConn)
+	if err != nil {
+		s.refuse(c, wire.Refuse(wire.CodeInternal, "this connection's TLS says nothing that a token can be bound to"))
+		return false
+	}
+	id, refusal := s.cfg.Gate.Admit(c.netConn, hello, frame, peer)
+	if refusal != nil {
+		if refusal.Code == wire.CodeHandshakeTimeout && c.stopping.Load() {
+			refusal = wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+		}
+		s.refuse(c, refusal)
+		return false
+	}
+	c.token = id.Token
+	return true
 }
 
 // push serves a producer.
@@ -228,7 +318,7 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 		return
 	}
 	defer stream.Close()
-	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, ack: accepted.Ack, stream: stream.ID()})
+	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, token: c.token, ack: accepted.Ack, stream: stream.ID()})
 	if hello.Notes {
 		c.watch.table = table
 	}
@@ -241,8 +331,8 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
-	if reason == ingest.EndReset {
-		return
+	if _, ok := c.netConn.(Stream); reason == ingest.EndReset || ok && reason == string(wire.CodeAckTimeout) {
+		return // at once: in a stream, acks that nobody reads would stay in the way of what others on its connection are sent
 	}
 	var say []byte
 	if notice != nil {
@@ -292,11 +382,12 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 	s.mu.Unlock()
 	s.running.Done()
 	if err := s.cfg.Attach(c.netConn, hello); err != nil {
-		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "err", err)
+		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "token", c.token, "err", err)
 	}
 }
 
 func (s *Server) refuse(c *conn, r *wire.Refusal) {
+	c.visit.Refused(r.Code)
 	s.counters.Refused.Add(string(r.Code))
 	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
 	s.mu.Lock()
@@ -309,7 +400,7 @@ func (s *Server) refuse(c *conn, r *wire.Refusal) {
 func (s *Server) ended(c *conn, reason string) {
 	s.counters.Ended.Add(reason)
 	a := c.agreed.Load()
-	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer,
+	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer, "token", a.token,
 		"reason", reason, "samples", c.samples.Load(), "bytes", c.bytes.Load(), "dur", time.Since(c.opened))
 }
 
@@ -319,6 +410,9 @@ const lastWords = 500 * time.Millisecond
 // Shutdown implements ingest.Transport.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
+	if !s.stopping {
+		close(s.halt)
+	}
 	s.stopping = true
 	for l := range s.listeners {
 		_ = l.Close()
@@ -357,7 +451,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 // Stats implements ingest.Transport.
 func (s *Server) Stats() ingest.Stats {
-	st := s.counters.Snapshot("tcp")
+	st := s.counters.Snapshot(s.cfg.Transport)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st.Open = len(s.conns)

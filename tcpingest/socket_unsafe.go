@@ -35,6 +35,26 @@ func (v *vector) add(b []byte) {
 	v.parts[len(v.parts)-1].SetLen(len(b))
 }
 
+// part returns place i.
+//
+// Safety: Base and Len are those of a slice that add was given, or of several that follow each other in one piece of memory.
+func (v *vector) part(i int) []byte {
+	p := &v.parts[i]
+	return unsafe.Slice(p.Base, int(p.Len))
+}
+
+// copy copies b to the places, as far as it goes or they reach.
+func (v *vector) copy(b []byte) int {
+	done := 0
+	for i := range v.parts {
+		n := copy(v.part(i), b[done:])
+		if done += n; done == len(b) {
+			break
+		}
+	}
+	return done
+}
+
 // read reads once from a non-blocking socket into v. It does not tell the scheduler: the call never waits, and handing the processor away for the 50 µs
 // of a 256 KiB copy costs more than it gives.
 //

@@ -4,8 +4,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -25,7 +23,7 @@ type watch struct {
 	mu    sync.Mutex
 	since time.Time // when the wait began; zero: it does not wait, and nothing below is the watch's
 	noted time.Time // when the last note was written
-	rest  []byte    // what the socket did not take of a note; nothing else may be written before
+	rest  []byte    // what the connection did not take of a note; nothing else may be written before
 }
 
 // startWatch is called by the connection's goroutine before it waits for a slot, stopWatch after it.
@@ -61,7 +59,7 @@ func (c *conn) lookAfter() {
 		w.timer.Reset(watchAfter - waited)
 		return
 	}
-	if c.hungUp() {
+	if c.from.hungUp() {
 		c.gone.Store(true)
 		c.endWait()
 		return
@@ -84,13 +82,7 @@ func (c *conn) note(now time.Time) {
 	if whole {
 		w.rest = wire.AppendNote(w.rest, ingest.RingFull(w.table, w.since, now))
 	}
-	sent := 0
-	_ = c.raw.Control(func(fd uintptr) {
-		n, err := unix.SendmsgN(int(fd), w.rest, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if err == nil {
-			sent = n
-		}
-	})
+	sent := c.from.offer(w.rest)
 	if whole && sent == 0 {
 		w.rest = nil
 		return
@@ -102,7 +94,7 @@ func (c *conn) note(now time.Time) {
 	w.rest = w.rest[sent:]
 }
 
-// finishNote writes what the socket did not take of the last note. The connection's goroutine calls it before it writes anything, while it does not wait for a
+// finishNote writes what the connection did not take of the last note. The connection's goroutine calls it before it writes anything, while it does not wait for a
 // slot.
 func (c *conn) finishNote() error {
 	for len(c.watch.rest) > 0 {
@@ -113,16 +105,4 @@ func (c *conn) finishNote() error {
 		}
 	}
 	return nil
-}
-
-// hungUp tells whether the connection is over in both directions, so that no ack would arrive. A peer that only closed its writing side, as one does after its
-// last sample, is there still, and one over TCP that died is found when something was written to it.
-func (c *conn) hungUp() (over bool) {
-	_ = c.raw.Control(func(fd uintptr) {
-		fds := [1]unix.PollFd{{Fd: int32(fd)}}
-		if n, err := unix.Poll(fds[:], 0); err == nil && n > 0 {
-			over = fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
-		}
-	})
-	return over
 }

@@ -28,6 +28,9 @@ const (
 	NoticeMark = 0x00
 )
 
+// ALPN names this protocol where TLS asks which is spoken.
+const ALPN = "ingestd/1"
+
 // Magic starts every hello and reply.
 const Magic = "INGESTD\n"
 

@@ -47,13 +47,56 @@ func Run(t *testing.T, start Start) {
 	}
 }
 
+// RunSlow runs those tests of the suite that hold however long a byte is on its way, over a network that is slow and loses some: for transports that make up for that themselves.
+func RunSlow(t *testing.T, start Start) {
+	for _, tc := range []struct {
+		name string
+		f    func(*testing.T, Start)
+	}{
+		{"SamplesOfSomeShapes", samplesOfSomeShapes},
+		{"CommittedAcks", committedAcks},
+		{"Refusals", refusals},
+		{"CutShort", cutShort},
+		{"Backpressure", backpressure},
+		{"ShutdownUnderLoad", shutdownUnderLoad},
+		{"ShutdownWhenFull", shutdownWhenFull},
+		{"SessionsGoOn", sessionsGoOn},
+		{"SessionIsTakenOver", takeover},
+		{"TooManySessions", tooManySessions},
+		{"TableWithCommittedAcks", committedTable},
+	} {
+		t.Run(tc.name, func(t *testing.T) { tc.f(t, start) })
+	}
+}
+
+// RunPush has three clients push so many samples of a spec each.
+func RunPush(t *testing.T, start Start, spec string, samples int) {
+	samplesOf(t, start, shape{name: spec, spec: spec, samples: samples, batch: 8})
+}
+
+// slowBytes is what each client sends at most over a slow network.
+const slowBytes = 512 << 10
+
+// samplesOfSomeShapes is samplesOfEveryShape with less to send.
+func samplesOfSomeShapes(t *testing.T, start Start) {
+	for _, sh := range shapes {
+		if size := int(mustSpec(t, sh.spec).SampleBytes()); size <= slowBytes/4 {
+			sh.samples = min(sh.samples, slowBytes/size)
+			t.Run(sh.name, func(t *testing.T) { samplesOf(t, start, sh) })
+		}
+	}
+}
+
 // shapes reach every way of receiving, on both sides of each of its limits.
-var shapes = []struct {
+// shape is what a client sends.
+type shape struct {
 	name, spec string
 	samples    int
 	piece      int // bytes per write; 0: all at once
 	batch      int
-}{
+}
+
+var shapes = []shape{
 	{"8 B", "a:U64", 5000, 0, 32},
 	{"8 B in odd pieces", "a:U64", 2000, 13, 32},
 	{"1 KiB", "a:U8[1024]", 2000, 0, 16},
@@ -81,41 +124,43 @@ func manyLeaves(n int) string {
 }
 
 func samplesOfEveryShape(t *testing.T, start Start) {
-	const clients = 3
 	for _, sh := range shapes {
-		t.Run(sh.name, func(t *testing.T) {
-			r := newRig(t, start, sh.spec, sh.batch, 4, Limits{})
-			r.train()
-			var wg sync.WaitGroup
-			for id := range uint64(clients) {
-				c := r.join(id, nil)
-				wg.Go(func() {
-					if err := c.send(sh.samples, sh.piece); err != nil {
-						t.Error(err)
-					}
-					if err := c.CloseWrite(); err != nil {
-						t.Error(err)
-					}
-				})
-				wg.Go(func() {
-					defer c.Close()
-					acks, notice, err := c.ending()
-					if err != nil || notice != nil || acks != uint64(sh.samples) {
-						t.Errorf("got %d acks of %d, notice %v, error %v", acks, sh.samples, notice, err)
-					}
-				})
+		t.Run(sh.name, func(t *testing.T) { samplesOf(t, start, sh) })
+	}
+}
+
+func samplesOf(t *testing.T, start Start, sh shape) {
+	const clients = 3
+	r := newRig(t, start, sh.spec, sh.batch, 4, Limits{})
+	r.train()
+	var wg sync.WaitGroup
+	for id := range uint64(clients) {
+		c := r.join(id, nil)
+		wg.Go(func() {
+			if err := c.send(sh.samples, sh.piece); err != nil {
+				t.Error(err)
 			}
-			wg.Wait()
-			r.finish()
-			for id := range uint64(clients) {
-				if r.taken[id] != uint64(sh.samples) {
-					t.Errorf("client %d: %d of %d samples delivered", id, r.taken[id], sh.samples)
-				}
-			}
-			if st := r.transport.Stats(); st.Samples != uint64(clients*sh.samples) || st.Ended["clean"] != clients || st.CutShort != 0 {
-				t.Errorf("counted %+v", st)
+			if err := c.CloseWrite(); err != nil {
+				t.Error(err)
 			}
 		})
+		wg.Go(func() {
+			defer c.Close()
+			acks, notice, err := c.ending()
+			if err != nil || notice != nil || acks != uint64(sh.samples) {
+				t.Errorf("got %d acks of %d, notice %v, error %v", acks, sh.samples, notice, err)
+			}
+		})
+	}
+	wg.Wait()
+	r.finish()
+	for id := range uint64(clients) {
+		if r.taken[id] != uint64(sh.samples) {
+			t.Errorf("client %d: %d of %d samples delivered", id, r.taken[id], sh.samples)
+		}
+	}
+	if st := r.transport.Stats(); st.Samples != uint64(clients*sh.samples) || st.Ended["clean"] != clients || st.CutShort != 0 {
+		t.Errorf("counted %+v", st)
 	}
 }
 

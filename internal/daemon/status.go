@@ -24,6 +24,7 @@ type Status struct {
 	Producers ProducerStatus  `json:"producers"`
 	Local     LocalStatus     `json:"local_producers"`
 	Trainers  []TrainerStatus `json:"trainers"`
+	Access    AccessStatus    `json:"access"`
 }
 
 // Wait says who waits for whom.
@@ -140,7 +141,8 @@ type ProducerStatus struct {
 // ConnectionStatus is one producer's connection.
 type ConnectionStatus struct {
 	ingest.Connection
-	Waits *Waits `json:"waits,omitempty"`
+	Transport string `json:"transport"` // tcp (and unix, tls), quic; IDs are of one
+	Waits     *Waits `json:"waits,omitempty"`
 }
 
 // TrainerStatus is one attached trainer.
@@ -174,6 +176,7 @@ func (d *Daemon) Status() Status {
 	s := Status{
 		Version: d.version, State: stateNames[d.state.Load()], Started: d.started, Now: time.Now(), Addresses: d.Addresses(),
 		Waits: []Wait{}, Tables: []TableStatus{}, Weights: []WeightsStatus{}, Trainers: []TrainerStatus{},
+		Access: d.access.status(),
 	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
@@ -185,13 +188,15 @@ func (d *Daemon) Status() Status {
 	for i := range stores {
 		s.Weights = append(s.Weights, weightsStatus(&stores[i], &served))
 	}
-	in := d.ingest.Stats()
-	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Notes, []ConnectionStatus{}}
-	for _, c := range in.Connections {
-		one := ConnectionStatus{c, connectionWaits(&c, full[c.Table])}
-		s.Producers.Connections = append(s.Producers.Connections, one)
-		if c.State == "waiting-for-slot" {
-			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+	s.Producers = ProducerStatus{Ended: map[string]uint64{}, Refused: map[string]uint64{}, Connections: []ConnectionStatus{}}
+	for _, in := range d.transportStats() {
+		s.Producers.addTransport(&in)
+		for _, c := range in.Connections {
+			one := ConnectionStatus{c, in.Transport, connectionWaits(&c, full[c.Table])}
+			s.Producers.Connections = append(s.Producers.Connections, one)
+			if c.State == "waiting-for-slot" {
+				s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+			}
 		}
 	}
 	attached := d.trainers.Stats()

@@ -23,6 +23,7 @@ type Sources struct {
 	Transports func() []ingest.Stats
 	Trainers   func() shm.Stats
 	Weights    func() ([]weights.Stats, weights.ServerStats)
+	Access     Access
 	Segments   map[string]int64 // bytes of each table's segment
 }
 
@@ -104,7 +105,7 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	} {
 		ch <- d
 	}
-	for _, d := range slices.Concat(describeSteps(), describeWeights()) {
+	for _, d := range slices.Concat(describeSteps(), describeWeights(), describeAccess()) {
 		ch <- d
 	}
 }
@@ -138,6 +139,7 @@ func (c *Collector) Collect(metrics chan<- prometheus.Metric) {
 		weightsOf(ch, &stores[i])
 	}
 	weightsServer(ch, &served)
+	c.from.Access.collect(ch)
 }
 
 func number(b bool) float64 {
@@ -241,6 +243,9 @@ func transport(ch out, st *ingest.Stats) {
 	}
 	for _, code := range wire.Codes() {
 		ch.counter(refused, st.Refused[string(code)], t, string(code))
+	}
+	for _, reason := range []string{ingest.RefusedTLS, ingest.RefusedDatagram} {
+		ch.counter(refused, st.Refused[reason], t, reason)
 	}
 }
 

@@ -1,0 +1,99 @@
+package certfile
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+)
+
+// Files are the names of files in PEM.
+type Files struct {
+	Certificate string // with those between it and its authority
+	Key         string
+	ClientCA    string // authorities of clients, who must then have a certificate; "": clients need none
+}
+
+// Source reads Files again when they change.
+type Source struct {
+	files Files
+	log   *slog.Logger
+
+	mu      sync.Mutex
+	seen    [3]stamp
+	current *tls.Config
+}
+
+// stamp is how a file looked from outside.
+type stamp struct {
+	modified time.Time
+	size     int64
+	inode    uint64
+}
+
+// Open reads the files for the first time. The error names the one that cannot be used.
+func Open(files Files, log *slog.Logger) (*Source, error) {
+	s := &Source{files: files, log: log, seen: files.look()}
+	var err error
+	s.current, err = files.load()
+	return s, err
+}
+
+// Config returns a configuration for servers that asks the source at each handshake.
+func (s *Source) Config() *tls.Config {
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return s.now(), nil },
+	}
+}
+
+// now returns what is in the files, or was when they were last in order.
+func (s *Source) now() *tls.Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seen := s.files.look()
+	if seen == s.seen {
+		return s.current
+	}
+	s.seen = seen
+	fresh, err := s.files.load()
+	if err != nil {
+		s.log.Error("changed certificates cannot be used; those before go on being used", "component", "certfile", "err", err)
+		return s.current
+	}
+	s.log.Info("certificates read again", "component", "certfile", "path", s.files.Certificate)
+	s.current = fresh
+	return fresh
+}
+
+func (f *Files) look() (seen [3]stamp) {
+	for i, path := range []string{f.Certificate, f.Key, f.ClientCA} {
+		if info, err := os.Stat(path); err == nil {
+			seen[i] = stamp{info.ModTime(), info.Size(), inode(info)}
+		}
+	}
+	return seen
+}
+
+func (f *Files) load() (*tls.Config, error) {
+	pair, err := tls.LoadX509KeyPair(f.Certificate, f.Key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate %s with key %s: %w", f.Certificate, f.Key, err)
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair}}
+	if f.ClientCA == "" {
+		return c, nil
+	}
+	text, err := os.ReadFile(f.ClientCA)
+	if err != nil {
+		return nil, fmt.Errorf("authorities of clients: %w", err)
+	}
+	c.ClientCAs, c.ClientAuth = x509.NewCertPool(), tls.RequireAndVerifyClientCert
+	if !c.ClientCAs.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("authorities of clients: %s holds no certificate in PEM", f.ClientCA)
+	}
+	return c, nil
+}

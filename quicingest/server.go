@@ -1,0 +1,282 @@
+package quicingest
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/quicconn"
+	"github.com/ingestd/ingestd/tcpingest"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// Server receives samples from any number of UDP sockets. Its methods may be called from any goroutine.
+type Server struct {
+	cfg      Config
+	quic     *quic.Config
+	tls      *tls.Config
+	streams  *tcpingest.Server
+	halfOpen atomic.Int64
+	stray    atomic.Uint64  // datagrams that belonged to nothing
+	refused  ingest.Reasons // connections
+
+	mu       sync.Mutex
+	stopping bool
+	doors    map[*quic.Listener]*quic.Transport
+	conns    map[*conn]struct{} // those whose handshake is done
+	open     int                // those, and handshakes
+	running  sync.WaitGroup     // one per conns
+}
+
+// New returns a server; Serve starts it.
+func New(cfg Config) (*Server, error) {
+	full, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg: full, quic: full.quic(), tls: tcpingest.TLSConfig(full.TLS),
+		doors: map[*quic.Listener]*quic.Transport{}, conns: map[*conn]struct{}{},
+	}
+	s.streams, err = tcpingest.New(full.Streams)
+	return s, err
+}
+
+// Serve accepts producers on a UDP socket (see Listen) until Shutdown, ctx's end or an error of the socket. It closes the socket, after Shutdown. It returns nil after Shutdown or
+// ctx's end; connections live on until Shutdown.
+func (s *Server) Serve(ctx context.Context, socket net.PacketConn) error {
+	tr := &quic.Transport{
+		Conn:                socket,
+		VerifySourceAddress: func(net.Addr) bool { return s.halfOpen.Load() >= int64(s.cfg.RetryAbove) },
+		ConnContext:         s.begin,
+		Tracer:              (*strays)(s),
+	}
+	l, err := tr.Listen(s.tls, s.quic)
+	if err != nil {
+		_ = socket.Close()
+		return fmt.Errorf("serve QUIC on %v: %w", socket.LocalAddr(), err)
+	}
+	if !s.addDoor(l, tr) {
+		_ = tr.Close()
+		_ = socket.Close()
+		return nil
+	}
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	for {
+		c, err := l.Accept(context.Background())
+		if err != nil {
+			if s.isStopping() || ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("accept on %v: %w", socket.LocalAddr(), err)
+		}
+		s.start(c)
+	}
+}
+
+func (s *Server) addDoor(l *quic.Listener, tr *quic.Transport) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopping {
+		s.doors[l] = tr
+	}
+	return !s.stopping
+}
+
+func (s *Server) isStopping() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopping
+}
+
+// handshake is one that is half open, or was.
+type handshake struct {
+	server *Server
+	done   atomic.Bool
+}
+
+type handshakeKey struct{}
+
+var (
+	errTooMany = errors.New("quicingest: too many connections")
+	errBanned  = errors.New("quicingest: the address is banned")
+)
+
+// begin is called before anything is done for a new connection. The context ends with it.
+func (s *Server) begin(ctx context.Context, from *quic.ClientInfo) (context.Context, error) {
+	if s.cfg.Streams.Door.Banned(from.RemoteAddr) {
+		s.refused.Add(string(wire.CodeBanned))
+		return nil, errBanned
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping || s.open >= s.cfg.MaxConnections {
+		s.refused.Add(string(wire.CodeTooManyConnections))
+		return nil, errTooMany
+	}
+	s.open++
+	s.halfOpen.Add(1)
+	h := &handshake{server: s}
+	context.AfterFunc(ctx, func() { h.end(context.Cause(ctx)) })
+	return context.WithValue(ctx, handshakeKey{}, h), nil
+}
+
+// complete says that the handshake is done.
+func (h *handshake) complete() {
+	if !h.done.Swap(true) {
+		h.server.halfOpen.Add(-1)
+	}
+}
+
+// end says that the connection is over.
+func (h *handshake) end(why error) {
+	s := h.server
+	s.mu.Lock()
+	s.open--
+	s.mu.Unlock()
+	if h.done.Swap(true) {
+		return
+	}
+	s.halfOpen.Add(-1)
+	reason := ingest.RefusedTLS
+	var late *quic.HandshakeTimeoutError
+	var idle *quic.IdleTimeoutError
+	if errors.As(why, &late) || errors.As(why, &idle) {
+		reason = string(wire.CodeHandshakeTimeout)
+	}
+	s.refused.Add(reason)
+	s.cfg.Streams.Log.Info("no connection", "component", "quicingest", "reason", reason, "err", why)
+}
+
+// start gives a connection its goroutine.
+func (s *Server) start(qc *quic.Conn) {
+	if h, ok := qc.Context().Value(handshakeKey{}).(*handshake); ok {
+		h.complete()
+	}
+	c := &conn{Conn: qc, server: s}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		go func() { _ = qc.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") }()
+		return
+	}
+	s.conns[c] = struct{}{}
+	s.running.Go(c.run)
+}
+
+// conn is one connection of QUIC.
+type conn struct {
+	*quic.Conn
+	server *Server
+
+	mu      sync.Mutex
+	streams int
+	unused  *time.Timer // closes the connection; runs while there are no streams
+}
+
+// run serves streams until the connection ends.
+func (c *conn) run() {
+	cfg := &c.server.cfg.Streams
+	c.unused = time.AfterFunc(cfg.HandshakeTimeout, func() { _ = c.CloseWithError(quicconn.CodeIdle, "no stream was opened") })
+	defer c.unused.Stop()
+	var serving sync.WaitGroup
+	for {
+		st, err := c.AcceptStream(context.Background())
+		if err != nil {
+			break
+		}
+		c.use(1)
+		serving.Go(func() {
+			defer c.use(-1)
+			c.server.streams.ServeStream(quicconn.New(c.Conn, st))
+		})
+	}
+	serving.Wait()
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	delete(c.server.conns, c)
+}
+
+// use counts streams. A connection without one may stay as long as a stream without a sample.
+func (c *conn) use(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.streams += n
+	if c.streams > 0 {
+		c.unused.Stop()
+		return
+	}
+	cfg := &c.server.cfg.Streams
+	c.unused.Reset(max(cfg.IdleTimeout, cfg.LingerTimeout))
+}
+
+// How long what was written last has for arriving, as often as it is lost on the way, before its connection is closed.
+const (
+	lingerMin   = 50 * time.Millisecond
+	lingerTrips = 16 // round trips
+)
+
+// linger returns how long that is for all connections.
+func (s *Server) linger() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	longest := lingerMin
+	for c := range s.conns {
+		longest = max(longest, lingerTrips*c.ConnectionStats().SmoothedRTT)
+	}
+	return min(longest, s.cfg.Streams.LingerTimeout)
+}
+
+// Shutdown implements ingest.Transport.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.mu.Lock()
+	s.stopping = true
+	doors := s.doors
+	s.doors = nil
+	s.mu.Unlock()
+	for l := range doors {
+		_ = l.Close()
+	}
+	err := s.streams.Shutdown(ctx)
+	// What was written last is on its way yet, and a close would not wait for it. A client that has it closes.
+	gone := make(chan struct{})
+	go func() {
+		s.running.Wait()
+		close(gone)
+	}()
+	select {
+	case <-gone:
+	case <-time.After(s.linger()):
+	}
+	s.mu.Lock()
+	for c := range s.conns {
+		go func() { _ = c.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") }()
+	}
+	s.mu.Unlock()
+	<-gone
+	for _, tr := range doors {
+		_ = tr.Close()
+		_ = tr.Conn.Close()
+	}
+	return err
+}
+
+// Stats implements ingest.Transport. Connections are those of streams.
+func (s *Server) Stats() ingest.Stats {
+	st := s.streams.Stats()
+	for reason, n := range s.refused.Snapshot() {
+		st.Refused[reason] += n
+	}
+	st.Refused[ingest.RefusedDatagram] += s.stray.Load()
+	return st
+}
+
+var _ ingest.Transport = (*Server)(nil)
