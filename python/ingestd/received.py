@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 import select
-import socket
 import struct
 import threading
 import time
@@ -153,7 +152,7 @@ class Receiver:
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
-    def _connect(self, until: Deadline) -> tuple[socket.socket, Reply]:
+    def _connect(self, until: Deadline) -> tuple[_io.Conn, Reply]:
         sock = _io.connect(self._address, until)
         try:
             reply = handshake(sock, self._body, until)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from . import _io
 from ._io import Deadline
+from .auth import Token
 from .batch import Batch
 from .channel import Descriptor
 from .errors import AllHeld
@@ -17,6 +18,7 @@ from .reader import Reader
 from .received import ReceivedWindow, Receiver
 from .redial import PATIENCE_S
 from .spec import Spec
+from .tls import TLS
 from .version import CLIENT
 from .wire import hello
 
@@ -44,12 +46,14 @@ class RemoteReader(Reader):
         on_lost: Literal["raise", "count"] = "raise",
         check: bool | None = None,
         client: str = CLIENT,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         deadline: float | None = 10.0,
         reconnect: float | None = PATIENCE_S,
         memory: int = MEMORY_BYTES,
     ) -> None:
         self._closed = True
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token, tls)
         want = Spec.parse(spec) if isinstance(spec, str) else spec
         if on_lost not in ("raise", "count"):
             raise ValueError(f"on_lost={on_lost!r}: want 'raise' or 'count'")
@@ -62,7 +66,7 @@ class RemoteReader(Reader):
         self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0
-        body = hello("train", table, want, group=group, prefetch=prefetch or 0, client=client)
+        body = hello("train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client)
         if self.address.kind == "unix":
             body["stream"] = True
         self._receiver = Receiver(self.address, body, _io.deadline_of(deadline), reconnect, memory)
