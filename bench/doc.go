@@ -13,6 +13,8 @@
 // that lies in the ring, beside a plain loop and numpy; weights published in place, beside one copy, and streamed, beside a bare sendfile loop; CRC-32C beside
 // copy; and the memory of the daemon. A case's figures, ours and the baselines', go into one table, which names for each ratio what it is a ratio to.
 //
+// `ingestd bench access` measures handshakes with tokens beside those of a daemon without, and a producer alone and beside a banned address that connects all the time.
+//
 // It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
 //
 // Processes: the parent only starts, asks and stops; while a window is measured it sleeps. Children answer one JSON line on standard output for every

@@ -20,7 +20,7 @@ func TestSmokeTensors(t *testing.T) {
 	for i := range record.Cases {
 		checkTensorCase(t, &record.Cases[i], figureSumPython, figureNumpy)
 	}
-	for _, want := range []string{"Gradients:", "Reduction:", "Weights in shared memory:", "Weights over TCP", "CRC-32C", "Targets", "Python was not measured"} {
+	for _, want := range []string{"Gradients:", "Reduction:", "Weights in shared memory:", "Weights over TCP", "Batches of samples over TCP", "CRC-32C", "Targets", "Python was not measured"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the tables lack %q:\n%s", want, out)
 		}
@@ -105,7 +105,7 @@ func TestTensorOptionsRefused(t *testing.T) {
 
 func TestTensorCases(t *testing.T) {
 	for _, c := range append(tensorCases(), smokeTensorCases()...) {
-		if c.Kind == kindCRC {
+		if c.Kind == kindCRC || c.Kind == kindRemote {
 			continue
 		}
 		m, err := benchManifest(c.Bytes, c.Tensors)
@@ -127,7 +127,7 @@ func TestTensorCases(t *testing.T) {
 	full := tensorCases()
 	want := []TensorCase{
 		{Kind: kindGradients, Peers: 4, ChunkBytes: mib}, {Kind: kindReduce, Peers: 8, Bytes: 64 * mib}, {Kind: kindPublish, Peers: 4, Bytes: 512 * mib},
-		{Kind: kindStream, Peers: 1, Bytes: 512 * mib}, {Kind: kindCRC, Bytes: 64 * mib, HotBytes: 256 * kib},
+		{Kind: kindStream, Peers: 1, Bytes: 512 * mib}, {Kind: kindRemote, Peers: 1, ChunkBytes: 4 * mib}, {Kind: kindCRC, Bytes: 64 * mib, HotBytes: 256 * kib},
 	}
 	for i, w := range want {
 		got := full[i]
@@ -155,6 +155,8 @@ func TestTensorTargets(t *testing.T) {
 		result(kindPublish, map[string]float64{figurePublish: 116, figureCopy: 100, figureMemory: 11, figureBound: 10}),
 		result(kindStream, map[string]float64{figureStream: 9, figureSendfile: 10}),
 		result(kindStream, map[string]float64{figureStream: 8.9, figureSendfile: 10, figureMemory: 11, figureBound: 10}),
+		result(kindRemote, map[string]float64{figureRemote: 8.5, figureRemoteBare: 10}),
+		result(kindRemote, map[string]float64{figureRemote: 8.4, figureRemoteBare: 10}),
 		result(kindCRC, map[string]float64{figureCRCHot: 10, figureCRCCold: 9.9}),
 		result(kindCRC, map[string]float64{}),
 	}
@@ -181,6 +183,8 @@ func TestTensorTargets(t *testing.T) {
 		"stream GB/s to the bare sendfile loop's: pass",
 		"stream GB/s to the bare sendfile loop's: fail",
 		"stream daemon's memory to its bound: fail",
+		"remote GB/s to the bare sendfile loop's: pass",
+		"remote GB/s to the bare sendfile loop's: fail",
 		"crc GB/s of crc, hot: pass",
 		"crc GB/s of crc, cold: fail",
 	}

@@ -13,6 +13,7 @@ const (
 	kindReduce    = "reduce"    // the sum of steps that are in the ring
 	kindPublish   = "publish"   // weights in shared memory
 	kindStream    = "stream"    // weights over TCP
+	kindRemote    = "remote"    // batches of samples over TCP
 	kindCRC       = "crc"       // CRC-32C alone
 )
 
@@ -55,6 +56,8 @@ func (c *TensorCase) kind() tensorKind {
 		return publishKind()
 	case kindStream:
 		return streamKind()
+	case kindRemote:
+		return remoteKind()
 	case kindCRC:
 		return crcKind()
 	}
@@ -69,6 +72,7 @@ func tensorCases() []TensorCase {
 		{Name: "reduce", Kind: kindReduce, Bytes: 64 * mib, Tensors: 8, Peers: 8, ChunkBytes: mib, RingBytes: 1280 * mib},
 		{Name: "publish", Kind: kindPublish, Bytes: 512 * mib, Tensors: 64, Peers: 4},
 		{Name: "stream", Kind: kindStream, Bytes: 512 * mib, Tensors: 64, Peers: 1},
+		{Name: "remote", Kind: kindRemote, Bytes: 256 * mib, Peers: 1, ChunkBytes: 4 * mib},
 		{Name: "crc", Kind: kindCRC, Bytes: 64 * mib, HotBytes: 256 * kib},
 	}
 }
@@ -80,6 +84,7 @@ func smokeTensorCases() []TensorCase {
 		{Name: "reduce", Kind: kindReduce, Bytes: 256 * kib, Tensors: 2, Peers: 3, ChunkBytes: 64 * kib, RingBytes: 4 * mib},
 		{Name: "publish", Kind: kindPublish, Bytes: 2 * mib, Tensors: 5, Peers: 2},
 		{Name: "stream", Kind: kindStream, Bytes: 2 * mib, Tensors: 5, Peers: 1},
+		{Name: "remote", Kind: kindRemote, Bytes: 2 * mib, Peers: 1, ChunkBytes: 128 * kib},
 		{Name: "crc", Kind: kindCRC, Bytes: 256 * kib, HotBytes: 16 * kib},
 	}
 }

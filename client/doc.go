@@ -41,6 +41,10 @@
 // Tokens: a client whose configuration has a Token proves to the daemon that it knows its secret, and the daemon proves the same to it first; the secret is never sent. A daemon that
 // proves nothing (ErrNotChallenged), or something else (ErrDaemonUnproven), is final: no other connection is tried. Nothing that prints a configuration or an error shows a secret.
 //
+// Trainers over connections: a Trainer of a tcp:// address has batches sent to it, into memory of its own for as many as it was granted, and connects anew by itself as a Producer
+// does. A batch whose connection had ended when the last of it was here is dropped: the daemon offers it again, as it does with those that were not given out or not released. Release answers over the
+// connection that the batch came by, and after that one's end says nothing. What callers hold stays whole. Such a Trainer has one goroutine, until Close.
+//
 // Goroutines: Push, PushMany, Flush and Close of one Producer are for one goroutine at a time. Abort, Sent, Acked,
 // Held, Accepted and Stats may be called from any. Dial starts two goroutines, one that reads acks and reconnects, and one that writes
 // what is left over when nobody pushes; Close and Abort end both.
@@ -79,7 +83,7 @@
 // Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it; with a session instead the bytes of the
 // window (Stats.KeptBytes), which are at most Config.WindowBytes, or where that is 0, 64 MiB, and always room for one sample (two where it is 0).
 //
-// Proof: producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
+// Proof: trainer_test.go (trainers that map and such as are sent to, alike), remote_test.go (byte for byte, cut after each byte, hostile daemons, patience), producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
 // producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), producer_session_test.go (a model:
 // random cuts of connections against a daemon that keeps the session, with and without loss), producer_reconnect_test.go (pauses,
 // patience, takeover, loss), and the conformance suite of the transports. BenchmarkPush sets the rates beside bare writes. Of steps: step_test.go (a model: random tensors in random

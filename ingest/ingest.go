@@ -190,6 +190,7 @@ type Connection struct {
 	Table   string    `json:"table,omitempty"`
 	Session string    `json:"session,omitempty"`
 	Client  string    `json:"client,omitempty"`
+	Token   string    `json:"token,omitempty"` // with which it was let in
 	Stream  uint64    `json:"stream"`
 	Ack     string    `json:"ack,omitempty"` // queued, committed
 	State   string    `json:"state"`         // handshake, receiving, waiting-for-slot, waiting-for-data, closing

@@ -105,10 +105,17 @@ type handshake struct {
 
 type handshakeKey struct{}
 
-var errTooMany = errors.New("quicingest: too many connections")
+var (
+	errTooMany = errors.New("quicingest: too many connections")
+	errBanned  = errors.New("quicingest: the address is banned")
+)
 
 // begin is called before anything is done for a new connection. The context ends with it.
-func (s *Server) begin(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+func (s *Server) begin(ctx context.Context, from *quic.ClientInfo) (context.Context, error) {
+	if s.cfg.Streams.Door.Banned(from.RemoteAddr) {
+		s.refused.Add(string(wire.CodeBanned))
+		return nil, errBanned
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping || s.open >= s.cfg.MaxConnections {

@@ -6,6 +6,9 @@
 // docs/segment-format.md ("Channel"). What the bytes of a segment mean is left to ring, which batch goes to whom to the Source (package
 // sampler), the handshake's form to wire.
 //
+// Seat is for who serves trainers that do not map the memory (package remote): their numbers, their share of a table's batches and their groups are the Server's, so that
+// the same limits hold for all.
+//
 // Ownership: a Memory belongs to who made it and must outlive every Serve of its table. Serve owns its connection. A batch that Next of
 // an Attachment gave out may be read until its Release; the mapping stays until both Close was called and the last batch was released.
 // Whatever becomes of a trainer, each batch it was lent goes back to the Source exactly once: Release if it gave it back, Return if not.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ingestd/ingestd/auth"
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -22,6 +23,7 @@ type Config struct {
 	Attach func(conn net.Conn, hello *wire.Hello) error
 
 	Gate *auth.Gate // asks who they are that connect; nil: nobody is asked
+	Door *bans.Door // says who is banned or slowed, and bounds handshakes under way; nil: nobody is, and MaxConnections does
 
 	Transport string // name in Stats; default "tcp"
 

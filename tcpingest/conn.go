@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -30,6 +31,8 @@ type conn struct {
 	id     uint64
 	peer   string
 	opened time.Time
+	visit  *bans.Visit // its handshake, until that has ended
+	token  string      // with which it was let in
 
 	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status
 	samples    atomic.Uint64
@@ -56,6 +59,7 @@ type conn struct {
 // agreed is what the handshake settled, for status.
 type agreed struct {
 	table, session, client string
+	token                  string
 	ack                    wire.AckMode
 	stream                 uint64
 }
@@ -111,7 +115,7 @@ func (c *conn) status() ingest.Connection {
 		Bytes:   c.bytes.Load(),
 	}
 	if a := c.agreed.Load(); a != nil {
-		st.Table, st.Session, st.Client, st.Stream, st.Ack = a.table, a.session, a.client, a.stream, string(a.ack)
+		st.Table, st.Session, st.Client, st.Token, st.Stream, st.Ack = a.table, a.session, a.client, a.token, a.stream, string(a.ack)
 	}
 	return st
 }

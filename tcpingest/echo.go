@@ -33,6 +33,7 @@ func echoHello(s *spec.Spec) ([]byte, error) {
 
 // serveEcho serves one connection of echo's protocol: no handshake from the client, no reason at the end.
 func (s *Server) serveEcho(c *conn, table ingest.Table, hello []byte) {
+	c.visit.Leave()
 	stream, err := table.OpenStream(c.ctx, engine.StreamConfig{})
 	if err != nil {
 		s.counters.Refused.Add(string(wire.CodeShuttingDown))

@@ -30,6 +30,9 @@ type Server struct {
 	cut     context.Context
 	stopCut context.CancelFunc
 
+	// halt is closed when Shutdown begins: nobody is kept waiting before its handshake any more.
+	halt chan struct{}
+
 	mu        sync.Mutex
 	stopping  bool
 	listeners map[net.Listener]struct{}
@@ -47,6 +50,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:       full,
 		staging:   newStaging(full.StagingBuffers),
+		halt:      make(chan struct{}),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
 	}
@@ -158,25 +162,46 @@ func (s *Server) ServeStream(stream Stream) {
 // enter notes a new connection and returns what serves it, to its end; nil if it was closed at once.
 func (s *Server) enter(nc netConn, serve func(*conn)) func() {
 	s.counters.Accepted.Add(1)
+	visit, closed := s.cfg.Door.Enter(nc.RemoteAddr())
+	if closed != "" {
+		s.counters.Refused.Add(string(closed))
+		hangUp(nc)
+		return nil
+	}
 	c, err := newConn(s, nc, s.nextID.Add(1))
 	if err != nil {
+		visit.Leave()
 		_ = nc.Close()
 		return nil
 	}
+	c.visit = visit
 	full, ok := s.add(c)
 	if !ok {
+		visit.Leave()
 		c.endWait()
 		_ = nc.Close()
 		return nil
 	}
 	return func() {
 		defer s.remove(c)
+		defer visit.Leave()
 		if full {
 			s.refuse(c, wire.Refuse(wire.CodeTooManyConnections, "this daemon serves at most %d connections at once; try again later", s.cfg.MaxConnections))
 			return
 		}
 		serve(c)
 	}
+}
+
+// hangUp closes a connection without a word, so that nothing of it stays behind in the kernel either.
+func hangUp(nc net.Conn) {
+	if secure, ok := nc.(*tlsConn); ok {
+		nc = secure.NetConn()
+	}
+	if c, ok := nc.(*net.TCPConn); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = nc.Close()
 }
 
 // refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
@@ -213,6 +238,7 @@ func (s *Server) remove(c *conn) {
 
 // serveHello serves one connection of the native protocol.
 func (s *Server) serveHello(c *conn) {
+	s.slow(c)
 	_ = c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
 	if c.stopping.Load() {
 		_ = c.SetReadDeadline(time.Unix(1, 0))
@@ -239,6 +265,7 @@ func (s *Server) serveHello(c *conn) {
 	if !s.admit(c, hello, frame) {
 		return
 	}
+	c.visit.Succeeded()
 	switch hello.Role {
 	case wire.RolePush:
 		s.push(c, hello)
@@ -249,6 +276,19 @@ func (s *Server) serveHello(c *conn) {
 	}
 }
 
+// slow lets a peer wait from whose address handshakes failed, before anything of it is read.
+func (s *Server) slow(c *conn) {
+	if c.visit == nil || c.visit.Wait <= 0 {
+		return
+	}
+	over := time.NewTimer(c.visit.Wait)
+	defer over.Stop()
+	select {
+	case <-over.C:
+	case <-s.halt:
+	}
+}
+
 // admit asks the peer who it is, and tells it if that is not enough.
 func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
 	peer, err := auth.PeerOf(c.netConn)
@@ -256,11 +296,16 @@ func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
 		s.refuse(c, wire.Refuse(wire.CodeInternal, "this connection's TLS says nothing that a token can be bound to"))
 		return false
 	}
-	_, refusal := s.cfg.Gate.Admit(c.netConn, hello, frame, peer)
+	id, refusal := s.cfg.Gate.Admit(c.netConn, hello, frame, peer)
 	if refusal != nil {
+		if refusal.Code == wire.CodeHandshakeTimeout && c.stopping.Load() {
+			refusal = wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
+		}
 		s.refuse(c, refusal)
+		return false
 	}
-	return refusal == nil
+	c.token = id.Token
+	return true
 }
 
 // push serves a producer.
@@ -273,7 +318,7 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 		return
 	}
 	defer stream.Close()
-	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, ack: accepted.Ack, stream: stream.ID()})
+	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, token: c.token, ack: accepted.Ack, stream: stream.ID()})
 	if hello.Notes {
 		c.watch.table = table
 	}
@@ -326,7 +371,7 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 		}
 	}
 	_, local := c.netConn.(*net.UnixConn)
-	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe; s.cfg.Attach == nil || !local && !anywhere {
+	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe || hello.Role == wire.RoleTrain; s.cfg.Attach == nil || !local && !anywhere {
 		s.refuse(c, wire.Refuse(wire.CodeWrongRole, "role %q is served on the daemon's unix socket only; connect to unix:///PATH, which `ingestd serve` prints at its start", hello.Role))
 		return
 	}
@@ -337,11 +382,12 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 	s.mu.Unlock()
 	s.running.Done()
 	if err := s.cfg.Attach(c.netConn, hello); err != nil {
-		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "err", err)
+		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "token", c.token, "err", err)
 	}
 }
 
 func (s *Server) refuse(c *conn, r *wire.Refusal) {
+	c.visit.Refused(r.Code)
 	s.counters.Refused.Add(string(r.Code))
 	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
 	s.mu.Lock()
@@ -354,7 +400,7 @@ func (s *Server) refuse(c *conn, r *wire.Refusal) {
 func (s *Server) ended(c *conn, reason string) {
 	s.counters.Ended.Add(reason)
 	a := c.agreed.Load()
-	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer,
+	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer, "token", a.token,
 		"reason", reason, "samples", c.samples.Load(), "bytes", c.bytes.Load(), "dur", time.Since(c.opened))
 }
 
@@ -364,6 +410,9 @@ const lastWords = 500 * time.Millisecond
 // Shutdown implements ingest.Transport.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
+	if !s.stopping {
+		close(s.halt)
+	}
 	s.stopping = true
 	for l := range s.listeners {
 		_ = l.Close()

@@ -78,9 +78,12 @@ func (s *Server) secure(c *conn, t *tlsConn) bool {
 	if err == nil {
 		return true
 	}
-	if errors.Is(err, io.EOF) {
+	if errors.Is(err, io.EOF) && t.ConnectionState().Version == 0 { // which its first message settles
 		s.counters.Ended.Add(ingest.EndClean)
 		return false
+	}
+	if !c.stopping.Load() { // which ends it, too
+		c.visit.Failed()
 	}
 	s.counters.Refused.Add(ingest.RefusedTLS)
 	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer, "err", err)

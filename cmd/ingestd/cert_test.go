@@ -129,7 +129,7 @@ func TestTokensAreGiven(t *testing.T) {
 		{"weights", "verify", "--addr", s.TCP}, {"weights", "get", "--addr", s.Unix, "-o", filepath.Join(t.TempDir(), "x")},
 	} {
 		args = append(args, "--table", "a")
-		ingestd(t, "", append(args, "--token-file", good)...).want(t, exitRefused)
+		ingestd(t, "", append(args, "--token-file", good)...).want(t, exitRefused, "bad_option", "has no tokens")
 		r := ingestd(t, "", append(args, "--token-file", readable)...).want(t, exitUsage, "chmod 600")
 		if strings.Contains(r.out+r.err, secret) {
 			t.Errorf("%q shows the secret: %s", args, r.err)

@@ -300,7 +300,12 @@ func TestEveryServeFlagCounts(t *testing.T) {
 	if err := os.Chmod(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	file := filepath.Join(dir, "file") // settings are checked without reading it
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	values := map[string]string{
+		"tokens": file, "bans": "false", "bans-loopback": "true", "tls-cert": file, "tls-key": file, "tls-client-ca": file, "half-open": "99", "half-open-per-address": "9",
 		"segment-dir": dir, "discard-segments": "true", "ack": "committed", "sessions": "9", "session-ttl": "9s", "table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
 		"listen": "tcp://127.0.0.1:9", "admin": "off", "insecure": "true", "drainers": "3", "drain-timeout": "9s", "ready-file": "/x", "log-level": "debug",
 		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "window-bytes-max": "99MiB", "handshake-timeout": "9s", "idle-timeout": "9s",
@@ -310,6 +315,8 @@ func TestEveryServeFlagCounts(t *testing.T) {
 	// Tables that have the flag.
 	tables := map[string][]string{
 		"kind": {}, "chunk-bytes": {"--kind=tensors"}, "max-lag": {"--kind=tensors"}, "generations": {"--kind=weights"},
+		"tls-client-ca": {"--spec=x:F32[4]", "--tls-cert=" + file, "--tls-key=" + file},
+		"tls-cert":      {"--spec=x:F32[4]", "--tls-key=" + file}, "tls-key": {"--spec=x:F32[4]", "--tls-cert=" + file},
 	}
 	flags := serveCommand(streams{}).Flags()
 	flags.VisitAll(func(f *pflag.Flag) {
@@ -324,7 +331,10 @@ func TestEveryServeFlagCounts(t *testing.T) {
 			}
 			args = append([]string{"serve", "--print-config"}, args...)
 			base := ""
-			if len(args) > 2 { // without a table there is nothing to compare with
+			switch {
+			case strings.HasPrefix(f.Name, "tls-") && f.Name != "tls-client-ca": // a pair
+				base = ingestd(t, "", args[:3]...).want(t, exitOK).out
+			case len(args) > 2: // without a table there is nothing to compare with
 				base = ingestd(t, "", args...).want(t, exitOK).out
 			}
 			if ingestd(t, "", append(args, "--"+f.Name+"="+value)...).want(t, exitOK).out == base {

@@ -21,6 +21,7 @@ type target struct {
 	table     string
 	wait      time.Duration
 	tokenFile string
+	tls       client.TLS
 }
 
 func (t *target) flags(cmd *cobra.Command, addr string) {
@@ -29,6 +30,16 @@ func (t *target) flags(cmd *cobra.Command, addr string) {
 	f.StringVarP(&t.table, "table", "t", daemon.DefaultTable, "table")
 	f.StringVar(&t.tokenFile, "token-file", "", "file whose one line is NAME:SECRET, a token of the daemon's; default: the environment variable "+client.TokenVariable)
 	f.DurationVar(&t.wait, "wait", 0, "keep trying to connect for so long, for a daemon that is just starting")
+}
+
+// tlsFlags are for commands that connect to tls:// and quic:// addresses, too.
+func (t *target) tlsFlags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&t.tls.Authorities, "tls-ca", "", "for tls:// and quic://: file (PEM) with the authorities that the daemon's certificate must come from; default: those that this machine believes")
+	f.StringVar(&t.tls.Certificate, "tls-cert", "", "file (PEM) with a certificate of one's own, for daemons that ask for one")
+	f.StringVar(&t.tls.Key, "tls-key", "", "file with its key")
+	f.StringVar(&t.tls.ServerName, "tls-name", "", "name that the daemon's certificate must have; default: the address's")
+	f.BoolVar(&t.tls.InsecureSkipVerify, "tls-insecure-skip-verify", false, "take any certificate: whoever sits in between can read and change all that is sent")
 }
 
 // token is the one of --token-file or the environment, or none.
@@ -67,6 +78,7 @@ func (t *target) retry(ctx context.Context, connect func() error) error {
 func (t *target) dial(ctx context.Context, cfg client.Config, settle func(table *spec.Spec) (*spec.Spec, error)) (*client.Producer, error) {
 	cfg.Table = t.table
 	cfg.Client = "ingestd push/" + version()
+	cfg.TLS = t.tls
 	var err error
 	if cfg.Token, err = t.token(); err != nil {
 		return nil, err

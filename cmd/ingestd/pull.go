@@ -37,20 +37,22 @@ func pullCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pull [flags]",
 		Short: "Read batches as a trainer does: count, verify, or write .npz",
-		Long: `Attach to a table as a trainer, read its batches in shared memory and give them back, until the stream ends or --samples or --batches were read.
+		Long: `Attach to a table as a trainer, read its batches and give them back: in shared memory through a unix socket, or sent over TCP, until the stream ends or --samples or --batches were read.
 Each batch goes to one trainer of every group: what pull reads, no other trainer of its group gets. With a --group of its own it takes nothing
 from anybody, but producers wait for it as for any other group, unless the table lets groups lose what they are too slow for: then the losses are counted.
 
 --verify checks every byte of samples made by ingestd push --generate, and that each stream's samples come in order, none twice. With --gapless
 a missing number is an error, too: for a pull that is the table's only trainer from the start.`,
 		Example: `  ingestd pull --table digits --samples 1797 --out back.npz
-  ingestd pull --table digits --verify --gapless --deadline 10s`,
+  ingestd pull --table digits --verify --gapless --deadline 10s
+  ingestd pull --addr tcp://gpu1:7420 --table digits --samples 1797`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), std)
 		},
 	}
 	o.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.spec, "spec", "", "demand this spec; default: take the table's")
 	f.StringVar(&o.group, "group", wire.GroupDefault, "group of trainers to join; made if there is none of that name")
@@ -99,7 +101,7 @@ func (o *pullOptions) run(ctx context.Context, std streams) error {
 	defer cancel()
 	var t *client.Trainer
 	err = o.retry(ctx, func() (err error) {
-		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version(), Token: token}
+		cfg := client.TrainerConfig{Table: o.table, Spec: want, Group: o.group, Prefetch: o.prefetch, Client: "ingestd pull/" + version(), Token: token, TLS: o.tls}
 		t, err = client.Attach(ctx, o.addr, cfg)
 		return err
 	})

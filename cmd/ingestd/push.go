@@ -55,6 +55,7 @@ put in that order. Any other file, and - for standard input, holds raw samples o
 		},
 	}
 	o.flags(cmd, "tcp://"+daemon.DefaultTCP)
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.spec, "spec", "", "what a sample is: text form, JSON or @file; for raw input, and for BF16 and F8 arrays of numpy")
 	f.Int64Var(&o.generate, "generate", 0, "send so many samples that prove themselves, instead of files")

@@ -51,7 +51,7 @@ arrays without a copy.
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usagef("%s: %w", cmd.CommandPath(), err)
 	})
-	root.AddCommand(serveCommand(std), pushCommand(std), pullCommand(std), statusCommand(std), inspectCommand(std), checkCommand(std), weightsCommand(std), certCommand(std), tokenCommand(std), versionCommand(std), exitCodesCommand())
+	root.AddCommand(serveCommand(std), pushCommand(std), pullCommand(std), statusCommand(std), inspectCommand(std), checkCommand(std), weightsCommand(std), certCommand(std), tokenCommand(std), bansCommand(std), versionCommand(std), exitCodesCommand())
 	root.AddCommand(benchCommands()...)
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.RunE = func(cmd *cobra.Command, args []string) error {

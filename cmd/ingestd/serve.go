@@ -74,9 +74,15 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	c := &o.flagged
 	f.StringVar(&c.SegmentDir, "segment-dir", "", "folder, of this daemon alone, in which tables are kept over restarts; default: they lie in memory only")
 	f.BoolVar(&c.DiscardSegments, "discard-segments", false, "overwrite kept segments that cannot be taken up")
-	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, unix:///path or echo://host:port/table; repeatable")
+	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, tls://host:port, quic://host:port, unix:///path or echo://host:port/table; repeatable")
 	f.StringVar(&c.Admin, "admin", c.Admin, "host:port of the admin HTTP endpoint, or off")
 	f.BoolVar(&c.Insecure, "insecure", false, "allow listeners that other machines can reach, though nobody is asked for credentials")
+	f.StringVar(&c.Tokens, "tokens", "", "file of tokens, one of which clients must prove to have (ingestd token new); default: everybody who reaches a listener is let in")
+	f.BoolVar(&c.Bans.Enabled, "bans", c.Bans.Enabled, "slow addresses from which handshakes fail, and ban them for 5 minutes from the fifth on")
+	f.BoolVar(&c.Bans.Loopback, "bans-loopback", false, "bans concern addresses of this machine, too")
+	f.StringVar(&c.TLS.Cert, "tls-cert", "", "file with the daemon's certificate (PEM), for tls:// and quic:// listeners")
+	f.StringVar(&c.TLS.Key, "tls-key", "", "file with its key")
+	f.StringVar(&c.TLS.ClientCA, "tls-client-ca", "", "file with authorities; clients at tls:// and quic:// must have a certificate of one of them")
 	f.IntVar(&c.Drainers, "drainers", c.Drainers, "goroutines that move samples from queues to rings")
 	f.Var(&c.DrainTimeout, "drain-timeout", "how long to wait for producers and trainers when stopping")
 	f.StringVar(&c.ReadyFile, "ready-file", "", "write the real addresses there as JSON once serving; removed at the end")
@@ -93,6 +99,8 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.Var(&l.AckTimeout, "ack-timeout", "for a producer to read its acks")
 	f.IntVar(&l.MaxTrainers, "max-trainers", l.MaxTrainers, "trainers of other processes at once")
 	f.IntVar(&l.Prefetch, "prefetch", l.Prefetch, "batches a trainer holds at once, unless it asks for another number; 0: as many as 8 MiB are, at least 4")
+	f.IntVar(&l.HalfOpen, "half-open", l.HalfOpen, "handshakes under way at once, of the addresses that bans concern")
+	f.IntVar(&l.HalfOpenPerAddress, "half-open-per-address", l.HalfOpenPerAddress, "of one such address, or /64 of IPv6")
 	return cmd
 }
 
@@ -115,26 +123,34 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 	}
 	from, to := &o.flagged, &cfg
 	for name, set := range map[string]func(){
-		"listen":            func() { to.Listen = from.Listen },
-		"admin":             func() { to.Admin = from.Admin },
-		"insecure":          func() { to.Insecure = from.Insecure },
-		"drainers":          func() { to.Drainers = from.Drainers },
-		"drain-timeout":     func() { to.DrainTimeout = from.DrainTimeout },
-		"segment-dir":       func() { to.SegmentDir = from.SegmentDir },
-		"discard-segments":  func() { to.DiscardSegments = from.DiscardSegments },
-		"ready-file":        func() { to.ReadyFile = from.ReadyFile },
-		"log-level":         func() { to.Log.Level = from.Log.Level },
-		"log-format":        func() { to.Log.Format = from.Log.Format },
-		"max-connections":   func() { to.Limits.MaxConnections = from.Limits.MaxConnections },
-		"window-samples":    func() { to.Limits.WindowSamples = from.Limits.WindowSamples },
-		"window-bytes":      func() { to.Limits.WindowBytes = from.Limits.WindowBytes },
-		"window-bytes-max":  func() { to.Limits.WindowBytesMax = from.Limits.WindowBytesMax },
-		"handshake-timeout": func() { to.Limits.HandshakeTimeout = from.Limits.HandshakeTimeout },
-		"idle-timeout":      func() { to.Limits.IdleTimeout = from.Limits.IdleTimeout },
-		"stall-timeout":     func() { to.Limits.StallTimeout = from.Limits.StallTimeout },
-		"ack-timeout":       func() { to.Limits.AckTimeout = from.Limits.AckTimeout },
-		"max-trainers":      func() { to.Limits.MaxTrainers = from.Limits.MaxTrainers },
-		"prefetch":          func() { to.Limits.Prefetch = from.Limits.Prefetch },
+		"listen":                func() { to.Listen = from.Listen },
+		"admin":                 func() { to.Admin = from.Admin },
+		"insecure":              func() { to.Insecure = from.Insecure },
+		"tokens":                func() { to.Tokens = from.Tokens },
+		"bans":                  func() { to.Bans.Enabled = from.Bans.Enabled },
+		"bans-loopback":         func() { to.Bans.Loopback = from.Bans.Loopback },
+		"tls-cert":              func() { to.TLS.Cert = from.TLS.Cert },
+		"tls-key":               func() { to.TLS.Key = from.TLS.Key },
+		"tls-client-ca":         func() { to.TLS.ClientCA = from.TLS.ClientCA },
+		"half-open":             func() { to.Limits.HalfOpen = from.Limits.HalfOpen },
+		"half-open-per-address": func() { to.Limits.HalfOpenPerAddress = from.Limits.HalfOpenPerAddress },
+		"drainers":              func() { to.Drainers = from.Drainers },
+		"drain-timeout":         func() { to.DrainTimeout = from.DrainTimeout },
+		"segment-dir":           func() { to.SegmentDir = from.SegmentDir },
+		"discard-segments":      func() { to.DiscardSegments = from.DiscardSegments },
+		"ready-file":            func() { to.ReadyFile = from.ReadyFile },
+		"log-level":             func() { to.Log.Level = from.Log.Level },
+		"log-format":            func() { to.Log.Format = from.Log.Format },
+		"max-connections":       func() { to.Limits.MaxConnections = from.Limits.MaxConnections },
+		"window-samples":        func() { to.Limits.WindowSamples = from.Limits.WindowSamples },
+		"window-bytes":          func() { to.Limits.WindowBytes = from.Limits.WindowBytes },
+		"window-bytes-max":      func() { to.Limits.WindowBytesMax = from.Limits.WindowBytesMax },
+		"handshake-timeout":     func() { to.Limits.HandshakeTimeout = from.Limits.HandshakeTimeout },
+		"idle-timeout":          func() { to.Limits.IdleTimeout = from.Limits.IdleTimeout },
+		"stall-timeout":         func() { to.Limits.StallTimeout = from.Limits.StallTimeout },
+		"ack-timeout":           func() { to.Limits.AckTimeout = from.Limits.AckTimeout },
+		"max-trainers":          func() { to.Limits.MaxTrainers = from.Limits.MaxTrainers },
+		"prefetch":              func() { to.Limits.Prefetch = from.Limits.Prefetch },
 	} {
 		if given(name) {
 			set()
@@ -246,7 +262,7 @@ func howToConnect(cfg daemon.Config, a daemon.Addresses) string {
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(&b, "%-7s %s\n", name, fmt.Sprintf(format, args...))
 	}
-	for _, at := range [][2]string{{"tcp", a.TCP}, {"unix", a.Unix}, {"echo", a.Echo}, {"admin", a.Admin}} {
+	for _, at := range [][2]string{{"tcp", a.TCP}, {"tls", a.TLS}, {"quic", a.QUIC}, {"unix", a.Unix}, {"echo", a.Echo}, {"admin", a.Admin}} {
 		if at[1] != "" {
 			line(at[0], "%s", at[1])
 		}

@@ -100,8 +100,13 @@ func (s *server) status(t testing.TB) string {
 
 // TestSIGTERMUnderLoad: producers push without an end, one trainer verifies. After SIGTERM everything acked was read, in order, whole, none twice.
 func TestSIGTERMUnderLoad(t *testing.T) {
+	t.Run("trainer maps", func(t *testing.T) { testSIGTERMUnderLoad(t, func(s *server) string { return s.Unix }) })
+	t.Run("trainer over TCP", func(t *testing.T) { testSIGTERMUnderLoad(t, func(s *server) string { return s.TCP }) })
+}
+
+func testSIGTERMUnderLoad(t *testing.T, trainer func(*server) string) {
 	s := serveTable(t, layout, "--batch-size", "16", "--batches", "8")
-	pull := background(t, "pull", "-a", s.Unix, "-t", "a", "--verify", "--gapless", "--json")
+	pull := background(t, "pull", "-a", trainer(s), "-t", "a", "--verify", "--gapless", "--json")
 	var pushes []*process
 	for i := range 3 {
 		pushes = append(pushes, background(t, "push", "-a", []string{s.TCP, s.Unix}[i%2], "-t", "a", "--generate", "1000000", "--repeat", "0", "--json"))

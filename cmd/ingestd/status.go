@@ -3,27 +3,23 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/ingestd/ingestd/client"
 	"github.com/ingestd/ingestd/internal/daemon"
 )
 
 type statusOptions struct {
-	addr    string
+	adminTarget
 	json    bool
 	timeout time.Duration
 }
-
-// statusBytesMax bounds the answer of whatever listens at --addr: a status of 100,000 connections has 50 MB.
-const statusBytesMax = 256 << 20
 
 func statusCommand(std streams) *cobra.Command {
 	o := &statusOptions{}
@@ -40,6 +36,7 @@ func statusCommand(std streams) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
+	cmd.Flags().StringVar(&o.tokenFile, "token-file", "", "file whose one line is NAME:SECRET, for an admin address that asks for it; default: the environment variable "+client.TokenVariable)
 	cmd.Flags().BoolVar(&o.json, "json", false, "print the daemon's own JSON")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
 	return cmd
@@ -50,7 +47,7 @@ func (o *statusOptions) run(ctx context.Context, w io.Writer) error {
 	defer cancel()
 	ctx, stop := deadline(ctx, o.timeout, "--timeout")
 	defer stop()
-	text, err := o.ask(ctx)
+	text, err := o.ask(ctx, "status", http.MethodGet, "/status")
 	if err != nil {
 		return because(ctx, err)
 	}
@@ -69,45 +66,11 @@ func (o *statusOptions) run(ctx context.Context, w io.Writer) error {
 	return err
 }
 
-// ask gets the status from the admin endpoint.
-func (o *statusOptions) ask(ctx context.Context) ([]byte, error) {
-	addr := strings.TrimPrefix(o.addr, "http://")
-	if _, _, err := net.SplitHostPort(addr); err != nil {
-		return nil, usagef("status: --addr is %q: it is the admin address, such as http://%s", o.addr, daemon.DefaultAdmin)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/status", nil)
-	if err != nil {
-		return nil, usagef("status: --addr: %w", err)
-	}
-	transport := &http.Transport{DisableKeepAlives: true}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		return nil, &codeError{exitUnreachable, fmt.Errorf("no daemon answers at http://%s: is it running, with this --admin? (%w)", addr, err)}
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, statusBytesMax+1))
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return nil, context.Cause(ctx)
-	case err != nil:
-		return nil, &codeError{exitUnreachable, fmt.Errorf("reading the status of http://%s: %w", addr, err)}
-	case len(text) > statusBytesMax:
-		return nil, &codeError{exitUnreachable, errors.New("the answer is too long for a status: is this the admin address of an ingestd?")}
-	case resp.StatusCode == http.StatusServiceUnavailable:
-		return nil, &codeError{exitRefused, errors.New("the daemon is stopping")}
-	case resp.StatusCode != http.StatusOK:
-		return nil, &codeError{exitUnreachable, fmt.Errorf("http://%s/status answers %s: is this the admin address of an ingestd?", addr, resp.Status)}
-	}
-	return text, nil
-}
-
 // statusText is the status for a person.
 func statusText(s *daemon.Status) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "ingestd %s, %s for %v\n", s.Version, s.State, since(s, s.Started))
+	accessText(&b, &s.Access)
 	for _, t := range s.Tables {
 		tableText(&b, s, &t)
 	}
@@ -125,6 +88,19 @@ func statusText(s *daemon.Status) string {
 		}
 	}
 	return b.String()
+}
+
+// accessText says who was not let in, where anybody was not.
+func accessText(b *strings.Builder, a *daemon.AccessStatus) {
+	if t := a.Tokens; t != nil {
+		fmt.Fprintf(b, "%d tokens; %d handshakes with one, %d by user, %d not authenticated, %d not permitted\n", len(t.Tokens), t.ByToken, t.ByUser, t.NotAuthenticated, t.NotPermitted)
+		if t.Broken != "" {
+			fmt.Fprintf(b, "  the file of tokens cannot be used, and those before are in force: %s\n", t.Broken)
+		}
+	}
+	if bans := a.Bans; bans != nil && bans.Addresses > 0 {
+		fmt.Fprintf(b, "%d addresses from which handshakes failed, %d of them banned: ingestd bans ls\n", bans.Addresses, bans.Banned)
+	}
 }
 
 func since(s *daemon.Status, t time.Time) time.Duration {

@@ -48,6 +48,7 @@ type reading struct {
 
 func (o *reading) flags(cmd *cobra.Command) {
 	o.target.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.Uint64Var(&o.newerThan, "newer-than", 0, "wait for a generation above this number")
 	f.DurationVar(&o.deadline, "deadline", 0, "longest wait for a generation (exit code 5); 0: with --newer-than for ever, else there must be one")
@@ -62,7 +63,7 @@ func (o *reading) subscribe(ctx context.Context, command string, wait bool) (*cl
 	}
 	var s *client.Subscription
 	err = o.retry(ctx, func() (err error) {
-		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version(), Token: token})
+		s, err = client.Subscribe(ctx, o.addr, client.SubscribeConfig{Table: o.table, Wait: wait, Client: "ingestd weights " + command + "/" + version(), Token: token, TLS: o.tls})
 		return err
 	})
 	return s, err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"time"
 
@@ -41,6 +42,7 @@ With -l list the tensors of --table instead, which asks the daemon at --addr.`,
 		},
 	}
 	o.target.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&o.admin, "admin", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
 	f.DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
@@ -57,7 +59,7 @@ func (o *listOptions) run(ctx context.Context, w io.Writer) error {
 	if o.long {
 		return because(ctx, o.tensors(ctx, w))
 	}
-	text, err := (&statusOptions{addr: o.admin}).ask(ctx)
+	text, err := (&adminTarget{o.admin, o.tokenFile}).ask(ctx, "weights ls", http.MethodGet, "/status")
 	if err != nil {
 		return because(ctx, err)
 	}

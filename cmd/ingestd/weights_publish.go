@@ -44,6 +44,7 @@ While readers hold all generations but the newest, it waits, for as long as --de
 		},
 	}
 	o.flags(cmd, "unix://"+daemon.DefaultSocket())
+	o.tlsFlags(cmd)
 	f := cmd.Flags()
 	f.Uint64Var(&o.generation, "generation", 0, "number of the generation, above the newest; 0: the next one")
 	f.BoolVar(&o.stream, "stream", false, "send the tensors over a unix socket, too")
@@ -119,7 +120,7 @@ func (o *publishOptions) open(ctx context.Context, log io.Writer, file *safetens
 		var p *client.Publisher
 		err := o.retry(ctx, func() (err error) {
 			p, err = client.OpenPublisher(ctx, o.addr, client.PublisherConfig{
-				Table: o.table, Manifest: file.Manifest(), Stream: o.stream, Client: "ingestd weights publish/" + version(), Token: token,
+				Table: o.table, Manifest: file.Manifest(), Stream: o.stream, Client: "ingestd weights publish/" + version(), Token: token, TLS: o.tls,
 			})
 			return err
 		})

@@ -33,7 +33,7 @@ func DefaultSocket() string {
 
 // address is one place to listen.
 type address struct {
-	scheme string // tcp, unix, echo, admin
+	scheme string // tcp, tls, quic, unix, echo, admin
 	host   string // host:port, or a path
 	table  string // echo only
 }
@@ -54,7 +54,7 @@ const sunPathMax = 107
 
 func (p *plan) checkListeners() error {
 	if len(p.Listen) == 0 {
-		return configErrorf("listen", "there is none: give at least one of tcp://host:port, unix:///path and echo://host:port/table")
+		return configErrorf("listen", "there is none: give at least one of tcp://host:port, tls://host:port, quic://host:port, unix:///path and echo://host:port/table")
 	}
 	for _, text := range p.Listen {
 		a, err := parseAddress(text)
@@ -64,7 +64,7 @@ func (p *plan) checkListeners() error {
 		if err := p.checkAddress(&a); err != nil {
 			return err
 		}
-		if port := strings.HasSuffix(a.host, ":0"); !port && slices.ContainsFunc(p.listeners, func(b address) bool { return a.host == b.host }) {
+		if port := strings.HasSuffix(a.host, ":0"); !port && slices.ContainsFunc(p.listeners, func(b address) bool { return a.host == b.host && (a.scheme == "quic") == (b.scheme == "quic") }) {
 			return configErrorf("listen", "%s is there twice", text)
 		}
 		p.listeners = append(p.listeners, a)
@@ -94,9 +94,9 @@ func parseAddress(text string) (address, error) {
 		return a, nil
 	case ok && scheme == "echo":
 		a.host, a.table, _ = strings.Cut(rest, "/")
-	case ok && scheme == "tcp":
+	case ok && (scheme == "tcp" || scheme == "tls" || scheme == "quic"):
 	default:
-		return a, fmt.Errorf("%q is none of tcp://host:port, unix:///path and echo://host:port/table", text)
+		return a, fmt.Errorf("%q is none of tcp://host:port, tls://host:port, quic://host:port, unix:///path and echo://host:port/table", text)
 	}
 	return a, checkHostPort(a.host)
 }
@@ -116,8 +116,15 @@ func (p *plan) checkAddress(a *address) error {
 	if a.scheme == "unix" {
 		return nil
 	}
+	if a.scheme == "tls" || a.scheme == "quic" {
+		if err := p.needTLS(*a); err != nil {
+			return err
+		}
+	}
 	if a.scheme == "echo" {
 		switch {
+		case p.Tokens != "" && !p.Insecure:
+			return configErrorf("listen", "%v: echo's protocol cannot ask for tokens: take the listener out, or say --insecure (insecure: true) if all that reach it may push", a)
 		case a.table == "" && len(p.Tables) == 1:
 			a.table = p.Tables[0].Name
 		case a.table == "":
@@ -134,16 +141,23 @@ func (p *plan) checkAddress(a *address) error {
 	return p.checkLoopback("listen", *a)
 }
 
-// checkLoopback refuses what other machines can reach: nothing here asks for credentials.
+// checkLoopback refuses what other machines can reach where they are not asked for credentials.
 func (p *plan) checkLoopback(where string, a address) error {
+	if p.Insecure || a.loopback() || p.Tokens != "" && a.scheme != "echo" || p.TLS.ClientCA != "" && (a.scheme == "tls" || a.scheme == "quic") {
+		return nil
+	}
+	advice := "use 127.0.0.1, or give a file of tokens (--tokens), or"
+	if a.scheme == "echo" {
+		advice = "use 127.0.0.1, or"
+	}
+	return configErrorf(where, "%v can be reached from other machines, and peers are not asked for credentials: %s say --insecure (insecure: true) if the network is trusted", a, advice)
+}
+
+// loopback says whether only this machine reaches the address.
+func (a address) loopback() bool {
 	host, _, _ := net.SplitHostPort(a.host)
-	if p.Insecure || host == "localhost" {
-		return nil
-	}
-	if ip := net.ParseIP(host); ip != nil && ip.IsLoopback() {
-		return nil
-	}
-	return configErrorf(where, "%v can be reached from other machines, and peers are not asked for credentials: use 127.0.0.1, or say --insecure (insecure: true) if the network is trusted", a)
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // listen opens a TCP or unix listener, with errors that say what to do.
@@ -154,15 +168,25 @@ func listen(ctx context.Context, a address) (net.Listener, error) {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // some socket options fail on multipath listeners
 	ln, err := lc.Listen(ctx, "tcp", a.host)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, &ListenError{a.String(), fmt.Sprintf("another program listens there: stop it, or choose another port (port 0 takes a free one); ss -ltnp 'sport = :%s' shows which", portOf(a.host)), err}
-	case errors.Is(err, syscall.EACCES):
-		return nil, &ListenError{a.String(), "not permitted: choose a port above 1023", err}
-	case err != nil:
-		return nil, &ListenError{a.String(), "the address is not one of this machine's, or not legal", err}
+	if err != nil {
+		return nil, listenError(a, err)
 	}
 	return ln, nil
+}
+
+// listenError says what to do about an address of TCP or UDP that cannot be listened on.
+func listenError(a address, err error) *ListenError {
+	which := "-ltnp"
+	if a.scheme == "quic" {
+		which = "-lunp"
+	}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return &ListenError{a.String(), fmt.Sprintf("another program listens there: stop it, or choose another port (port 0 takes a free one); ss %s 'sport = :%s' shows which", which, portOf(a.host)), err}
+	case errors.Is(err, syscall.EACCES):
+		return &ListenError{a.String(), "not permitted: choose a port above 1023", err}
+	}
+	return &ListenError{a.String(), "the address is not one of this machine's, or not legal", err}
 }
 
 func portOf(host string) string {

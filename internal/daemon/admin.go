@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"net"
@@ -16,13 +15,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/ingestd/ingestd/engine"
-	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/metrics"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/weights"
 )
 
-// admin is the HTTP endpoint for people and machines that watch the daemon. It changes nothing.
+// admin is the HTTP endpoint for people and machines that watch the daemon. It changes nothing but bans.
 type admin struct {
 	daemon   *Daemon
 	listener net.Listener
@@ -50,13 +48,18 @@ func newAdmin(d *Daemon, l net.Listener, log *slog.Logger) *admin {
 	mux.HandleFunc("GET /readyz", a.ready)
 	mux.HandleFunc("GET /status", a.guard(a.status))
 	mux.HandleFunc("GET /metrics", a.guard(a.metrics(log)))
+	mux.HandleFunc("GET /bans", a.bans)
+	mux.HandleFunc("DELETE /bans", a.clearBans)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	if d.access.gate != nil && !d.plan.admin.loopback() {
+		a.log.Warn("the admin endpoint asks for tokens, and their secrets reach it in the clear: let it be asked over a tunnel only, or keep it on 127.0.0.1", "address", l.Addr().String())
+	}
 	a.server = &http.Server{
-		Handler:           local(mux),
+		Handler:           local(a.authorized(mux)),
 		ReadHeaderTimeout: adminHeaderTimeout,
 		ReadTimeout:       adminReadTimeout,
 		WriteTimeout:      adminWriteTimeout,
@@ -89,7 +92,7 @@ func say(w http.ResponseWriter, code int, text string) {
 }
 
 func (a *admin) index(w http.ResponseWriter, _ *http.Request) {
-	say(w, http.StatusOK, "ingestd "+a.daemon.version+"\n\n/healthz\n/readyz\n/status\n/metrics\n/debug/pprof/")
+	say(w, http.StatusOK, "ingestd "+a.daemon.version+"\n\n/healthz\n/readyz\n/status\n/metrics\n/bans\n/debug/pprof/")
 }
 
 func (a *admin) ready(w http.ResponseWriter, _ *http.Request) {
@@ -115,13 +118,7 @@ func (a *admin) guard(next http.HandlerFunc) http.HandlerFunc {
 }
 
 func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
-	text, err := json.MarshalIndent(a.daemon.Status(), "", "  ")
-	if err != nil {
-		say(w, http.StatusInternalServerError, err.Error())
-		return
-	}
-	w.Header().Set("Content-Type", "application/json")
-	_, _ = w.Write(append(text, '\n'))
+	answer(w, a.daemon.Status())
 }
 
 func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
@@ -138,9 +135,10 @@ func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 			Version:    d.version,
 			Ready:      func() bool { return d.state.Load() == stateServing },
 			Tables:     d.tableStats,
-			Transports: func() []ingest.Stats { return []ingest.Stats{d.ingest.Stats()} },
+			Transports: d.transportStats,
 			Trainers:   func() shm.Stats { return d.trainers.Stats() },
 			Weights:    d.weightsStats,
+			Access:     d.access.sources(),
 			Segments:   segments,
 		}))
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{

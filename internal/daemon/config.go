@@ -18,7 +18,7 @@ import (
 
 // Config is everything that can be set about a daemon. Its YAML form is the configuration file and what serve prints; the names are those of the flags.
 type Config struct {
-	Listen       []string `yaml:"listen"`        // tcp://host:port, unix:///path, echo://host:port/table
+	Listen       []string `yaml:"listen"`        // tcp://host:port, tls://host:port, quic://host:port, unix:///path, echo://host:port/table
 	Admin        string   `yaml:"admin"`         // host:port of the admin HTTP server, or "off"
 	Insecure     bool     `yaml:"insecure"`      // allow listeners that other machines can reach, without credentials
 	Drainers     int      `yaml:"drainers"`      // goroutines that move samples from queues to rings
@@ -27,6 +27,10 @@ type Config struct {
 
 	SegmentDir      string `yaml:"segment_dir"`      // folder in which the tables' segments are kept over restarts; empty: they lie in memory and end with the daemon
 	DiscardSegments bool   `yaml:"discard_segments"` // overwrite kept segments that cannot be taken up, instead of not starting
+
+	Tokens string `yaml:"tokens"` // file of tokens, one of which peers must prove to have; empty: everybody is let in
+	Bans   Bans   `yaml:"bans,flow"`
+	TLS    TLS    `yaml:"tls,flow"`
 
 	LocalProducers LocalProducers `yaml:"local_producers"`
 	Log            Log            `yaml:"log"`
@@ -63,6 +67,9 @@ type Limits struct {
 	AckTimeout       Duration `yaml:"ack_timeout"`       // for a client to read its acks
 	MaxTrainers      int      `yaml:"max_trainers"`      // in other processes
 	Prefetch         int      `yaml:"prefetch"`          // batches a trainer holds at once, unless it asks for another number; 0: as many as 8 MiB are, at least 4
+
+	HalfOpen           int `yaml:"half_open"`             // handshakes under way of all that bans concern
+	HalfOpenPerAddress int `yaml:"half_open_per_address"` // of one address of those, or /64 of IPv6
 }
 
 // Table is one table, of a kind. Of samples and tensors it is a ring: either Batches or Capacity says how large it is; with neither it gets 256 MiB, or 4 batches if
@@ -123,7 +130,10 @@ func DefaultConfig() Config {
 			StallTimeout:     Duration(10 * time.Second),
 			AckTimeout:       Duration(30 * time.Second),
 			MaxTrainers:      256,
+
+			HalfOpen: 128, HalfOpenPerAddress: 16,
 		},
+		Bans: Bans{Enabled: true},
 	}
 }
 

@@ -16,6 +16,9 @@ import (
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/certfile"
+	"github.com/ingestd/ingestd/quicingest"
+	"github.com/ingestd/ingestd/remote"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tcpingest"
 	"github.com/ingestd/ingestd/weights"
@@ -34,10 +37,16 @@ type Daemon struct {
 	tables    []*table
 	stores    map[string]*weights.Store
 	ingest    *tcpingest.Server
+	quic      *quicingest.Server // nil: no such listener
 	trainers  *shm.Server
+	remote    *remote.Server
 	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
+	access    access
+	certs     *certfile.Source // nil: no TLS
+
+	transports []ingest.Transport
 
 	now     context.Context // ends with StopNow: no more waiting
 	stopNow context.CancelFunc
@@ -56,11 +65,6 @@ type table struct {
 	memory   *shm.Memory
 	attached atomic.Int32 // trainers of other processes; its end wakes the ring's Space, too
 	left     uint64       // of tensors: chunks that no reader was given when the daemon stopped; Run's own
-}
-
-type listener struct {
-	address
-	net.Listener
 }
 
 // The states of a daemon.
@@ -91,12 +95,19 @@ func New(cfg Config, log *slog.Logger, version string) (*Daemon, error) {
 }
 
 func (d *Daemon) open(log *slog.Logger) error {
+	var err error
+	if d.access, err = newAccess(d.plan, log); err != nil {
+		return err
+	}
+	if err := d.openCertificates(log); err != nil {
+		return err
+	}
 	for _, a := range d.plan.listeners {
-		l, err := listen(context.Background(), a)
+		l, err := listenAt(a, log)
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, listener{a, l})
+		d.listeners = append(d.listeners, l)
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -118,27 +129,15 @@ func (d *Daemon) open(log *slog.Logger) error {
 	if err := d.openStores(log); err != nil {
 		return err
 	}
-	l := &d.plan.Limits
-	var err error
 	if d.trainers, err = shm.NewServer(shm.ServerConfig{
-		Tables: d.registry(), Prefetch: l.Prefetch, TrainersMax: l.MaxTrainers, Log: log, Fill: d.fillConfig(),
+		Tables: d.registry(), Prefetch: d.plan.Limits.Prefetch, TrainersMax: d.plan.Limits.MaxTrainers, Log: log, Fill: d.fillConfig(),
 	}); err != nil {
 		return err
 	}
-	d.ingest, err = tcpingest.New(tcpingest.Config{
-		Tables:           ingestTables{d.registry()},
-		Attach:           d.attach,
-		MaxConnections:   l.MaxConnections,
-		HandshakeTimeout: time.Duration(l.HandshakeTimeout),
-		IdleTimeout:      time.Duration(l.IdleTimeout),
-		StallTimeout:     time.Duration(l.StallTimeout),
-		AckTimeout:       time.Duration(l.AckTimeout),
-		WindowSamples:    int64(l.WindowSamples),
-		WindowBytes:      int64(l.WindowBytes),
-		WindowBytesMax:   int64(l.WindowBytesMax),
-		Log:              log,
-	})
-	return err
+	if d.remote, err = remote.NewServer(remote.Config{Trainers: d.trainers, StallTimeout: time.Duration(d.plan.Limits.StallTimeout), Log: log}); err != nil {
+		return err
+	}
+	return d.openTransports(log)
 }
 
 // fillConfig says who may write in place.
@@ -327,6 +326,9 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return d.weights.Serve(d.cutOff, conn, hello)
 	}
 	local, ok := conn.(*net.UnixConn)
+	if hello.Role == wire.RoleTrain && (!ok || hello.Stream) {
+		return d.remote.Serve(d.cutOff, conn, hello)
+	}
 	if !ok { // tcpingest has refused it
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}
@@ -356,6 +358,8 @@ func (d *Daemon) enter() bool {
 // Addresses is where the daemon really listens, by scheme; the first of each. It is what ReadyFile holds.
 type Addresses struct {
 	TCP   string `json:"tcp"`
+	TLS   string `json:"tls"`
+	QUIC  string `json:"quic"`
 	Unix  string `json:"unix"`
 	Echo  string `json:"echo"`
 	Admin string `json:"admin"`
@@ -368,6 +372,10 @@ func (d *Daemon) Addresses() Addresses {
 		switch {
 		case l.scheme == "tcp" && a.TCP == "":
 			a.TCP = l.url()
+		case l.scheme == "tls" && a.TLS == "":
+			a.TLS = l.url()
+		case l.scheme == "quic" && a.QUIC == "":
+			a.QUIC = l.url()
 		case l.scheme == "unix" && a.Unix == "":
 			a.Unix = l.url()
 		case l.scheme == "echo" && a.Echo == "":
@@ -380,14 +388,6 @@ func (d *Daemon) Addresses() Addresses {
 	return a
 }
 
-func (l listener) url() string {
-	a := l.address
-	if a.scheme != "unix" {
-		a.host = l.Addr().String()
-	}
-	return a.String()
-}
-
 // Run serves until ctx ends or a listener fails, and then stops in order. It may be called once.
 func (d *Daemon) Run(ctx context.Context) error {
 	running, halt := context.WithCancel(context.Background())
@@ -395,6 +395,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	group.Go(func() { _ = d.pool.Run(running) })
 	for _, t := range d.tables {
 		group.Go(func() { _ = t.Run(running) })
+	}
+	if d.access.tokens != nil {
+		group.Go(func() { _ = d.access.tokens.Run(running) })
 	}
 	failed := make(chan error, len(d.listeners)+1)
 	for _, l := range d.listeners {
@@ -425,13 +428,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 		_ = os.Remove(d.plan.ReadyFile)
 	}
 	return err
-}
-
-func (d *Daemon) serve(ctx context.Context, l listener) error {
-	if l.scheme == "echo" {
-		return d.ingest.ServeEcho(ctx, l, d.registry().find(l.table))
-	}
-	return d.ingest.Serve(ctx, l)
 }
 
 // announce writes ReadyFile, whole or not at all.

@@ -24,6 +24,7 @@ type Status struct {
 	Producers ProducerStatus  `json:"producers"`
 	Local     LocalStatus     `json:"local_producers"`
 	Trainers  []TrainerStatus `json:"trainers"`
+	Access    AccessStatus    `json:"access"`
 }
 
 // Wait says who waits for whom.
@@ -140,7 +141,8 @@ type ProducerStatus struct {
 // ConnectionStatus is one producer's connection.
 type ConnectionStatus struct {
 	ingest.Connection
-	Waits *Waits `json:"waits,omitempty"`
+	Transport string `json:"transport"` // tcp (and unix, tls), quic; IDs are of one
+	Waits     *Waits `json:"waits,omitempty"`
 }
 
 // TrainerStatus is one attached trainer.
@@ -149,6 +151,7 @@ type TrainerStatus struct {
 	Table      string        `json:"table"`
 	Group      string        `json:"group"`
 	Client     string        `json:"client"`
+	Peer       string        `json:"peer,omitempty"` // where it comes from, if its batches are sent to it
 	PID        int           `json:"pid"`
 	UID        int           `json:"uid"`
 	Since      time.Time     `json:"since"`
@@ -160,6 +163,7 @@ type TrainerStatus struct {
 	Delivered  uint64        `json:"batches_delivered"`
 	GivenBack  uint64        `json:"batches_given_back"`
 	Lost       uint64        `json:"batches_lost"`
+	Sent       uint64        `json:"bytes_sent,omitempty"`
 	Waits      *Waits        `json:"waits,omitempty"`
 }
 
@@ -174,6 +178,7 @@ func (d *Daemon) Status() Status {
 	s := Status{
 		Version: d.version, State: stateNames[d.state.Load()], Started: d.started, Now: time.Now(), Addresses: d.Addresses(),
 		Waits: []Wait{}, Tables: []TableStatus{}, Weights: []WeightsStatus{}, Trainers: []TrainerStatus{},
+		Access: d.access.status(),
 	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
@@ -185,13 +190,15 @@ func (d *Daemon) Status() Status {
 	for i := range stores {
 		s.Weights = append(s.Weights, weightsStatus(&stores[i], &served))
 	}
-	in := d.ingest.Stats()
-	s.Producers = ProducerStatus{in.Accepted, in.Open, in.Samples, in.Bytes, in.CutShort, in.AcceptErrors, in.Ended, in.Refused, in.Notes, []ConnectionStatus{}}
-	for _, c := range in.Connections {
-		one := ConnectionStatus{c, connectionWaits(&c, full[c.Table])}
-		s.Producers.Connections = append(s.Producers.Connections, one)
-		if c.State == "waiting-for-slot" {
-			s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+	s.Producers = ProducerStatus{Ended: map[string]uint64{}, Refused: map[string]uint64{}, Connections: []ConnectionStatus{}}
+	for _, in := range d.transportStats() {
+		s.Producers.addTransport(&in)
+		for _, c := range in.Connections {
+			one := ConnectionStatus{c, in.Transport, connectionWaits(&c, full[c.Table])}
+			s.Producers.Connections = append(s.Producers.Connections, one)
+			if c.State == "waiting-for-slot" {
+				s.Waits = append(s.Waits, Wait{one.Name(), *one.Waits})
+			}
 		}
 	}
 	attached := d.trainers.Stats()
@@ -266,11 +273,14 @@ func (f *FillerStatus) Name() string {
 	return name + ")"
 }
 
-// Name is how the status calls a trainer: trainer 7 (python, pid 4711, group "default").
+// Name is how the status calls a trainer: trainer 7 (python, pid 4711, group "default"), with the address instead of the pid where it has no memory of ours.
 func (t *TrainerStatus) Name() string {
 	name := fmt.Sprintf("trainer %d (", t.ID)
 	if t.Client != "" {
 		name += t.Client + ", "
+	}
+	if t.Peer != "" {
+		return fmt.Sprintf("%s%s, group %q)", name, t.Peer, t.Group)
 	}
 	return fmt.Sprintf("%spid %d, group %q)", name, t.PID, t.Group)
 }
@@ -320,9 +330,9 @@ func tableStatus(t *table, st *engine.Stats) TableStatus {
 
 func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	s := TrainerStatus{
-		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
+		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, Peer: t.Peer, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
 		State: string(t.State), StateSince: t.StateSince,
-		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost,
+		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost, Sent: t.Sent,
 	}
 	for _, l := range t.Held {
 		s.Held = append(s.Held, LeaseStatus{l.Number, l.Since})

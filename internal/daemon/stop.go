@@ -37,7 +37,7 @@ func (d *Daemon) stop() error {
 	defer cancel()
 
 	gone := make(chan error, 1)
-	go func() { gone <- d.ingest.Shutdown(drain) }()
+	go func() { gone <- d.shutdown(drain) }()
 	filled := make(chan struct{})
 	go func() {
 		d.trainers.StopFilling(drain)

@@ -27,7 +27,7 @@ import (
 // fieldNames lists the YAML names of one of the configuration's structs.
 func fieldNames(structName string) []string {
 	var names []string
-	for _, v := range []any{Config{}, Log{}, Limits{}, LocalProducers{}, Table{}, Group{}, Policy{}} {
+	for _, v := range []any{Config{}, Bans{}, TLS{}, Log{}, Limits{}, LocalProducers{}, Table{}, Group{}, Policy{}} {
 		t := reflect.TypeOf(v)
 		if t.Name() != structName {
 			continue
@@ -73,7 +73,7 @@ func (cfg *Config) Validate() error {
 
 func (cfg *Config) plan() (*plan, error) {
 	p := &plan{Config: *cfg}
-	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkLocalProducers, p.checkTables, p.checkListeners} {
+	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkLocalProducers, p.checkTables, p.checkTLS, p.checkListeners} {
 		if err := step(); err != nil {
 			return nil, err
 		}
@@ -109,6 +109,8 @@ func (p *plan) checkLimits() error {
 		{"limits.ack_timeout", int64(l.AckTimeout), 1, 1 << 62},
 		{"limits.max_trainers", int64(l.MaxTrainers), 1, 1 << 16},
 		{"limits.prefetch", int64(l.Prefetch), 0, 64},
+		{"limits.half_open", int64(l.HalfOpen), 1, 1 << 16},
+		{"limits.half_open_per_address", int64(l.HalfOpenPerAddress), 1, int64(l.HalfOpen)},
 	} {
 		if f.value < f.min || f.value > f.max {
 			if strings.HasSuffix(f.name, "timeout") {

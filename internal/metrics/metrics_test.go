@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"errors"
 	"os"
 	"regexp"
 	"slices"
@@ -12,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
+	"github.com/ingestd/ingestd/auth"
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
@@ -65,6 +68,18 @@ func collector() *Collector {
 				}
 		},
 		Segments: map[string]int64{"a": 4096},
+		Access: Access{
+			Gate: func() auth.GateStats {
+				return auth.GateStats{ByToken: 21, ByUser: 22, NotAuthenticated: 23, NotPermitted: 24, TimedOut: 25}
+			},
+			Tokens: func() auth.Stats {
+				return auth.Stats{Reloads: 5, Failures: 4, Broken: errors.New("x"), Tokens: make([]auth.TokenStatus, 3)}
+			},
+			Bans: func() bans.Stats {
+				return bans.Stats{Addresses: 9, Banned: 8, Failures: 70, Bans: 11, Refused: 12, Slowed: 13, Forgotten: 14, Cleared: 15}
+			},
+			HalfOpen: func() (open, addresses int, refused uint64) { return 6, 2, 17 },
+		},
 	})
 }
 
@@ -91,6 +106,25 @@ func TestValues(t *testing.T) {
 	}
 	for name, want := range map[string]float64{
 		"ingestd_build_info v1":                             1,
+		"ingestd_tokens":                                    3,
+		"ingestd_tokens_stale":                              1,
+		"ingestd_tokens_reloads_total":                      5,
+		"ingestd_tokens_reload_failures_total":              4,
+		"ingestd_authentications_total token":               21,
+		"ingestd_authentications_total user":                22,
+		"ingestd_authentications_total not_authenticated":   23,
+		"ingestd_authentications_total not_permitted":       24,
+		"ingestd_authentications_total timed_out":           25,
+		"ingestd_failed_addresses":                          9,
+		"ingestd_banned_addresses":                          8,
+		"ingestd_handshake_failures_total":                  70,
+		"ingestd_bans_total":                                11,
+		"ingestd_bans_refused_total":                        12,
+		"ingestd_bans_slowed_total":                         13,
+		"ingestd_bans_forgotten_total":                      14,
+		"ingestd_bans_cleared_total":                        15,
+		"ingestd_half_open_handshakes":                      6,
+		"ingestd_half_open_refused_total":                   17,
 		"ingestd_ready":                                     1,
 		"ingestd_table_segment_bytes a":                     4096,
 		"ingestd_table_places free a":                       6, // the labels come sorted by name: state, table

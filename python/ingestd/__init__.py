@@ -2,7 +2,7 @@
 
 =====================  =================================================================================
 :class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
-:class:`Producer`      pushes samples over ``tcp://`` or ``unix://``
+:class:`Producer`      pushes samples over ``tcp://``, ``tls://`` or ``unix://``
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
@@ -12,6 +12,8 @@
 :class:`Manifest`      which tensors there are: names, dtypes, shapes, encodings
 :class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
 :class:`GradReader`    reads the steps of all producers, and sums them from where they lie
+:class:`Token`         who a client is to a daemon that asks for it
+:class:`TLS`           whom it trusts over ``tls://``, and its certificate
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================
@@ -21,12 +23,15 @@ keeps the batch leased as long as it lives. ``torch.from_numpy`` and ``jax.numpy
 array that they are given, so what they make must be used before the release, or be made of ``batch.copy()``.
 """
 
+from .auth import Token
 from .batch import Batch
 from .errors import (
     AllHeld,
     BadSum,
+    Banned,
     ChunkError,
     Closed,
+    DaemonUnproven,
     Difference,
     Ended,
     EndOfStream,
@@ -36,6 +41,8 @@ from .errors import (
     Lost,
     LostBatches,
     NoGeneration,
+    NotAuthenticated,
+    NotChallenged,
     Note,
     NotWritten,
     OldGeneration,
@@ -53,6 +60,7 @@ from .errors import (
     StepTimeout,
     TensorMismatch,
     Timeout,
+    TLSError,
 )
 from .fill import FillProducer, Slots
 from .grads import GradReader, GradStats, GradStep
@@ -61,15 +69,19 @@ from .producer import Producer
 from .reader import Reader
 from .spec import Leaf, Spec, diff
 from .steps import StepProducer, StepTx
+from .tls import TLS
 from .version import __version__
 from .weights import Draft, Published, Publisher, Subscription, Weights, subscribe
 
 __all__ = [
+    "TLS",
     "AllHeld",
     "BadSum",
+    "Banned",
     "Batch",
     "ChunkError",
     "Closed",
+    "DaemonUnproven",
     "Difference",
     "Draft",
     "EndOfStream",
@@ -86,6 +98,8 @@ __all__ = [
     "LostBatches",
     "Manifest",
     "NoGeneration",
+    "NotAuthenticated",
+    "NotChallenged",
     "NotWritten",
     "Note",
     "OldGeneration",
@@ -110,9 +124,11 @@ __all__ = [
     "StepTimeout",
     "StepTx",
     "Subscription",
+    "TLSError",
     "Tensor",
     "TensorMismatch",
     "Timeout",
+    "Token",
     "Weights",
     "__version__",
     "diff",

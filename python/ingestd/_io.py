@@ -9,9 +9,16 @@ import select
 import socket
 import time
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
+from .auth import Token, token_of
 from .errors import Error, PeerClosed, Timeout
+from .tls import TLS
+
+if TYPE_CHECKING:
+    from .tls_socket import TLSSocket
+
+    Conn = Union[socket.socket, TLSSocket]
 
 #: Seconds that the end of a daemon's socket is waited for when what it delivered is not so in the segment: where it
 #: has died, its successor may have given the place to others before this side saw the end.
@@ -105,29 +112,36 @@ def deadline_of(seconds: float | None) -> Deadline:
 
 
 class Address(NamedTuple):
-    """``tcp`` with host and port, or ``unix`` with a path."""
+    """Where a daemon is, and how it is talked to: ``tcp`` or ``tls`` with host and port, or ``unix`` with a path."""
 
     kind: str
     host: str
     port: int
+    token: Token | None = None
+    tls: TLS | None = None
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port}" if self.kind == "tcp" else f"unix://{self.host}"
+        return f"unix://{self.host}" if self.kind == "unix" else f"{self.kind}://{host}:{self.port}"
 
 
-def parse_address(text: str) -> Address:
-    """Reads ``tcp://host:port``, ``unix:///path`` and ``shm:///path`` (the same as unix)."""
+def parse_address(text: str, token: Token | str | None = None, tls: TLS | None = None) -> Address:
+    """Reads ``tcp://host:port``, ``tls://host:port``, ``unix:///path`` and ``shm:///path`` (the same as unix).
+
+    Without a ``token`` it is that of the environment, where that has one. Raises ValueError.
+    """
     scheme, sep, rest = text.partition("://")
+    if tls is not None and scheme != "tls":
+        raise ValueError(f"address {text!r}: the options of TLS are for tls://host:port")
     if sep and scheme in ("unix", "shm") and rest:
-        return Address("unix", rest, 0)
-    if sep and scheme == "tcp":
+        return Address("unix", rest, 0, token_of(token))
+    if sep and scheme in ("tcp", "tls"):
         host, colon, port = rest.rpartition(":")
         if colon and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
             host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
             if host:
-                return Address("tcp", host, int(port))
-    raise ValueError(f"address {text!r}: write tcp://host:port or unix:///path")
+                return Address(scheme, host, int(port), token_of(token), tls)
+    raise ValueError(f"address {text!r}: write tcp://host:port, tls://host:port or unix:///path")
 
 
 def wait(fd: int, events: int, deadline: Deadline) -> bool:
@@ -137,13 +151,13 @@ def wait(fd: int, events: int, deadline: Deadline) -> bool:
     return bool(poll.poll(deadline.milliseconds()))
 
 
-def hung_up(sock: socket.socket, seconds: float) -> bool:
+def hung_up(sock: Conn, seconds: float) -> bool:
     """Whether the other side has ended the connection, or does so within that time."""
     return wait(sock.fileno(), select.POLLRDHUP, Deadline(seconds))
 
 
-def connect(address: Address, deadline: Deadline) -> socket.socket:
-    """A connected, non-blocking socket. Raises PeerClosed with advice, or Timeout."""
+def connect(address: Address, deadline: Deadline) -> Conn:
+    """A connected, non-blocking socket, with TLS where wanted. Raises PeerClosed with advice, TLSError or Timeout."""
     doing = f"connecting to {address}"
     try:
         if address.kind == "unix":
@@ -166,7 +180,15 @@ def connect(address: Address, deadline: Deadline) -> socket.socket:
             advice = "this user may not use that socket"
         raise PeerClosed(f"{doing}: {e.strerror or e}; {advice}") from e
     sock.setblocking(False)
-    return sock
+    if address.kind != "tls":
+        return sock
+    from .tls_socket import secure  # here: whoever needs no TLS does not wait for it to load
+
+    try:
+        return secure(sock, address.tls or TLS(), address.host, deadline, doing)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _timeout(deadline: Deadline) -> float | None:
@@ -174,9 +196,17 @@ def _timeout(deadline: Deadline) -> float | None:
     return None if left is None else max(left, 1e-3)
 
 
-def send_all(sock: socket.socket, data: bytes, deadline: Deadline, doing: str) -> None:
+def unsent(sock: Conn) -> int:
+    """Bytes that the socket has taken and the system not yet: TLS encrypts before it knows whether there is room.
+
+    Whoever sends goes on with :func:`send_all`, or sends nothing, until there are none.
+    """
+    return getattr(sock, "unsent", 0)
+
+
+def send_all(sock: Conn, data: bytes, deadline: Deadline, doing: str) -> None:
     view = memoryview(data)
-    while view:
+    while view or unsent(sock):
         try:
             view = view[sock.send(view) :]
         except BlockingIOError:
@@ -184,12 +214,12 @@ def send_all(sock: socket.socket, data: bytes, deadline: Deadline, doing: str) -
                 raise deadline.timeout(doing) from None
 
 
-def receive(sock: socket.socket, n: int, deadline: Deadline, doing: str, fds: list[int] | None = None) -> bytes:
+def receive(sock: Conn, n: int, deadline: Deadline, doing: str, fds: list[int] | None = None) -> bytes:
     """Exactly ``n`` bytes, fewer only at the end of the stream; descriptors that come along go to ``fds``."""
     got = bytearray()
     while len(got) < n:
         try:
-            if fds is None:
+            if fds is None or not isinstance(sock, socket.socket):
                 part = sock.recv(min(n - len(got), 1 << 16))
             else:
                 part, found, flags, _ = socket.recv_fds(sock, n - len(got), 8, getattr(socket, "MSG_CMSG_CLOEXEC", 0))

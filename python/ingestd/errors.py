@@ -9,6 +9,11 @@
 :class:`ShuttingDown` the daemon is stopping: it ended the connection, or refused a new one (an Ended)
 :class:`SessionTaken` another producer has opened the same session (an Ended)
 :class:`Refused`      the daemon refused the handshake and said why
+:class:`NotAuthenticated` the daemon serves only who has proved to have a token (a Refused)
+:class:`Banned`       too many handshakes failed from this machine's address; later it may be well (a Refused)
+:class:`DaemonUnproven` the daemon does not know this token with this secret, or is not the daemon
+:class:`NotChallenged` the daemon accepted a client with a token and proved nothing itself
+:class:`TLSError`     TLS could not be set up, or one side does not trust the other's certificate
 :class:`Lost`         acknowledged samples of a session are gone: the daemon holds fewer than it had acknowledged
 :class:`LostBatches`  batches that this reader's group was too slow for were dropped; reading goes on after them
 :class:`Released`     a batch was used after its release
@@ -39,8 +44,10 @@ from typing import NamedTuple
 __all__ = [
     "AllHeld",
     "BadSum",
+    "Banned",
     "ChunkError",
     "Closed",
+    "DaemonUnproven",
     "Difference",
     "EndOfStream",
     "Ended",
@@ -50,6 +57,8 @@ __all__ = [
     "Lost",
     "LostBatches",
     "NoGeneration",
+    "NotAuthenticated",
+    "NotChallenged",
     "NotWritten",
     "Note",
     "OldGeneration",
@@ -65,6 +74,7 @@ __all__ = [
     "StepOrder",
     "StepRefused",
     "StepTimeout",
+    "TLSError",
     "TensorMismatch",
     "Timeout",
 ]
@@ -181,6 +191,35 @@ class Refused(Error, ConnectionError):
         self.spec = spec
         lines = [f"the daemon refused ({code}): {reason}", *(f"  {d}" for d in self.diff)]
         super().__init__("\n".join(lines))
+
+
+class NotAuthenticated(Refused):
+    """The daemon serves only who has proved to have one of its tokens, and never says what was wrong."""
+
+
+class Banned(Refused):
+    """Too many handshakes failed from this machine's address: it is refused until 5 minutes after the last failure."""
+
+
+class DaemonUnproven(Error, ConnectionError):
+    """The daemon does not know this token with this secret, or who answers is not the daemon. Nothing was proved to it.
+
+    It is final: nothing connects again after it by itself.
+    """
+
+
+class NotChallenged(Error, ConnectionError):
+    """This client named a token, and was accepted without a challenge: who answers did not prove to know the token.
+
+    Somebody in between may have taken the token out of the handshake, or the daemon has no tokens. It is final.
+    """
+
+
+class TLSError(Error, ConnectionError):
+    """TLS could not be set up: a certificate or key that cannot be used, or that the other side does not trust.
+
+    It is final: nothing connects again after it by itself.
+    """
 
 
 class Lost(Error):

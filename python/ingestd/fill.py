@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from . import _io
+from .auth import Token
 from .errors import Error, Note, Released
 from .filler import Filler, Reserved
 from .redial import PATIENCE_S, Dialer
@@ -118,7 +119,7 @@ class FillProducer:
         spec: what the samples must look like; None takes the table's spec.
         session: as for :class:`Producer`.
         prefetch: most batches lent at once; None takes the daemon's default.
-        reconnect, continue_after_loss, client, deadline: as for :class:`Producer`.
+        reconnect, continue_after_loss, token, client, deadline: as for :class:`Producer`.
 
     Raises:
         Refused: with ``code`` (``not_permitted``: the daemon does not trust this process) and ``reason``.
@@ -135,17 +136,19 @@ class FillProducer:
         prefetch: int | None = None,
         reconnect: float | None = PATIENCE_S,
         continue_after_loss: bool = False,
+        token: Token | str | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
         self._filler: Filler | None = None
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token)
         if self.address.kind != "unix":
             raise ValueError(f"address {address!r}: memory is shared over a unix socket; write unix:///path")
         if reconnect is not None and not reconnect >= 0:
             raise ValueError(f"reconnect={reconnect!r}: give seconds, 0 or more, or None to try without limit")
         want = Spec.parse(spec) if isinstance(spec, str) else spec
         options: dict[str, Any] = {"session": session, "prefetch": prefetch or 0, "notes": True, "client": client}
+        options["token"] = self.address.token
         dialer = Dialer(self.address, hello("fill", table, want, **options), want)
         until = _io.deadline_of(deadline)
         opened = dialer.open_patiently(until) if session else dialer.open(until)

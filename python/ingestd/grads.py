@@ -13,6 +13,7 @@ from types import TracebackType
 
 from . import _io
 from ._io import Deadline
+from .auth import Token, token_of
 from .batch import Batch
 from .errors import Closed, EndOfStream, Error, PeerClosed, StepOrder, StepTimeout, Timeout
 from .gather import Heap, Held, Transaction
@@ -66,6 +67,7 @@ class GradReader:
         spill_bytes: most bytes that are copied to make room; what is beyond them waits in the ring, and then producers
             wait.
         reconnect: seconds without a daemon before PeerClosed; 0: at once; None: no limit.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
 
@@ -84,6 +86,7 @@ class GradReader:
         keep_incomplete: float = 60.0,
         spill_bytes: int = 16 << 30,
         reconnect: float | None = PATIENCE_S,
+        token: Token | str | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
@@ -94,7 +97,10 @@ class GradReader:
         self.group = group
         #: counts
         self.stats = GradStats()
-        self._address, self._prefetch, self._client = address, prefetch, client
+        if not address.startswith(("unix://", "shm://")):
+            raise ValueError(f"address {address!r}: gradients are read in the daemon's memory; write unix:///path")
+        self._address, self._token = address, token_of(token)
+        self._prefetch, self._client = prefetch, client
         self._keep, self._patience, self._spill_bytes = keep_incomplete, reconnect, spill_bytes
         self._forks = _io.forks()
         self._lock = threading.RLock()
@@ -103,7 +109,7 @@ class GradReader:
         self._away: float | None = None  # since when there is no daemon
         self._ended: EndOfStream | None = None
         self._tidied = time.monotonic()
-        self._intake = Intake(address, table, client, manifest, self.stats)
+        self._intake = Intake(_io.parse_address(address, self._token), table, client, manifest, self.stats)
         reader = self._open(_io.deadline_of(deadline))
         try:
             self._intake.attach(reader)
@@ -288,7 +294,7 @@ class GradReader:
     def _open(self, until: Deadline) -> Reader:
         return Reader(
             self._address, self.table, None, group=self.group, prefetch=self._prefetch, on_lost="count", check=False,
-            client=self._client, deadline=until.left(),
+            token=self._token, client=self._client, deadline=until.left(),
         )  # fmt: skip
 
     def _attach_again(self, until: Deadline, why: Error) -> None:

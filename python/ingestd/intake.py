@@ -7,8 +7,8 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _io, native
-from ._io import Deadline
+from . import native
+from ._io import Address, Deadline
 from .batch import Batch
 from .chunks import (
     ABORT,
@@ -48,7 +48,7 @@ def by_name(name: str) -> bytes:
 class Intake:
     """Takes chunks as they come, verifies each, and keeps what belongs to steps that are still to be returned."""
 
-    def __init__(self, address: str, table: str, client: str, manifest: Manifest | None, stats: GradStats) -> None:
+    def __init__(self, address: Address, table: str, client: str, manifest: Manifest | None, stats: GradStats) -> None:
         self.stats = stats
         #: the tensors in force
         self.current = manifest
@@ -187,9 +187,12 @@ class Intake:
         """The manifest of that id; the daemon is asked once. None where it does not know it. Raises FormatError."""
         found = self._manifests.get(number)
         if found is None:
-            body = hello("manifest", self._table, None, manifest_id=f"{number:016x}", client=self._client)
+            body = hello(
+                "manifest", self._table, None, manifest_id=f"{number:016x}", token=self._address.token,
+                client=self._client,
+            )  # fmt: skip
             try:
-                opened = Dialer(_io.parse_address(self._address), body, None).open(Deadline(_MANIFEST_S))
+                opened = Dialer(self._address, body, None).open(Deadline(_MANIFEST_S))
             except Refused as e:
                 if e.code != "unknown_manifest":
                     raise

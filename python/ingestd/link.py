@@ -117,9 +117,10 @@ def window_of(sample_bytes: int, window_samples: int, window_bytes: int) -> int:
 class Link(Sending):
     """Sends samples of ``sample_bytes`` bytes and keeps within the window. Takes the socket over."""
 
-    def __init__(self, sock: socket.socket, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
+    def __init__(self, sock: _io.Conn, sample_bytes: int, window_samples: int, window_bytes: int) -> None:
         super().__init__(sample_bytes, window_samples, window_bytes)
         self._sock = sock
+        self._tls = None if isinstance(sock, socket.socket) else sock
         self._out: deque[memoryview] = deque()  # on the way into the socket, in order
         self._queued = 0  # bytes ever put into _out
         self._sent = 0  # bytes ever taken by the kernel
@@ -152,10 +153,7 @@ class Link(Sending):
             self._waiting_bytes += len(data)
             self.pushed += 1
             if idle or self._waiting_bytes >= COALESCE_BYTES:
-                self._release_waiting()
-                self._pump()
-                if self._out:
-                    self._wake.ring()
+                self._send_waiting()
 
     def push_views(self, views: Sequence[memoryview], samples: int, deadline: Deadline) -> int:
         """``samples`` whole samples (at most :attr:`window`) from the caller's memory; how many were taken.
@@ -181,7 +179,7 @@ class Link(Sending):
             finally:
                 with self._state:
                     self._sending = False
-                    if self._out:
+                    if self._out or self._unsent():
                         self._wake.ring()
 
     def flush(self, deadline: Deadline) -> None:
@@ -205,6 +203,8 @@ class Link(Sending):
                     self._shut = True
                     with contextlib.suppress(OSError):
                         self._sock.shutdown(socket.SHUT_WR)
+                    if self._tls is not None:
+                        self._wake.ring()  # its goodbye may wait for room, and acknowledgements may be here already
                 self._sleep(deadline, f"closing, with {self.pushed - self.acked} samples not acknowledged")
         error = None if self.acked == self.pushed else self._error
         self.abort()
@@ -258,7 +258,7 @@ class Link(Sending):
     def _send_waiting(self) -> None:
         self._release_waiting()
         self._pump()
-        if self._out:
+        if self._out or self._unsent():
             self._wake.ring()
 
     def _release_waiting(self) -> None:
@@ -272,7 +272,7 @@ class Link(Sending):
     def _pump(self) -> None:
         """Gives the kernel what it takes without waiting."""
         out = self._out
-        while out and self._error is None:
+        while (out or self._unsent()) and self._error is None:
             try:
                 self._torn = True
                 n = self._sock.sendmsg(list(itertools.islice(out, BUFFERS_MAX)))
@@ -292,6 +292,10 @@ class Link(Sending):
                 self._torn = False
                 self._read()  # the reason may have come before the reset
                 self._fail(PeerClosed(f"the connection broke: {e.strerror or e}{self._unacked()}"))
+
+    def _unsent(self) -> bool:
+        """Whether bytes that were taken are still here: see :func:`ingestd._io.unsent`."""
+        return self._tls is not None and self._tls.unsent > 0
 
     def _read(self) -> None:
         """Reads the acknowledgements that are there."""
@@ -369,13 +373,15 @@ class Link(Sending):
         poll = select.poll()
         poll.register(self._wake.fd, select.POLLIN)
         events = -1
+        with self._state:
+            self._read()  # with TLS it may have come already, where poll(2) does not see it
         while True:
             with self._state:
                 if self._stop or self._error is not None or self._finished:
                     self._state.notify_all()
                     return
                 want = select.POLLIN
-                if self._out and not self._sending:
+                if (self._out or self._unsent()) and not self._sending:
                     want |= select.POLLOUT
             if want != events:
                 poll.register(self._sock, want)

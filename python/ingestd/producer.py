@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from . import _io
+from .auth import Token
 from .errors import Error, Note, Timeout
 from .link import Link
 from .redial import PATIENCE_S, Dialer
 from .session import Session
 from .spec import Array, Spec
+from .tls import TLS
 from .version import CLIENT
 from .wire import hello
 
@@ -51,7 +53,7 @@ class Producer:
     May be used by several threads; not after a fork (Closed).
 
     Args:
-        address: ``tcp://host:port`` or ``unix:///path``.
+        address: ``tcp://host:port``, ``tls://host:port`` or ``unix:///path``.
         table: name of the table.
         spec: a :class:`Spec`, or its text or JSON form.
         session: a name that survives reconnects and restarts; :attr:`held` says how many of its samples the daemon has
@@ -61,11 +63,14 @@ class Producer:
         window_samples, window_bytes: most that may be on the way without acknowledgement; 0 lets the daemon choose.
         reconnect: with a session, seconds without a connection before PeerClosed; 0: at once; None: no limit.
         continue_after_loss: with a session, do not raise Lost, but count what is gone in :attr:`lost` and go on.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake; with a session, also for trying again.
 
     Raises:
         Refused: with ``code``, ``reason`` and, where the spec differs from the table's, ``diff``.
+        NotAuthenticated, Banned, DaemonUnproven, NotChallenged, TLSError: see :mod:`ingestd.errors`.
         PeerClosed: nobody listens there. Timeout: the deadline passed. SpecError, ValueError: an argument is not legal.
     """
 
@@ -81,15 +86,18 @@ class Producer:
         window_bytes: int = 0,
         reconnect: float | None = PATIENCE_S,
         continue_after_loss: bool = False,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
         self._link: Link | Session | None = None
         self.spec = Spec.parse(spec) if isinstance(spec, str) else spec
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token, tls)
         body = hello(
             "push", table, self.spec, session=session, ack=ack or ("committed" if session else None),
             window_samples=window_samples, window_bytes=window_bytes, notes=True, client=client,
+            token=self.address.token,
         )  # fmt: skip
         if reconnect is not None and not reconnect >= 0:
             raise ValueError(f"reconnect={reconnect!r}: give seconds, 0 or more, or None to try without limit")

@@ -10,17 +10,20 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from . import _io
 from ._io import Deadline
 from .attach import attach
+from .auth import Token
 from .batch import Batch, CheckedWindow, Window
 from .channel import Descriptor
 from .errors import AllHeld, Closed, EndOfStream, Error, FormatError, LostBatches, PeerClosed
 from .incoming import ended
+from .redial import PATIENCE_S
 from .segment import LEASED
 from .spec import Spec
+from .tls import TLS
 from .version import CLIENT
 from .wire import NOTICE_BYTES_MAX, Reply, handshake, hello, parse_notice
 
@@ -50,7 +53,8 @@ class Reader:
     Not for use after a fork (Closed): attach in the child.
 
     Args:
-        address: ``unix:///path`` (``shm:///path`` means the same).
+        address: ``unix:///path`` (``shm:///path`` means the same): the daemon's memory is mapped; or
+            ``tcp://host:port`` or ``tls://host:port`` of a daemon anywhere, which sends its batches.
         table: name of the table.
         spec: what the samples must look like; None takes the table's spec.
         group: the group to read for; None is the group ``default``.
@@ -58,13 +62,26 @@ class Reader:
         on_lost: ``raise`` LostBatches, or ``count`` only.
         check: replace the memory of released batches by 0xCC bytes for everyone who kept an array; slower. Default: on
             when the environment has ``INGESTD_CHECK=1``.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: for ``tls://``, how the daemon is believed; see :class:`TLS`.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
+        reconnect: over TCP, seconds without a connection after which the reader gives up; None never does. Batches that
+            were not released when a connection broke are delivered again: ``batch.seq`` tells.
+        memory: over TCP, most bytes for batches that were received and not released.
 
     Raises:
         Refused: with ``code``, ``reason`` and, where the spec differs from the table's, ``diff``.
         PeerClosed: nobody listens there. Timeout: the deadline passed. FormatError: the daemon is of another version.
     """
+
+    def __new__(cls, address: str, *args: Any, **options: Any) -> Reader:
+        if cls is Reader and address.partition("://")[0] in ("tcp", "tls"):
+            from .remote_reader import RemoteReader
+
+            return super().__new__(RemoteReader)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -76,13 +93,15 @@ class Reader:
         prefetch: int | None = None,
         on_lost: Literal["raise", "count"] = "raise",
         check: bool | None = None,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
+        reconnect: float | None = PATIENCE_S,
+        memory: int = 4 << 30,
     ) -> None:
         self._closed = True
-        self.address = _io.parse_address(address)
-        if self.address.kind != "unix":
-            raise ValueError(f"address {address!r}: trainers attach over a unix socket; write unix:///path")
+        self.address = _io.parse_address(address, token, tls)
         want = Spec.parse(spec) if isinstance(spec, str) else spec
         self._checked = os.environ.get("INGESTD_CHECK", "0") not in ("", "0") if check is None else check
         self._forks = _io.forks()
@@ -96,7 +115,7 @@ class Reader:
         self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0  # taken and not given back
-        body = hello("train", table, want, group=group, prefetch=prefetch or 0, client=client)
+        body = hello("train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client)
         until = _io.deadline_of(deadline)
         sock = _io.connect(self.address, until)
         fds: list[int] = []

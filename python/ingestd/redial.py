@@ -24,7 +24,7 @@ TRY_S = 5.0
 PAUSE_MIN_S, PAUSE_MAX_S = 0.01, 1.0
 
 # Refusals that may be over the next time. Whatever else the daemon says to a hello stays true.
-_PASSING = frozenset(("shutting_down", "too_many_connections", "handshake_timeout", "internal"))
+_PASSING = frozenset(("shutting_down", "too_many_connections", "handshake_timeout", "banned", "internal"))
 
 
 def retried(error: Error) -> bool:
@@ -65,7 +65,7 @@ class Dialer:
         self.spec = spec
 
     def open(self, until: Deadline) -> Opened:
-        """One try. Raises Refused, Ended, FormatError, PeerClosed or Timeout."""
+        """One try. Raises Refused, DaemonUnproven, NotChallenged, TLSError, Ended, FormatError, PeerClosed, Timeout."""
         sock = _io.connect(self.address, until)
         fds: list[int] = []
         try:

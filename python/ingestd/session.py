@@ -17,7 +17,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _io
 from ._io import Deadline
@@ -25,6 +25,9 @@ from .errors import Closed, Ended, Error, FormatError, Lost, Note, PeerClosed, S
 from .incoming import Incoming
 from .link import BUFFERS_MAX, COALESCE_BYTES, RECEIVE_BYTES, Sending, window_of
 from .redial import TRY_S, Dialer, Opened, Redialer, retried
+
+if TYPE_CHECKING:
+    from .tls_socket import TLSSocket
 
 __all__ = ["Pieces", "Queued", "Session"]
 
@@ -83,7 +86,8 @@ class Session(Sending):
         self._redialer = Redialer(dialer, patience)
         self._base = first.held  # number in the session of sample 0 of this producer
         self._go_on = go_on
-        self._sock: socket.socket | None = None
+        self._sock: _io.Conn | None = None
+        self._tls: TLSSocket | None = None  # the same, where it is one
         self._sent: deque[Queued] = deque()  # gone, not acknowledged
         self._out: deque[Queued] = deque()  # on the way into the socket
         self._offset = 0  # bytes of _out[0] that have gone
@@ -202,12 +206,12 @@ class Session(Sending):
     def _send_waiting(self) -> None:
         self._release_waiting()
         self._pump()
-        if self._out or self._sock is None:
+        if self._out or self._sock is None or self._unsent():
             self._wake.ring()
 
     def _pump(self) -> None:
         """Gives the kernel what it takes without waiting, within the window of this connection."""
-        while self._out and self._sock is not None:
+        while (self._out or self._unsent()) and self._sock is not None:
             if self._pumping:  # an interrupt came between the kernel's taking the bytes and our counting them
                 self._drop(PeerClosed("a send was interrupted half-way"))
                 return
@@ -220,7 +224,7 @@ class Session(Sending):
                 buffers += chunk.data.cut(offset, offset + room)
                 room -= chunk.data.size - offset
                 offset = 0
-            if not buffers:
+            if not buffers and not self._unsent():
                 return
             try:
                 self._pumping = True
@@ -239,6 +243,10 @@ class Session(Sending):
                 self._pumping = False
                 self._read()  # the reason may have come before the reset
                 self._drop(PeerClosed(f"the connection broke: {e.strerror or e}"))
+
+    def _unsent(self) -> bool:
+        """Whether bytes that were taken are still here: see :func:`ingestd._io.unsent`."""
+        return self._tls is not None and self._tls.unsent > 0
 
     def _read(self) -> None:
         """Reads the acknowledgements that are there."""
@@ -278,7 +286,7 @@ class Session(Sending):
         """The connection is over; ``error`` says why. What is not acknowledged waits for the next one."""
         if self._sock is not None:
             self._sock.close()
-            self._sock = None
+            self._sock = self._tls = None
         self._pumping = False
         self._why = str(error)
         if self._closing and self.acked == self.pushed:
@@ -331,6 +339,7 @@ class Session(Sending):
         self._start, self._gone, self._offset = held, 0, 0
         self._incoming = Incoming()
         self._sock = opened.sock
+        self._tls = None if isinstance(opened.sock, socket.socket) else opened.sock
         self._why = ""
         self._pump()
         self._state.notify_all()
@@ -354,7 +363,7 @@ class Session(Sending):
                 self._stop = True
                 if self._sock is not None:
                     self._sock.close()
-                    self._sock = None
+                    self._sock = self._tls = None
                 self._wake.close()
                 self._state.notify_all()
 
@@ -364,6 +373,8 @@ class Session(Sending):
         poll.register(self._wake.fd, select.POLLIN)
         watched: tuple[int, int] | None = None
         shut = False
+        with self._state:
+            self._read()  # with TLS it may have come already, where poll(2) does not see it
         while True:
             with self._state:
                 if self._stop or self._finished:
@@ -379,7 +390,8 @@ class Session(Sending):
                     with contextlib.suppress(OSError):
                         sock.shutdown(socket.SHUT_WR)
                 full = self._gone >= (self.acked + self.window - self._start) * self.sample_bytes
-                want = sock.fileno(), select.POLLIN | (select.POLLOUT if self._out and not full else 0)
+                due = (self._out and not full) or self._unsent()
+                want = sock.fileno(), select.POLLIN | (select.POLLOUT if due else 0)
             if want != watched:
                 poll.register(*want)
                 watched = want

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _io
 from ._io import Deadline
+from .auth import Token
 from .chunks import ABORT, HEADER_BYTES, Chunk, Cutter, chunk_bytes_of, chunk_spec, producer_id
 from .dtypes import RAW, name_of
 from .encodings import Feedback, encode
@@ -36,6 +37,7 @@ from .native import PAST_CACHES_BYTES, copy_crc, crc32c
 from .redial import PATIENCE_S, Dialer, Opened
 from .session import Pieces, Queued, Session
 from .spec import Array, as_array, dtype_advice
+from .tls import TLS
 from .version import CLIENT
 from .wire import hello
 
@@ -398,7 +400,7 @@ class StepProducer:
     May be used by several threads, one call at a time; not after a fork.
 
     Args:
-        address: ``tcp://host:port``, ``unix:///path`` or ``shm:///path``.
+        address: ``tcp://host:port``, ``tls://host:port``, ``unix:///path`` or ``shm:///path``.
         table: name of the table.
         name: the producer's name. One producer has it at a time: an older one is ended with SessionTaken.
         tensors: a :class:`Manifest`, or a dict of example arrays.
@@ -407,6 +409,8 @@ class StepProducer:
         crc: sum the chunks, so that readers notice damage.
         window_bytes: most bytes on the way without acknowledgement; 0 lets the daemon choose.
         reconnect: seconds without a connection before PeerClosed; 0: at once; None: no limit.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake, also for trying again.
 
@@ -427,10 +431,12 @@ class StepProducer:
         crc: bool = True,
         window_bytes: int = 0,
         reconnect: float | None = PATIENCE_S,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token, tls)
         if in_place is None:
             in_place = address.startswith("shm://")
         if in_place and self.address.kind != "unix":
@@ -450,6 +456,7 @@ class StepProducer:
             "notes": True,
             "manifest": self.manifest.to_dict(),
             "client": client,
+            "token": self.address.token,
         }
         if not in_place:
             options.update(ack="committed", window_bytes=window_bytes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from .arrays import imported
+from .auth import Token
 from .errors import EndOfStream
 from .reader import Reader
 from .spec import Spec
@@ -45,6 +46,7 @@ class IngestDataset(_IterableDataset):
     Args:
         address, table, spec, group, prefetch, on_lost: as for :class:`Reader`.
         copy: make tensors of their own, writable.
+        token: as for :class:`Reader`; the workers' environment counts where there is none.
         deadline: seconds to wait for each batch before Timeout; None waits without limit.
     """
 
@@ -58,6 +60,7 @@ class IngestDataset(_IterableDataset):
         prefetch: int | None = None,
         on_lost: Literal["raise", "count"] = "raise",
         copy: bool = False,
+        token: Token | str | None = None,
         deadline: float | None = None,
     ) -> None:
         super().__init__()
@@ -68,12 +71,13 @@ class IngestDataset(_IterableDataset):
         self.prefetch = prefetch
         self.on_lost = on_lost
         self.copy = copy
+        self.token = Token.parse(token) if isinstance(token, str) else token
         self.deadline = deadline
 
     def __iter__(self) -> Iterator[Any]:
         reader = Reader(
             self.address, self.table, self.spec,
-            group=self.group, prefetch=self.prefetch, on_lost=self.on_lost,
+            group=self.group, prefetch=self.prefetch, on_lost=self.on_lost, token=self.token,
         )  # fmt: skip
         try:
             while True:

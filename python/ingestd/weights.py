@@ -14,7 +14,9 @@ import warnings
 from types import TracebackType
 
 from . import _io
+from .auth import Token
 from .redial import PATIENCE_S
+from .tls import TLS
 from .version import CLIENT
 from .weights_draft import Draft, Published
 from .weights_local import LocalSource
@@ -48,13 +50,15 @@ class Subscription:
     :meth:`close` ends no generation that is held. May be used by several threads; not after a fork (Closed).
 
     Args:
-        address: ``unix:///path``, ``shm:///path`` (the same) or ``tcp://host:port``.
+        address: ``unix:///path``, ``shm:///path`` (the same), ``tcp://host:port`` or ``tls://host:port``.
         table: name of the table, of kind ``weights``.
         stream: receives the bytes over a unix socket too.
         delta: receives only the tensors that differ from the generation that is here; streamed only.
         buffers: most generations that there is memory for, those that are held included; streamed only.
         reconnect: seconds without a connection that brings something before one that is streamed gives up; None: no
             limit; 0: it does not connect again.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
         client: free text for the daemon's status and logs, and for publishers that wait for this reader.
         deadline: seconds for connecting.
 
@@ -72,11 +76,13 @@ class Subscription:
         delta: bool = True,
         buffers: int = 4,
         reconnect: float | None = PATIENCE_S,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
         self._closed = True
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token, tls)
         #: name of the table
         self.table = table
         if reconnect is not None and not reconnect >= 0:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import select
-import socket
 import struct
 from collections import deque
 from itertools import islice
 from typing import Any, NoReturn
 
+from . import _io
 from ._io import Deadline
 from .errors import FormatError, PeerClosed, Timeout
 from .incoming import ended
@@ -36,7 +36,7 @@ def message(fields: dict[str, Any]) -> bytes:
 class Line:
     """The connection of a publisher. Raises Ended or PeerClosed where it is over; what it was used for is lost then."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _io.Conn) -> None:
         self.sock = sock
         self._in = bytearray()
         self._over = False  # the daemon says nothing more
@@ -44,7 +44,7 @@ class Line:
     def send(self, parts: list[Any], until: Deadline, doing: str) -> None:
         """Sends buffers, one after the other. What the daemon says meanwhile can only be that the connection ends."""
         out = deque(memoryview(part).cast("B") for part in parts if len(part))
-        while out:
+        while out or _io.unsent(self.sock):
             try:
                 sent = self.sock.sendmsg(list(islice(out, _BUFFERS_MAX)))
             except BlockingIOError:

@@ -45,7 +45,9 @@ class Attachment:
         self.sock = _io.connect(address, until)
         fds: list[int] = []
         try:
-            reply = handshake(self.sock, hello("subscribe", table, wait=wait, client=client), until, fds)
+            reply = handshake(
+                self.sock, hello("subscribe", table, wait=wait, token=address.token, client=client), until, fds
+            )
             #: number of this reader in the daemon's life
             self.reader = reply.integer("reader") if "reader" in reply.body else 0
             if len(fds) != 2:

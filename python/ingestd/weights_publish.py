@@ -18,6 +18,7 @@ import numpy as np
 
 from . import _io
 from ._io import Deadline
+from .auth import Token
 from .chunks import BEGIN, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, CHUNK_BYTES_UNIT, Header
 from .errors import (
     BadSum,
@@ -37,6 +38,7 @@ from .manifest import Manifest
 from .native import crc32c
 from .redial import longest_pause, retried
 from .spec import Array
+from .tls import TLS
 from .version import CLIENT
 from .weights_draft import Draft, Published, Turn, bytes_of, pieces
 from .weights_line import CHUNK, Line, message
@@ -68,11 +70,13 @@ class Publisher:
     after that. May be used by several threads, with one generation at a time; not after a fork (Closed).
 
     Args:
-        address: ``unix:///path``, ``shm:///path`` (the same) or ``tcp://host:port``.
+        address: ``unix:///path``, ``shm:///path`` (the same), ``tcp://host:port`` or ``tls://host:port``.
         table: name of the table, of kind ``weights``.
         tensors: a :class:`Manifest`, or a dict of arrays that are like those that will be published.
         in_place: True writes into the daemon's memory or raises Refused, False sends the bytes, None does what is
             permitted.
+        token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting, and for a publisher before this one to end.
 
@@ -89,12 +93,14 @@ class Publisher:
         tensors: Manifest | Mapping[str, Any],
         *,
         in_place: bool | None = None,
+        token: Token | str | None = None,
+        tls: TLS | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
         self._line: Line | None = None
         self._closed = True
-        self.address = _io.parse_address(address)
+        self.address = _io.parse_address(address, token, tls)
         if in_place and self.address.kind != "unix":
             raise ValueError(f"address {address!r}: memory is shared over a unix socket; write unix:///path")
         #: name of the table
@@ -191,8 +197,9 @@ class Publisher:
 
     def _connect(self, until: Deadline) -> None:
         body = hello(
-            "publish", self.table, manifest=self.manifest.to_dict(), in_place=self.in_place, client=self._client
-        )
+            "publish", self.table, manifest=self.manifest.to_dict(), in_place=self.in_place, client=self._client,
+            token=self.address.token,
+        )  # fmt: skip
         sock, fds = _io.connect(self.address, until), list[int]()
         try:
             reply = handshake(sock, body, until, fds)

@@ -103,7 +103,7 @@ class RemoteSource:
         #: number of this reader in the daemon's life
         self.reader = 0
         self._manifest: Manifest | None = None
-        self._sock: socket.socket | None = None
+        self._sock: _io.Conn | None = None
         # Of the thread alone.
         self._partial: Transfer | None = None  # a whole generation of which a part is here
         self._outage: float | None = None  # when the connection was lost that has brought nothing since
@@ -304,7 +304,7 @@ class RemoteSource:
 
     def _connect(self, wait: bool, until: Deadline, answered: Deadline) -> None:
         options: dict[str, Any] = {"wait": wait, "stream": self._address.kind == "unix", "client": self._client}
-        options["delta"] = self._delta
+        options.update(delta=self._delta, token=self._address.token)
         latest, partial = self._latest, self._partial
         if latest is not None:
             options.update(have=latest.generation, have_digest=latest.digest.hex())
@@ -528,16 +528,15 @@ class RemoteSource:
     def _send(self, answer: bytes) -> None:
         sock = self._sock
         assert sock is not None
-        while True:
+        while answer or _io.unsent(sock):
             try:
-                sock.send(answer)
-                return
+                answer = answer[sock.send(answer) :]
             except BlockingIOError:
                 self._await(sock, select.POLLOUT, STALL_S)
             except OSError as e:
                 raise PeerClosed(f"the connection to the daemon failed: {e.strerror or e}") from e
 
-    def _await(self, sock: socket.socket, events: int, patience: float | None) -> None:
+    def _await(self, sock: _io.Conn, events: int, patience: float | None) -> None:
         poll = select.poll()
         poll.register(sock, events)
         poll.register(self._bell.fd, select.POLLIN)

@@ -26,10 +26,17 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.peeked = b""
         sock.settimeout(PATIENCE)
 
+    def peek(self, n: int) -> bytes:
+        """The next bytes, which are still to come after that."""
+        self.peeked = self.exactly(n)
+        return self.peeked
+
     def exactly(self, n: int) -> bytes:
-        got = bytearray()
+        got = bytearray(self.peeked[:n])
+        self.peeked = self.peeked[n:]
         while len(got) < n:
             part = self.sock.recv(min(n - len(got), 1 << 18))
             assert part, f"the client closed after {len(got)} of {n} bytes"
@@ -49,15 +56,21 @@ class Peer:
 
     def end(self) -> bytes:
         """Everything until the client closes its writing side."""
-        got = bytearray()
+        got = bytearray(self.peeked)
+        self.peeked = b""
         while part := self.sock.recv(1 << 16):
             got += part
         return bytes(got)
 
+    def frame(self) -> bytes:
+        """A hello or a proof, as it came."""
+        head = self.exactly(HEAD.size)
+        return head + self.exactly(HEAD.unpack(head)[3])
+
     def hello(self) -> dict[str, Any]:
-        magic, low, high, length = HEAD.unpack(self.exactly(HEAD.size))
-        assert (magic, low, high) == (MAGIC, 1, 1)
-        body: dict[str, Any] = json.loads(self.exactly(length))
+        frame = self.frame()
+        assert HEAD.unpack(frame[: HEAD.size])[:3] == (MAGIC, 1, 1)
+        body: dict[str, Any] = json.loads(frame[HEAD.size :])
         return body
 
     def reply(self, body: dict[str, Any], status: int = 0, fds: list[int] | None = None) -> None:
@@ -96,6 +109,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.sock, self.address = sock, address
+        self.make: Callable[[socket.socket], Peer] = Peer  # of each connection that was accepted
         self.errors: list[BaseException] = []
         self.threads: list[threading.Thread] = []
 
@@ -115,7 +129,8 @@ class Listener:
         def work() -> None:
             try:
                 self.sock.settimeout(PATIENCE)
-                peer = Peer(self.sock.accept()[0])
+                sock = self.sock.accept()[0]
+                peer = self.make(sock)
                 with peer.sock:
                     run(peer)
             except BaseException as e:

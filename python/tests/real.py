@@ -20,8 +20,9 @@ POINT = "obs/image:U8[4,4],obs/pos/(0):F32[3],obs/pos/(1):F64,action:I64,done:BO
 class Daemon:
     """A running ``ingestd serve`` with the given tables, each a dict as in its configuration file."""
 
-    def __init__(self, folder: Path, tables: list[dict[str, Any]], **settings: Any) -> None:
+    def __init__(self, folder: Path, tables: list[dict[str, Any]], also: tuple[str, ...] = (), **settings: Any) -> None:
         self.folder, self.tables, self.settings = folder, tables, settings
+        self.also = also  # listeners beside tcp and unix
         self.unix = f"unix://{folder}/sock"
         self.log = (folder / "log").open("w+")
         self.start("tcp://127.0.0.1:0")
@@ -29,7 +30,7 @@ class Daemon:
     def start(self, tcp: str) -> None:
         config, ready = self.folder / "config.yaml", self.folder / "ready.json"
         ready.unlink(missing_ok=True)
-        wanted = {"listen": [tcp, self.unix], "admin": "off", "tables": self.tables, **self.settings}
+        wanted = {"listen": [tcp, self.unix, *self.also], "admin": "off", "tables": self.tables, **self.settings}
         config.write_text(json.dumps(wanted))  # JSON is YAML
         command = [BINARY, "serve", "--config", str(config), "--ready-file", str(ready)]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
@@ -41,9 +42,9 @@ class Daemon:
                 assert not poll.poll(10), f"the daemon ended:\n{self.said()}"
         finally:
             os.close(ended)
-        addresses = json.loads(ready.read_text())
-        assert addresses["unix"] == self.unix
-        self.tcp: str = addresses["tcp"]
+        self.addresses: dict[str, str] = json.loads(ready.read_text())
+        assert self.addresses["unix"] == self.unix
+        self.tcp = self.addresses["tcp"]
 
     def said(self) -> str:
         self.log.flush()

@@ -456,8 +456,8 @@ def test_refusals(socket_path: str) -> None:
     listener.finish()
     with pytest.raises(PeerClosed, match="is ingestd running there"):
         Reader(listener.address, "t")
-    with pytest.raises(ValueError, match="trainers attach over a unix socket"):
-        Reader("tcp://127.0.0.1:1", "t")
+    with pytest.raises(ValueError, match="write tcp://host:port"):
+        Reader("udp://127.0.0.1:1", "t")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def reply(body: bytes, magic: bytes = b"INGESTD\n", version: int = 1, status: in
         (b"", "at least 16 bytes"),
         (reply(b"{}", magic=b"HTTP/1.1"), "is this the address of an ingestd listener"),
         (reply(b"{}", version=2), "chose version 2"),
-        (reply(b"{}", status=2), "status 2"),
+        (reply(b"{}", status=3), "status 3"),
         (reply(b"{}", length=1), "body of 1 bytes"),
         (reply(b"{}", length=2_097_153), "body of 2097153 bytes"),
         (reply(b"{}", length=3), "announces a body of 3 bytes, got 2"),

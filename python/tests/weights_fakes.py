@@ -229,11 +229,7 @@ def gone(peer: Peer) -> None:
 
 def hear_chunk(peer: Peer, manifest: Manifest, generation: int, publisher: int, into: bytearray) -> int:
     """Takes one chunk and returns its bytes; 0 where a message comes instead, which is left."""
-    peek = b""
-    while len(peek) < 4:
-        peek = peer.sock.recv(4, socket.MSG_PEEK)
-        assert peek
-    (word,) = struct.unpack("<I", peek)
+    (word,) = struct.unpack("<I", peer.peek(4))
     if not word >> 31:
         return 0
     peer.exactly(4)

@@ -1,0 +1,68 @@
+package bans
+
+import (
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ingestd/ingestd/wire"
+)
+
+func peerAt(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: 1} }
+
+// TestDoor: each end of a visit counts once and gives its place back, and who fails five times stays outside.
+func TestDoor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &Door{New(Config{}), NewHalfOpen(HalfOpenConfig{Max: 3, MaxPerAddress: 2})}
+		enter := func(want wire.Code, peer net.Addr) *Visit {
+			t.Helper()
+			v, code := d.Enter(peer)
+			if code != want {
+				t.Fatalf("%v: %q, want %q", peer, code, want)
+			}
+			return v
+		}
+		first, second := enter("", peerAt("192.0.2.1")), enter("", peerAt("192.0.2.1"))
+		enter(wire.CodeTooManyConnections, peerAt("192.0.2.1"))
+		third := enter("", peerAt("192.0.2.2"))
+		enter(wire.CodeTooManyConnections, peerAt("192.0.2.3"))
+		for _, exempt := range []net.Addr{peerAt("127.0.0.1"), &net.UnixAddr{Name: "x", Net: "unix"}} {
+			v := enter("", exempt)
+			if v != nil {
+				t.Errorf("%v is counted", exempt)
+			}
+			v.Failed()
+			v.Succeeded()
+			v.Leave()
+			v.Refused(wire.CodeBadMagic)
+		}
+		third.Leave()
+		third.Failed() // after its end
+		second.Refused(wire.CodeUnknownTable)
+		if s := d.Table.Stats(); s.Addresses != 0 {
+			t.Fatalf("nobody failed: %+v", s)
+		}
+		first.Failed()
+		for n := 1; n < FailuresMax; n++ {
+			v := enter("", peerAt("192.0.2.1"))
+			if want := slowed(n); v.Wait != want {
+				t.Errorf("after %d failures it waits %v, want %v", n, v.Wait, want)
+			}
+			v.Refused(wire.CodeNotAuthenticated)
+		}
+		enter(wire.CodeBanned, peerAt("192.0.2.1"))
+		if open, addresses, refused := d.HalfOpen.Stats(); open != 0 || addresses != 0 || refused != 2 {
+			t.Errorf("%d open from %d addresses, %d refused", open, addresses, refused)
+		}
+		<-time.After(BanFor)
+		enter("", peerAt("192.0.2.1")).Succeeded()
+		if s := d.Table.Stats(); s.Addresses != 0 || s.Failures != FailuresMax || s.Bans != 1 || s.Refused != 1 {
+			t.Errorf("%+v", s)
+		}
+	})
+	var none *Door
+	if v, code := none.Enter(peerAt("192.0.2.1")); v != nil || code != "" {
+		t.Error("no door, and yet it is closed")
+	}
+}

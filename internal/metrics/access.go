@@ -1,0 +1,74 @@
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/ingestd/ingestd/auth"
+	"github.com/ingestd/ingestd/bans"
+)
+
+// Access is where the counts of tokens, bans and handshakes come from. Both functions of a pair are nil where the daemon has no tokens, or bans are off.
+type Access struct {
+	Gate     func() auth.GateStats
+	Tokens   func() auth.Stats
+	Bans     func() bans.Stats
+	HalfOpen func() (open, addresses int, refused uint64)
+}
+
+var (
+	tokens        = desc("tokens", "Tokens of the daemon.")
+	tokensReloads = desc("tokens_reloads_total", "Times the file of tokens was read and taken up.")
+	tokensFailed  = desc("tokens_reload_failures_total", "Times the file of tokens was read and could not be used.")
+	tokensStale   = desc("tokens_stale", "1 while the file of tokens is not what is in force.")
+	handshakes    = desc("authentications_total", "Handshakes of a daemon with tokens, by what became of them.", "result")
+
+	banned        = desc("banned_addresses", "Addresses that are banned.")
+	remembered    = desc("failed_addresses", "Addresses from which handshakes failed of late, the banned ones too.")
+	failures      = desc("handshake_failures_total", "Handshakes that failed, of addresses that are not exempt.")
+	bansTotal     = desc("bans_total", "Times an address was banned.")
+	bansRefused   = desc("bans_refused_total", "Connections of banned addresses, closed without a word.")
+	bansSlowed    = desc("bans_slowed_total", "Connections that had to wait because handshakes of their address had failed.")
+	bansForgotten = desc("bans_forgotten_total", "Addresses that were forgotten early to make room.")
+	bansCleared   = desc("bans_cleared_total", "Addresses cleared by a success, or by hand.")
+	halfOpen      = desc("half_open_handshakes", "Handshakes under way, of addresses that are not exempt.")
+	halfRefused   = desc("half_open_refused_total", "Connections closed because too many handshakes were under way.")
+)
+
+func describeAccess() []*prometheus.Desc {
+	return []*prometheus.Desc{
+		tokens, tokensReloads, tokensFailed, tokensStale, handshakes,
+		banned, remembered, failures, bansTotal, bansRefused, bansSlowed, bansForgotten, bansCleared, halfOpen, halfRefused,
+	}
+}
+
+func (a *Access) collect(ch out) {
+	if a.Tokens != nil {
+		t, g := a.Tokens(), a.Gate()
+		ch.gauge(tokens, float64(len(t.Tokens)))
+		ch.counter(tokensReloads, t.Reloads)
+		ch.counter(tokensFailed, t.Failures)
+		ch.gauge(tokensStale, number(t.Broken != nil))
+		for _, r := range []struct {
+			result string
+			n      uint64
+		}{
+			{"token", g.ByToken}, {"user", g.ByUser}, {"not_authenticated", g.NotAuthenticated}, {"not_permitted", g.NotPermitted}, {"timed_out", g.TimedOut},
+		} {
+			ch.counter(handshakes, r.n, r.result)
+		}
+	}
+	if a.Bans == nil {
+		return
+	}
+	b := a.Bans()
+	ch.gauge(banned, float64(b.Banned))
+	ch.gauge(remembered, float64(b.Addresses))
+	for d, n := range map[*prometheus.Desc]uint64{
+		failures: b.Failures, bansTotal: b.Bans, bansRefused: b.Refused, bansSlowed: b.Slowed, bansForgotten: b.Forgotten, bansCleared: b.Cleared,
+	} {
+		ch.counter(d, n)
+	}
+	open, _, refused := a.HalfOpen()
+	ch.gauge(halfOpen, float64(open))
+	ch.counter(halfRefused, refused)
+}
