@@ -254,7 +254,7 @@ func TestRefused(t *testing.T) {
 func TestDialFails(t *testing.T) {
 	s := specOf(t, "a:U8")
 	for addr, says := range map[string]string{
-		"localhost:7420": "write tcp://", "tcp://localhost": "missing port", "unix://": "has no path", "echo://h:1": "echo protocol", "quic://h:1": "is not known",
+		"localhost:7420": "write tcp://", "tcp://localhost": "missing port", "unix://": "has no path", "echo://h:1": "echo protocol", "quic://h": "missing port", "sctp://h:1": "is not known",
 		"unix://" + filepath.Join(t.TempDir(), "none"): "is the daemon running",
 	} {
 		if _, err := Dial(t.Context(), addr, Config{Table: "t", Spec: s}); err == nil || !strings.Contains(err.Error(), says) {

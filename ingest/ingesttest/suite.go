@@ -24,6 +24,7 @@ func Run(t *testing.T, start Start) {
 		{"SamplesOfEveryShape", samplesOfEveryShape},
 		{"CommittedAcks", committedAcks},
 		{"Refusals", refusals},
+		{"RandomHellos", randomHellos},
 		{"SlowHandshake", slowHandshake},
 		{"CutShort", cutShort},
 		{"Stalled", stalled},
