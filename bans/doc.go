@@ -3,8 +3,8 @@
 // After each failure of an address its next handshake waits, for 0.5, 1, 2 and 4 s; at the fifth the address is banned, until 5 minutes after its last failure. A
 // success forgets all. An address of IPv6 stands for its /64. Addresses of loopback are exempt unless configured.
 //
-// A transport calls HalfOpen.Enter and Table.Check when a connection has come, waits for Verdict.Wait before it reads the hello, and then calls Failed (if Failure says so of
-// the refusal's code, or if the peer ended before its handshake was complete) or Succeeded. Sockets are the transport's; so is where the table is shown and cleared.
+// A transport calls Door.Enter when a connection has come, waits for Visit.Wait before it reads anything, and ends the visit with what became of the handshake: Refused, Failed (of
+// a peer that ended before its handshake was complete, too), Succeeded, or Leave. Sockets are the transport's; showing and clearing the table is the daemon's.
 //
 // The table is bounded: whoever has more than 65,536 addresses can have its oldest failures forgotten, and those of others. Whoever has so many needs no second try from one of
 // them either.
@@ -17,5 +17,5 @@
 //
 // Cost: Check is one atomic load while nobody has failed, else a lock and a map lookup, about 100 ns (BenchmarkCheckBanned); an entry takes about 250 bytes.
 //
-// Proof: bans_test.go and halfopen_test.go: every step of the way in synctest bubbles, both sides of every limit, and a model.
+// Proof: bans_test.go, halfopen_test.go and door_test.go: every step of the way in synctest bubbles, both sides of every limit, and a model.
 package bans

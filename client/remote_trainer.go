@@ -433,20 +433,32 @@ func (r *remoteTrainer) statistics() RemoteTrainerStats {
 	return r.stats
 }
 
+// partingTimeout is how long a daemon that does not end a connection in its turn holds up the end of a Trainer.
+const partingTimeout = time.Second
+
 // close detaches. The memory of what callers hold stays theirs.
 func (r *remoteTrainer) close() error {
 	r.die()
 	r.mu.Lock()
 	r.closed = true
-	if r.link != nil {
-		if half, ok := r.link.conn.(interface{ CloseWrite() error }); ok {
+	link := r.link
+	if link != nil {
+		if half, ok := link.conn.(interface{ CloseWrite() error }); ok {
 			_ = half.CloseWrite() // after the answers
 		}
-		r.link.conn.Close()
 	}
 	r.free = nil
 	r.rouse()
 	r.mu.Unlock()
+	if link != nil {
+		if link.raw == nil { // a connection of QUIC drops what has not arrived when it is closed, so the daemon goes first
+			select {
+			case <-r.ended:
+			case <-time.After(partingTimeout):
+			}
+		}
+		link.conn.Close()
+	}
 	<-r.ended
 	return nil
 }

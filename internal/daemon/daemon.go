@@ -462,6 +462,9 @@ func (d *Daemon) StopNow() { d.stopNow() }
 // closeDoors closes listeners and admin endpoint.
 func (d *Daemon) closeDoors() error {
 	var errs []error
+	if d.quic != nil { // before its sockets
+		errs = append(errs, d.quic.Close())
+	}
 	for _, l := range d.listeners {
 		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)

@@ -21,7 +21,10 @@
 // Segments (segments.go): with Config.SegmentDir each table lies in a locked file. New takes up what is there, however the daemon before ended, and says what
 // it found; what cannot be taken up is a *SegmentError that names the difference, and is never changed without Config.DiscardSegments.
 //
-// A Daemon's methods may be called from any goroutine; Run once. Its goroutines: Run's own, one per listener, the drainers, one per table (linger),
+// Who may come in (access.go): tokens and bans are read and made first, and stand before all transports (transports.go) and, on an address that other machines reach, before
+// the admin endpoint (admin_access.go). A listener that other machines reach is an error of the configuration unless somebody is asked who they are.
+//
+// A Daemon's methods may be called from any goroutine; Run once. Its goroutines: Run's own, one per listener, one that looks at the file of tokens, the drainers, one per table (linger),
 // the admin server's; all have ended when Run returns.
 //
 // Errors: *ConfigError, *ListenError, *SegmentError, *shm.InsufficientError (wrapped) from New; *UnreadError, ErrStoppedAtOnce from Run. Nothing here runs per
