@@ -118,6 +118,9 @@ func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, e
 	if err != nil {
 		return nil, err
 	}
+	if !strings.HasPrefix(addr, "unix://") && !strings.HasPrefix(addr, "shm://") {
+		return nil, fmt.Errorf("client: address %q: a reader of steps maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock", addr)
+	}
 	t, err := Attach(ctx, addr, TrainerConfig{Table: cfg.Table, Prefetch: cfg.Prefetch, Group: cfg.Group, Client: cfg.Client, Token: cfg.Token})
 	if err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package quicingest
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -214,5 +215,53 @@ func TestStreamsShareAConnection(t *testing.T) {
 	}
 	if total != 8*50 {
 		t.Errorf("%d of %d samples taken", total, 8*50)
+	}
+}
+
+// TestAttachedStreamsOutliveShutdown: whoever attached is the daemon's to end, after producers: Shutdown leaves it its connection, and Close does not.
+func TestAttachedStreamsOutliveShutdown(t *testing.T) {
+	attached, say := make(chan struct{}), make(chan string)
+	s := newSite(t, func(c *Config) {
+		c.Streams.Attach = func(conn net.Conn, _ *wire.Hello) error {
+			defer conn.Close()
+			close(attached)
+			if _, err := io.WriteString(conn, <-say); err != nil {
+				return err
+			}
+			_, err := conn.Read(make([]byte, 1)) // until Close
+			return err
+		}
+	})
+	c := s.dial(t)
+	open, err := c.OpenStreamSync(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := quicconn.New(c, open)
+	_ = st.SetDeadline(time.Now().Add(time.Minute))
+	if err := wire.WriteHello(st, &wire.Hello{Role: wire.RoleSubscribe, Table: "weights of another kind"}); err != nil {
+		t.Fatal(err)
+	}
+	<-attached
+	producer, _ := s.push(t, s.dial(t))
+	told := make(chan error, 1)
+	go func() {
+		_, err := io.ReadAll(producer)
+		told <- errors.Join(err, producer.Close())
+	}()
+	s.finish(t)
+	if err := <-told; err != nil {
+		t.Errorf("a producer was not told in order: %v", err)
+	}
+	say <- "still here"
+	b := make([]byte, len("still here"))
+	if _, err := io.ReadFull(st, b); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := st.Read(b); err == nil {
+		t.Error("read after Close")
 	}
 }

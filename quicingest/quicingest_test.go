@@ -33,6 +33,7 @@ func serve(t *testing.T, cfg Config) (*Server, net.Addr) {
 	go func() { served <- s.Serve(context.Background(), socket) }()
 	stop := sync.OnceFunc(func() {
 		_ = s.Shutdown(context.Background())
+		_ = s.Close()
 		if err := <-served; err != nil {
 			t.Errorf("Serve: %v", err)
 		}

@@ -218,6 +218,13 @@ func (c *conn) use(n int) {
 	c.unused.Reset(max(cfg.IdleTimeout, cfg.LingerTimeout))
 }
 
+// unusedNow tells whether the connection has no stream.
+func (c *conn) unusedNow() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.streams == 0
+}
+
 // How long what was written last has for arriving, as often as it is lost on the way, before its connection is closed.
 const (
 	lingerMin   = 50 * time.Millisecond
@@ -235,38 +242,68 @@ func (s *Server) linger() time.Duration {
 	return min(longest, s.cfg.Streams.LingerTimeout)
 }
 
-// Shutdown implements ingest.Transport.
+// Shutdown implements ingest.Transport. Connections with streams that were handed to Config.Streams.Attach stay open: Close ends them.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.stopping = true
-	doors := s.doors
-	s.doors = nil
-	s.mu.Unlock()
-	for l := range doors {
+	for l := range s.doors {
 		_ = l.Close()
 	}
+	s.mu.Unlock()
 	err := s.streams.Shutdown(ctx)
 	// What was written last is on its way yet, and a close would not wait for it. A client that has it closes.
+	gone := s.gone()
+	select {
+	case <-gone:
+	case <-time.After(s.linger()):
+	}
+	if s.cutOff(func(c *conn) bool { return c.unusedNow() }) == 0 {
+		return errors.Join(err, s.Close())
+	}
+	return err
+}
+
+// Close ends all connections at once, and closes the sockets. It may be called more than once.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.stopping = true
+	doors := s.doors
+	s.doors = map[*quic.Listener]*quic.Transport{}
+	s.mu.Unlock()
+	s.cutOff(func(*conn) bool { return true })
+	s.running.Wait()
+	var errs []error
+	for l, tr := range doors {
+		errs = append(errs, l.Close(), tr.Close())
+		if err := tr.Conn.Close(); !errors.Is(err, net.ErrClosed) { // whoever opened it may close it, too
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// gone is closed when all connections are.
+func (s *Server) gone() <-chan struct{} {
 	gone := make(chan struct{})
 	go func() {
 		s.running.Wait()
 		close(gone)
 	}()
-	select {
-	case <-gone:
-	case <-time.After(s.linger()):
-	}
+	return gone
+}
+
+// cutOff closes the connections for which which is true, and returns how many others there are.
+func (s *Server) cutOff(which func(*conn) bool) (left int) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	for c := range s.conns {
-		go func() { _ = c.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") }()
+		if which(c) {
+			s.running.Go(func() { _ = c.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") })
+		} else {
+			left++
+		}
 	}
-	s.mu.Unlock()
-	<-gone
-	for _, tr := range doors {
-		_ = tr.Close()
-		_ = tr.Conn.Close()
-	}
-	return err
+	return left
 }
 
 // Stats implements ingest.Transport. Connections are those of streams.

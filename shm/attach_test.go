@@ -279,7 +279,7 @@ func TestDaemonDies(t *testing.T) {
 	d := startDaemon(t, 4, ServerConfig{})
 	a := d.attach(1)
 	d.server.mu.Lock()
-	conn := d.server.trainers[1].conn
+	conn := d.server.trainers[1].(*trainer).conn
 	d.server.mu.Unlock()
 	check(t, conn.CloseWrite()) // what the trainer sees when the process is gone
 	_, err = a.Next(t.Context())

@@ -128,7 +128,7 @@ type Server struct {
 	cfg ServerConfig
 
 	mu       sync.Mutex // attachments come and go under it; batches do not touch it
-	trainers map[uint64]*trainer
+	trainers map[uint64]attendee
 	granted  map[string]int // per table, the batches that its trainers may hold together
 	lastID   uint64
 	total    Stats // of attachments that have ended; Trainers is nil
@@ -141,7 +141,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, trainers: map[uint64]*trainer{}, granted: map[string]int{}}
+	s := &Server{cfg: cfg, trainers: map[uint64]attendee{}, granted: map[string]int{}}
 	s.total.Refused = map[wire.Code]uint64{}
 	s.filling.fillers, s.filling.granted = map[uint64]*filler{}, map[string]int{}
 	return s, nil
@@ -202,7 +202,17 @@ func (s *Server) refuse(conn *net.UnixConn, refusal *wire.Refusal) {
 	}
 }
 
+// lookUp finds the table of who maps it.
 func (s *Server) lookUp(hello *wire.Hello) (Table, error) {
+	table, err := s.find(hello)
+	if err == nil && table.Memory == nil {
+		return table, wire.Refuse(wire.CodeWrongRole, "table %q lies in the memory of its daemon's own process and cannot be mapped", hello.Table)
+	}
+	return table, err
+}
+
+// find finds the table that a hello names, and compares specs.
+func (s *Server) find(hello *wire.Hello) (Table, error) {
 	table, ok := s.cfg.Tables.Table(hello.Table)
 	if !ok {
 		names := s.cfg.Tables.Names()
@@ -211,9 +221,6 @@ func (s *Server) lookUp(hello *wire.Hello) (Table, error) {
 			return table, wire.Refuse(wire.CodeUnknownTable, "there is no table %q: this daemon has none", hello.Table)
 		}
 		return table, wire.Refuse(wire.CodeUnknownTable, "there is no table %q: this daemon has %s", hello.Table, strings.Join(names, ", "))
-	}
-	if table.Memory == nil {
-		return table, wire.Refuse(wire.CodeWrongRole, "table %q lies in the memory of its daemon's own process and cannot be mapped", hello.Table)
 	}
 	if refusal := hello.CheckSpec(table.Spec); refusal != nil {
 		return table, refusal
@@ -248,7 +255,7 @@ func (s *Server) train(ctx context.Context, conn *net.UnixConn, hello *wire.Hell
 	if err != nil {
 		return err
 	}
-	defer s.remove(t)
+	defer s.remove(t.id, t.table.Name, t.prefetch)
 	if err := t.join(hello); err != nil {
 		return err
 	}
@@ -288,39 +295,58 @@ func (s *Server) prefetch(hello *wire.Hello, table Table) (int, error) {
 }
 
 // add gives the trainer a number and its share of the table's batches.
-func (s *Server) add(conn *net.UnixConn, hello *wire.Hello, table Table, log *slog.Logger) (*trainer, error) {
+func (s *Server) add(conn *net.UnixConn, hello *wire.Hello, table Table, log *slog.Logger) (t *trainer, err error) {
 	pid, uid := peerOf(conn)
+	err = s.admit(hello, table, func(id uint64, prefetch int) attendee {
+		t = newTrainer(s, id, conn, hello, table, prefetch, log.With("trainer", id, "pid", pid))
+		t.pid, t.uid = pid, uid
+		return t
+	})
+	return t, err
+}
+
+// admit gives a trainer a number and its share of the table's batches, or refuses it.
+func (s *Server) admit(hello *wire.Hello, table Table, make func(id uint64, prefetch int) attendee) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if n := len(s.trainers); n >= s.cfg.TrainersMax {
-		return nil, wire.Refuse(wire.CodeTooManyConnections, "%d trainers are attached, which is this daemon's limit: end one or raise the limit", n)
+		return wire.Refuse(wire.CodeTooManyConnections, "%d trainers are attached, which is this daemon's limit: end one or raise the limit", n)
 	}
 	prefetch, err := s.prefetch(hello, table)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if prefetch == 0 {
-		return nil, wire.Refuse(wire.CodeTooManyConnections,
+		return wire.Refuse(wire.CodeTooManyConnections,
 			"the trainers of table %q may already hold all of its %d batches but the one being filled: end one, let them prefetch less, or give the table more batches",
 			table.Name, table.View.Batches())
 	}
 	s.lastID++
-	t := newTrainer(s, s.lastID, conn, hello, table, prefetch, log.With("trainer", s.lastID, "pid", pid))
-	t.pid, t.uid = pid, uid
-	s.trainers[t.id] = t
+	s.trainers[s.lastID] = make(s.lastID, prefetch)
 	s.granted[table.Name] += prefetch
-	return t, nil
+	return nil
 }
 
-// remove adds what the trainer did to the totals. It holds nothing by now.
-func (s *Server) remove(t *trainer) {
+// remove adds what a trainer did to the totals. It holds nothing by now.
+func (s *Server) remove(id uint64, table string, prefetch int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.trainers, t.id)
-	if s.granted[t.table.Name] -= t.prefetch; s.granted[t.table.Name] == 0 {
-		delete(s.granted, t.table.Name)
+	s.trainers[id].addTo(&s.total)
+	s.drop(id, table, prefetch)
+}
+
+// dismiss forgets a trainer that was admitted and then refused.
+func (s *Server) dismiss(id uint64, table string, prefetch int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drop(id, table, prefetch)
+}
+
+func (s *Server) drop(id uint64, table string, prefetch int) {
+	delete(s.trainers, id)
+	if s.granted[table] -= prefetch; s.granted[table] == 0 {
+		delete(s.granted, table)
 	}
-	t.addTo(&s.total)
 }
 
 // peerOf asks the kernel who is at the other end; zeros when it does not say.

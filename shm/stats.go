@@ -16,13 +16,14 @@ type Stats struct {
 	Refused  map[wire.Code]uint64 // peers that were not
 	Detached uint64               // trainers that ended holding nothing
 	Died     uint64               // trainers whose socket ended while they held batches
-	CutOff   uint64               // trainers that the daemon cut off at its end
+	CutOff   uint64               // trainers that the daemon cut off at its end, or over a connection, as they took nothing for too long
 	BadPeers uint64               // trainers cut off because they broke the rules of their channel
 
 	Delivered uint64 // batches given to trainers
 	GivenBack uint64 // batches that trainers gave back
 	Returned  uint64 // batches taken from trainers that ended, which their groups offer again or drop
 	Lost      uint64 // batches that trainers were told their groups lost; each trainer of a group is told
+	Sent      uint64 // bytes of batches sent to trainers over connections
 
 	Trainers []TrainerStats // those attached now, by number
 
@@ -35,7 +36,8 @@ type TrainerStats struct {
 	Table    string
 	Group    string
 	Client   string
-	PID, UID int // 0 where the kernel does not say
+	Peer     string // where one over a connection comes from; empty: it maps the segment
+	PID, UID int    // 0 where the kernel does not say
 	Since    time.Time
 	Prefetch int // most batches it may hold
 
@@ -45,6 +47,7 @@ type TrainerStats struct {
 	Sleeping   bool // it has read everything it was given and sleeps until we wake it
 
 	Delivered, GivenBack, Lost uint64
+	Sent                       uint64 // bytes of batches, over a connection
 }
 
 // LeaseStats is a batch in a trainer's hands.

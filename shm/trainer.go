@@ -3,7 +3,6 @@
 package shm
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,7 +54,7 @@ type trainer struct {
 	givenBack  uint64
 	returned   uint64
 	lost       uint64
-	outcome    outcome
+	outcome    Outcome
 }
 
 // held is a batch that the peer was given.
@@ -63,16 +62,6 @@ type held struct {
 	batch ring.Batch
 	at    uint64 // how many descriptors it has taken from its queue once it has taken this one
 }
-
-type outcome int
-
-const (
-	attached outcome = iota
-	detached
-	died
-	cutOff
-	badPeer
-)
 
 // errSocketEnded is the cause when the peer's side of the socket ended.
 var errSocketEnded = errors.New("the peer's socket ended")
@@ -87,14 +76,11 @@ func newTrainer(s *Server, id uint64, conn *net.UnixConn, hello *wire.Hello, tab
 
 // join makes it a member of the group it names.
 func (t *trainer) join(hello *wire.Hello) error {
-	group := cmp.Or(hello.Group, wire.GroupDefault)
-	m, err := t.table.Source.Join(group, sampler.Who{Trainer: t.id, Client: t.client, PID: t.pid})
-	if full := (*ring.GroupsFullError)(nil); errors.As(err, &full) {
-		return wire.Refuse(wire.CodeTooManyGroups, "group %q cannot be made: %v; use one there is, or wait until one without trainers ends", group, full)
-	} else if err != nil {
-		return fmt.Errorf("table %q: trainer %d: %w", t.table.Name, t.id, err)
+	m, err := join(t.table, hello, sampler.Who{Trainer: t.id, Client: t.client, PID: t.pid})
+	if err != nil {
+		return err
 	}
-	t.log = t.log.With("group", group)
+	t.log = t.log.With("group", m.Group())
 	t.server.mu.Lock()
 	defer t.server.mu.Unlock()
 	t.member = m
@@ -443,29 +429,29 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 	t.returned += uint64(len(held))
 	switch {
 	case notice != nil:
-		t.outcome = badPeer
+		t.outcome = OutcomeBadPeer
 	case errors.Is(cause, errSocketEnded) && len(held) == 0:
-		t.outcome = detached
+		t.outcome = OutcomeDetached
 	case errors.Is(cause, errSocketEnded):
-		t.outcome = died
+		t.outcome = OutcomeDied
 	default:
-		t.outcome = cutOff
+		t.outcome = OutcomeCutOff
 	}
 	result, log := t.outcome, t.log.With("delivered", t.delivered, "returned", len(held))
 	t.mu.Unlock()
 	t.giveUp(held, result)
 	switch {
-	case result == detached:
+	case result == OutcomeDetached:
 		log.Info("trainer detached")
 		return nil
-	case result == died:
+	case result == OutcomeDied:
 		if t.member.Policies().OnDeath == sampler.Drop {
 			log.Warn("trainer died holding batches; its group drops those it had begun")
 		} else {
 			log.Warn("trainer died holding batches; they are offered to another")
 		}
 		return nil
-	case result == badPeer:
+	case result == OutcomeBadPeer:
 	case ctx.Err() != nil:
 		notice = wireNotice(wire.CodeShuttingDown, "the daemon is stopping")
 	default:
@@ -482,10 +468,10 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 
 // giveUp gives back what the peer held. A batch that it cannot have begun to read, or that we took away, is no reason to drop it, whatever the
 // group's policy; the count by which that is told is the peer's own, which can harm its own group only.
-func (t *trainer) giveUp(all []held, why outcome) {
+func (t *trainer) giveUp(all []held, why Outcome) {
 	taken, _ := t.deliver.Taken() // of what makes no sense, the last that did
 	for _, h := range all {
-		if why == cutOff || h.at > taken {
+		if why == OutcomeCutOff || h.at > taken {
 			t.member.Offer(h.batch)
 		} else {
 			t.member.Return(h.batch)
@@ -497,20 +483,7 @@ func (t *trainer) giveUp(all []held, why outcome) {
 func (t *trainer) addTo(s *Stats) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s.Delivered += t.delivered
-	s.GivenBack += t.givenBack
-	s.Returned += t.returned
-	s.Lost += t.lost
-	switch t.outcome {
-	case detached:
-		s.Detached++
-	case died:
-		s.Died++
-	case cutOff:
-		s.CutOff++
-	case badPeer:
-		s.BadPeers++
-	}
+	s.add(t.delivered, t.givenBack, t.returned, t.lost, t.outcome)
 }
 
 // stats is called under the server's mu.

@@ -371,7 +371,7 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 		}
 	}
 	_, local := c.netConn.(*net.UnixConn)
-	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe; s.cfg.Attach == nil || !local && !anywhere {
+	if anywhere := hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe || hello.Role == wire.RoleTrain; s.cfg.Attach == nil || !local && !anywhere {
 		s.refuse(c, wire.Refuse(wire.CodeWrongRole, "role %q is served on the daemon's unix socket only; connect to unix:///PATH, which `ingestd serve` prints at its start", hello.Role))
 		return
 	}

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/sendfile"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -129,7 +130,7 @@ func (s *Server) serveRemote(ctx context.Context, conn net.Conn, hello *wire.Hel
 		return wire.Refuse(wire.CodeInternal, "a connection of type %T cannot be served", conn)
 	}
 	r := &remote{
-		conn: nc, limits: s.limits(), log: log, store: store, delta: hello.Delta, answers: make(chan byte, 1), sender: sender{conn: nc, stall: s.cfg.StallTimeout},
+		conn: nc, limits: s.limits(), log: log, store: store, delta: hello.Delta, answers: make(chan byte, 1), sender: sender{sendfile.Sender{Conn: nc, Stall: s.cfg.StallTimeout}},
 	}
 	if !s.remotes.admit(r, s.cfg.RemoteReadersMax) {
 		return wire.Refuse(wire.CodeTooManyConnections,

@@ -20,11 +20,16 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// netConn is what both TCP and unix connections offer.
+// netConn is what connections of all transports offer.
 type netConn interface {
 	net.Conn
-	syscall.Conn
 	CloseWrite() error
+}
+
+// stream is a connection that is no socket of the kernel's: TLS, a stream of QUIC. Ready may be false though bytes have come, which are then read later.
+type stream interface {
+	Ready() bool
+	HungUp() bool
 }
 
 // limits is what a connection may take its time for.
@@ -215,8 +220,15 @@ func (x *session) begin(ask *Ask) error {
 }
 
 // heard tells whether a peer that is waited with has said something, and whether it is gone.
-func heard(conn syscall.Conn) (said, gone bool) {
-	raw, err := conn.SyscallConn()
+func heard(conn net.Conn) (said, gone bool) {
+	if s, ok := conn.(stream); ok {
+		return s.Ready(), s.HungUp()
+	}
+	socket, ok := conn.(syscall.Conn)
+	if !ok {
+		return false, false
+	}
+	raw, err := socket.SyscallConn()
 	if err != nil {
 		return false, true
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"flag"
@@ -58,6 +59,7 @@ type example struct {
 	notice   Notice
 	refusal  *Refusal
 
+	batch      BatchHeader
 	token      Hello // of who names a token
 	secret     Secret
 	challenge  Challenge
@@ -112,6 +114,13 @@ func makeExample(t *testing.T) (e example, encoded map[string][]byte) {
 		"fingerprint": f[:], "hello": hello, "accepted": accepted,
 		"notice": AppendNotice([]byte{Ack, Ack, Ack}, &e.notice), "refusal": AppendRefusal(nil, e.refusal),
 	}
+	e.batch = BatchHeader{Count: 2, Number: 7, LostFirst: 6, LostCount: 1, PayloadBytes: 52, Columns: 4}
+	batch := AppendBatchHeader(nil, &e.batch)
+	for _, w := range []uint64{1, 1, 0, 1, 256, 257} {
+		batch = binary.LittleEndian.AppendUint64(batch, w)
+	}
+	encoded["batch"] = append(batch, 1, 0, 2, 0)
+	encoded["answer"] = binary.LittleEndian.AppendUint64(nil, e.batch.Number)
 	e.authenticate(t, encoded)
 	return e, encoded
 }
@@ -166,6 +175,22 @@ func TestDocsRead(t *testing.T) {
 	notice, err := ReadNotice(bytes.NewReader(rest))
 	if !ok || err != nil || *notice != want.notice || !bytes.Equal(acks, []byte{Ack, Ack, Ack}) {
 		t.Errorf("notice: % x, %v, %v", acks, notice, err)
+	}
+}
+
+// TestDocsBatch reads the example of "Remote trainers".
+func TestDocsBatch(t *testing.T) {
+	want, _ := makeExample(t)
+	examples := docExamples(t)
+	s := parse(t, "x:U16")
+	r := bytes.NewReader(examples["batch"])
+	var got BatchHeader
+	err := (&BatchReader{R: r, Shape: BatchShape{BatchSize: 2, SampleBytes: s.SampleBytes(), Leaves: s.NumLeaves()}}).Next(&got)
+	if err != nil || got != want.batch || uint64(r.Len()) != got.PayloadBytes {
+		t.Errorf("%+v, %v, and %d bytes", got, err, r.Len())
+	}
+	if answer := examples["answer"]; len(answer) != AnswerBytes || binary.LittleEndian.Uint64(answer) != got.Number {
+		t.Errorf("the answer is % x", answer)
 	}
 }
 

@@ -37,14 +37,15 @@ func pullCommand(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pull [flags]",
 		Short: "Read batches as a trainer does: count, verify, or write .npz",
-		Long: `Attach to a table as a trainer, read its batches in shared memory and give them back, until the stream ends or --samples or --batches were read.
+		Long: `Attach to a table as a trainer, read its batches and give them back: in shared memory through a unix socket, or sent over TCP, until the stream ends or --samples or --batches were read.
 Each batch goes to one trainer of every group: what pull reads, no other trainer of its group gets. With a --group of its own it takes nothing
 from anybody, but producers wait for it as for any other group, unless the table lets groups lose what they are too slow for: then the losses are counted.
 
 --verify checks every byte of samples made by ingestd push --generate, and that each stream's samples come in order, none twice. With --gapless
 a missing number is an error, too: for a pull that is the table's only trainer from the start.`,
 		Example: `  ingestd pull --table digits --samples 1797 --out back.npz
-  ingestd pull --table digits --verify --gapless --deadline 10s`,
+  ingestd pull --table digits --verify --gapless --deadline 10s
+  ingestd pull --addr tcp://gpu1:7420 --table digits --samples 1797`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.run(cmd.Context(), std)

@@ -18,6 +18,7 @@ import (
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/certfile"
 	"github.com/ingestd/ingestd/quicingest"
+	"github.com/ingestd/ingestd/remote"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tcpingest"
 	"github.com/ingestd/ingestd/weights"
@@ -38,6 +39,7 @@ type Daemon struct {
 	ingest    *tcpingest.Server
 	quic      *quicingest.Server // nil: no such listener
 	trainers  *shm.Server
+	remote    *remote.Server
 	weights   *weights.Server
 	listeners []listener
 	admin     *admin // nil: off
@@ -130,6 +132,9 @@ func (d *Daemon) open(log *slog.Logger) error {
 	if d.trainers, err = shm.NewServer(shm.ServerConfig{
 		Tables: d.registry(), Prefetch: d.plan.Limits.Prefetch, TrainersMax: d.plan.Limits.MaxTrainers, Log: log, Fill: d.fillConfig(),
 	}); err != nil {
+		return err
+	}
+	if d.remote, err = remote.NewServer(remote.Config{Trainers: d.trainers, StallTimeout: time.Duration(d.plan.Limits.StallTimeout), Log: log}); err != nil {
 		return err
 	}
 	return d.openTransports(log)
@@ -321,6 +326,9 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return d.weights.Serve(d.cutOff, conn, hello)
 	}
 	local, ok := conn.(*net.UnixConn)
+	if hello.Role == wire.RoleTrain && (!ok || hello.Stream) {
+		return d.remote.Serve(d.cutOff, conn, hello)
+	}
 	if !ok { // tcpingest has refused it
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}

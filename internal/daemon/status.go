@@ -151,6 +151,7 @@ type TrainerStatus struct {
 	Table      string        `json:"table"`
 	Group      string        `json:"group"`
 	Client     string        `json:"client"`
+	Peer       string        `json:"peer,omitempty"` // where it comes from, if its batches are sent to it
 	PID        int           `json:"pid"`
 	UID        int           `json:"uid"`
 	Since      time.Time     `json:"since"`
@@ -162,6 +163,7 @@ type TrainerStatus struct {
 	Delivered  uint64        `json:"batches_delivered"`
 	GivenBack  uint64        `json:"batches_given_back"`
 	Lost       uint64        `json:"batches_lost"`
+	Sent       uint64        `json:"bytes_sent,omitempty"`
 	Waits      *Waits        `json:"waits,omitempty"`
 }
 
@@ -271,11 +273,14 @@ func (f *FillerStatus) Name() string {
 	return name + ")"
 }
 
-// Name is how the status calls a trainer: trainer 7 (python, pid 4711, group "default").
+// Name is how the status calls a trainer: trainer 7 (python, pid 4711, group "default"), with the address instead of the pid where it has no memory of ours.
 func (t *TrainerStatus) Name() string {
 	name := fmt.Sprintf("trainer %d (", t.ID)
 	if t.Client != "" {
 		name += t.Client + ", "
+	}
+	if t.Peer != "" {
+		return fmt.Sprintf("%s%s, group %q)", name, t.Peer, t.Group)
 	}
 	return fmt.Sprintf("%spid %d, group %q)", name, t.PID, t.Group)
 }
@@ -325,9 +330,9 @@ func tableStatus(t *table, st *engine.Stats) TableStatus {
 
 func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	s := TrainerStatus{
-		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
+		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, Peer: t.Peer, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
 		State: string(t.State), StateSince: t.StateSince,
-		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost,
+		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost, Sent: t.Sent,
 	}
 	for _, l := range t.Held {
 		s.Held = append(s.Held, LeaseStatus{l.Number, l.Since})

@@ -40,8 +40,8 @@ func (w *world) populate(sessionsGoOn bool) {
 	trainers := 0
 	for _, tb := range w.tables {
 		for _, group := range tb.groups {
-			for range 2 {
-				w.add(&peer{kind: trainer, table: tb, group: group, addr: "unix://" + w.unix, most: 2, pause: 100 * time.Microsecond})
+			for _, addr := range []string{"unix://" + w.unix, "tcp://" + w.tcp} { // one maps the batches, the other has them sent
+				w.add(&peer{kind: trainer, table: tb, group: group, addr: addr, most: 2, pause: 100 * time.Microsecond})
 				trainers++
 			}
 		}

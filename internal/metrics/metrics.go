@@ -87,11 +87,12 @@ var (
 	settled        = desc("local_samples_settled_total", "Samples written in place that were copied into a batch that many share.")
 	stranded       = desc("local_samples_stranded_total", "Samples that stayed in lent places when the daemon stopped.")
 
-	trainers        = desc("trainers", "Attached trainers of other processes.", "table")
+	trainers        = desc("trainers", "Attached trainers of other processes, on this machine and others.", "table")
 	held            = desc("trainer_batches_held", "Batches in the hands of trainers of other processes.", "table")
 	attached        = desc("trainers_attached_total", "Trainers that attached.")
 	observed        = desc("observers_total", "Observers that were served.")
 	trainersEnded   = desc("trainers_ended_total", "Trainers that ended, by reason.", "reason")
+	sentBytes       = desc("trainer_sent_bytes_total", "Bytes of batches sent to trainers over connections.")
 	trainersReasons = []string{"detached", "died", "cut_off", "bad_peer"}
 )
 
@@ -100,7 +101,7 @@ func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		build, ready, segmentBytes, batchSize, capacity, places, pushed, committed, abandoned, published, delivered, released, returned, lingered,
 		streams, opened, waiting, longest, connections, accepted, acceptErrors, samples, bytes, cutShort, ended, refused,
-		trainers, held, attached, observed, trainersEnded, sessions, taken, notes,
+		trainers, held, attached, observed, trainersEnded, sentBytes, sessions, taken, notes,
 		groupTrainers, groupUnread, groupReleased, groupReturned, groupDropped, groupLost, fillers, lent, filling, fillersEnded, inPlace, settled, stranded,
 	} {
 		ch <- d
@@ -264,6 +265,7 @@ func (c *Collector) trainers(ch out, tables []engine.Stats) {
 	c.fillers(ch, &st.Fill, tables)
 	ch.counter(attached, st.Attached)
 	ch.counter(observed, st.Observed)
+	ch.counter(sentBytes, st.Sent)
 	for i, v := range []uint64{st.Detached, st.Died, st.CutOff, st.BadPeers} {
 		ch.counter(trainersEnded, v, trainersReasons[i])
 	}

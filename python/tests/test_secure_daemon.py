@@ -131,9 +131,9 @@ def test_gradients(serve: Callable[..., Daemon], tokens: Path) -> None:
             assert np.array_equal(step.sum()["w"], ARRAYS["w"])
 
 
-def weights(publish: str, subscribe: str, patience: float = PATIENCE, **options: Any) -> None:
+def weights(publish: str, subscribe: str, **options: Any) -> None:
     at = options.pop("publisher", {}), options.pop("reader", {})
-    with Publisher(publish, "t", ARRAYS, deadline=patience, **at[0], **options) as pub:
+    with Publisher(publish, "t", ARRAYS, deadline=PATIENCE, **at[0], **options) as pub:
         pub.publish(ARRAYS, deadline=PATIENCE)
         with Subscription(subscribe, "t", deadline=PATIENCE, **at[1], **options) as sub:
             with sub.wait(deadline=PATIENCE) as w:
@@ -203,10 +203,9 @@ def test_client_certificates(secure: Secure) -> None:
         pushed(address, tls=TLS(certs.ca))
 
 
-@pytest.mark.xfail(reason="the daemon does not serve weights over TLS yet", strict=True, raises=Refused)
 def test_weights_over_tls(secure: Secure) -> None:
     _, address, certs = secure(WEIGHTS)
-    weights(address, address, patience=1.0, tls=TLS(ca=certs.ca))
+    weights(address, address, tls=TLS(ca=certs.ca))
 
 
 def test_gradients_over_tls(secure: Secure) -> None:
