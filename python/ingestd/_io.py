@@ -185,7 +185,7 @@ def connect(address: Address, deadline: Deadline) -> Conn:
     from .tls_socket import secure  # here: whoever needs no TLS does not wait for it to load
 
     try:
-        return secure(sock, address.tls or TLS(), address.host, deadline, doing)
+        return secure(sock, address.tls or TLS(), address.host, deadline, doing, address.token is not None)
     except BaseException:
         sock.close()
         raise

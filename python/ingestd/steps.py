@@ -410,7 +410,7 @@ class StepProducer:
         window_bytes: most bytes on the way without acknowledgement; 0 lets the daemon choose.
         reconnect: seconds without a connection before PeerClosed; 0: at once; None: no limit.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake, also for trying again.
 

@@ -20,6 +20,7 @@ from . import _io
 from ._io import Deadline
 from .errors import PeerClosed, TLSError
 from .tls import TLS
+from .tls_exporter import Exporting
 
 __all__ = ["ALPN", "TLSSocket", "secure"]
 
@@ -63,13 +64,27 @@ def _naming(files: str) -> Iterator[None]:
         raise TLSError(f"{files} cannot be used: {getattr(e, 'strerror', None) or e}") from e
 
 
-def secure(sock: socket.socket, tls: TLS, host: str, deadline: Deadline, doing: str) -> TLSSocket:
-    """Does the handshake of TLS over a socket that is connected. Raises TLSError, PeerClosed or Timeout."""
-    made = TLSSocket(sock, context_of(tls), host if tls.server_name is None else tls.server_name)
+def secure(
+    sock: socket.socket, tls: TLS, host: str, deadline: Deadline, doing: str, exports: bool = False
+) -> TLSSocket:
+    """Does the handshake of TLS over a socket that is connected. Raises TLSError, PeerClosed or Timeout.
+
+    ``exports``: :meth:`TLSSocket.exporter` will be called.
+    """
+    context = context_of(tls)
+    with Exporting(context) if exports else contextlib.nullcontext() as exporting:
+        made = TLSSocket(sock, context, host if tls.server_name is None else tls.server_name)
+        _shake_hands(made, deadline, doing)
+        if exporting is not None:
+            made.exported = exporting.export()
+    return made
+
+
+def _shake_hands(made: TLSSocket, deadline: Deadline, doing: str) -> None:
     try:
         while not made.shake_hands():
             events = select.POLLOUT if made.unsent else select.POLLIN
-            if not _io.wait(sock.fileno(), events, deadline):
+            if not _io.wait(made.fileno(), events, deadline):
                 raise deadline.timeout(f"{doing}: waiting for the handshake of TLS")
     except OSError as e:
         if isinstance(e, (TLSError, TimeoutError)):
@@ -77,7 +92,6 @@ def secure(sock: socket.socket, tls: TLS, host: str, deadline: Deadline, doing: 
         raise PeerClosed(
             f"{doing}: the handshake of TLS failed: {_words(e)}; does the daemon listen with TLS there?"
         ) from e
-    return made
 
 
 def _words(e: OSError) -> str:
@@ -115,6 +129,7 @@ class TLSSocket:
         self._ended = False  # the daemon has said goodbye
         self._shut = False  # so have we
         self._forks = _io.forks()
+        self.exported: bytes | None = None  # by this connection, for a token's proof
 
     def shake_hands(self) -> bool:
         """Goes on with the handshake; whether it is done. Raises TLSError and OSError."""
@@ -136,10 +151,9 @@ class TLSSocket:
 
     def exporter(self) -> bytes:
         """What binds a token's proof to this connection."""
-        raise TLSError(
-            "tokens over tls:// need what Python's ssl does not offer: the exporter of RFC 8446, 7.5, which binds the "
-            "proof to the connection. Use a client certificate and no token, or the Go client"
-        )
+        if self.exported is None:
+            raise TLSError("this connection was made for a client without a token")
+        return self.exported
 
     # -- sending --------------------------------------------------------------------------------------------------
 

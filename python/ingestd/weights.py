@@ -58,7 +58,7 @@ class Subscription:
         reconnect: seconds without a connection that brings something before one that is streamed gives up; None: no
             limit; 0: it does not connect again.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs, and for publishers that wait for this reader.
         deadline: seconds for connecting.
 

@@ -76,7 +76,7 @@ class Publisher:
         in_place: True writes into the daemon's memory or raises Refused, False sends the bytes, None does what is
             permitted.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate. Over it no token can be used.
+        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting, and for a publisher before this one to end.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guarded import Certificates
+from guarded import Certificates, over_tls
 from ingestd import (
     TLS,
     DaemonUnproven,
@@ -26,6 +29,7 @@ from ingestd import (
     Token,
 )
 
+from fakes import Listener, Peer
 from real import PATIENCE, POINT, Daemon, points, verify
 
 SECRETS = {name: f"{name}-{'0123456789' * 4}" for name in ("push", "read", "publish", "all")}
@@ -156,12 +160,14 @@ Secure = Callable[..., tuple[Daemon, str, Certificates]]
 def secure(serve: Callable[..., Daemon], tmp_path: Path) -> Secure:
     """Starts a daemon with a tls:// listener; it, the address, and the certificates."""
 
-    def start(table: dict[str, Any] = SAMPLES, client_ca: bool = False) -> tuple[Daemon, str, Certificates]:
+    def start(
+        table: dict[str, Any] = SAMPLES, client_ca: bool = False, **more: Any
+    ) -> tuple[Daemon, str, Certificates]:
         certs = Certificates(tmp_path)
         tls = {"cert": str(certs.server[0]), "key": str(certs.server[1])}
         if client_ca:
             tls["client_ca"] = str(certs.ca)
-        d = serve(table, tls=tls, also=("tls://127.0.0.1:0",))
+        d = serve(table, tls=tls, also=("tls://127.0.0.1:0",), **more)
         return d, d.addresses["tls"], certs
 
     return start
@@ -211,3 +217,41 @@ def test_gradients_over_tls(secure: Secure) -> None:
             p.send(1, ARRAYS, deadline=PATIENCE)
         with reader.step(1, quorum=1, deadline=PATIENCE) as step:
             assert np.array_equal(step.sum()["w"], ARRAYS["w"])
+
+
+def test_tokens_over_tls(secure: Secure, tokens: Path) -> None:
+    """The proof is bound to the connection by what TLS exports: the daemon takes no other."""
+    d, address, certs = secure(tokens=str(tokens))
+    tls = TLS(ca=certs.ca)
+    for session in (None, "s"):
+        pushed(address, tls=tls, token=TOKENS["push"], session=session)
+    read(d.unix, 64, token=TOKENS["read"])
+    with pytest.raises(DaemonUnproven):
+        pushed(address, tls=tls, token=Token("push", "x" * 40))
+    with pytest.raises(NotAuthenticated):
+        pushed(address, tls=tls)
+
+
+def test_who_meets_tls_in_the_middle_gains_nothing(secure: Secure, tokens: Path) -> None:
+    """Even of a client that takes any certificate: what the daemon proves to the relay is for another connection."""
+    _, address, certs = secure(tokens=str(tokens))
+    host, port = address.rpartition("/")[2].split(":")
+    outside = ssl.create_default_context(cafile=str(certs.ca))
+    outside.set_alpn_protocols(["ingestd/1"])
+    listener = over_tls(Listener.tcp(), certs.context())
+    relayed: list[bytes] = []
+
+    def script(peer: Peer) -> None:
+        with outside.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host) as onward:
+            onward.settimeout(PATIENCE)
+            hello = peer.frame()
+            onward.sendall(hello)
+            relayed.append(Peer(onward).frame())
+            peer.sock.sendall(relayed[0])
+            assert peer.end() == b""  # no proof
+
+    listener.script(script)
+    with pytest.raises(DaemonUnproven):
+        pushed(listener.address, tls=TLS(insecure_skip_verify=True), token=TOKENS["push"])
+    listener.finish()
+    assert len(json.loads(relayed[0][16:])["proofs"]) == 2

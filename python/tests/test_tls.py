@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import hmac
+import json
+import os
 import select
 import socket
 import ssl
@@ -13,20 +18,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guarded import TOKEN, Certificates, over_tls, that_fails
+from guarded import SECRET, TOKEN, Certificates, over_tls, proofs, that_fails
 from ingestd import (
     TLS,
+    DaemonUnproven,
     FillProducer,
     GradReader,
     Manifest,
     PeerClosed,
     Producer,
     Publisher,
+    Reader,
+    Refused,
     ShuttingDown,
     StepProducer,
     Subscription,
     Timeout,
     TLSError,
+    tls_exporter,
 )
 from ingestd._io import Deadline, connect, parse_address
 from ingestd.redial import retried
@@ -469,8 +478,60 @@ def test_a_listener_without_tls(failing: Listener, tls: TLS) -> None:
 
 
 @pytest.mark.parametrize("name", REMOTE)
-def test_no_token_goes_over_tls(failing: Listener, certs: Certificates, tls: TLS, name: str) -> None:
-    """Python's ssl has no exporter, and a proof that is not bound to the connection must not be given."""
+def test_every_client_proves_its_token(certs: Certificates, tls: TLS, tmp_path: Path, name: str) -> None:
+    """The proofs are bound to the connection: both sides have derived the same from their own key logs."""
+    context = certs.context()
+    context.keylog_filename = str(tmp_path / "keys")
+    listener = over_tls(Listener.tcp(), context)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def script(peer: Peer) -> None:
+        log = (tmp_path / "keys").read_text().splitlines()
+        exporter = exported([line.split()[2] for line in log if line.startswith("EXPORTER_SECRET ")][-1])
+        frame, nonce = peer.frame(), bytes(range(32))
+        mine, theirs = proofs(SECRET, frame, nonce, exporter)
+        peer.reply({"nonce": nonce.hex(), "proofs": [mine.hex()]}, status=2)
+        assert json.loads(peer.frame()[16:]) == {"proof": theirs.hex()}
+        peer.reply({"code": "unknown_table", "reason": "no such table"}, status=1)
+
+    listener.script(script)
+    with pytest.raises(Refused, match="unknown_table"):
+        OPEN[name](listener.address, tls=tls, token=TOKEN, deadline=PATIENCE)
+    listener.finish()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) < before  # the listener has gone, and no memory of keys is left
+
+
+def exported(secret: str) -> bytes:
+    """RFC 8446, 7.5, of the 48 bytes of a secret."""
+
+    def expand(key: bytes, label: str, context: bytes, size: int) -> bytes:
+        text = b"tls13 " + label.encode()
+        info = size.to_bytes(2, "big") + bytes([len(text)]) + text + bytes([len(context)]) + context
+        return hmac.new(key, info + b"\1", hashlib.sha384).digest()[:size]
+
+    nothing = hashlib.sha384().digest()
+    key = expand(bytes.fromhex(secret), "EXPORTER-ingestd-auth-1", nothing, 48)
+    return expand(key, "exporter", nothing, 32)
+
+
+def test_proofs_that_are_not_of_this_connection(failing: Listener, certs: Certificates, tls: TLS) -> None:
+    over_tls(failing, certs.context())
+    for exporter in (bytes(32), bytes(range(32))):  # of clear TCP, and of another connection
+
+        def script(peer: Peer, exporter: bytes = exporter) -> None:
+            frame, nonce = peer.frame(), bytes(range(32))
+            peer.reply({"nonce": nonce.hex(), "proofs": [proofs(SECRET, frame, nonce, exporter)[0].hex()]}, status=2)
+            assert peer.end() == b""
+
+        failing.script(script)
+        with pytest.raises(DaemonUnproven):
+            Producer(failing.address, "t", SPEC, tls=tls, token=TOKEN, deadline=PATIENCE)
+
+
+def test_where_the_exporter_cannot_be_had(
+    failing: Listener, certs: Certificates, tls: TLS, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = certs.context()
     context.num_tickets = 0  # who closes before these are read resets the connection
     over_tls(failing, context)
@@ -479,8 +540,21 @@ def test_no_token_goes_over_tls(failing: Listener, certs: Certificates, tls: TLS
         assert peer.end() == b""  # not even a hello
 
     failing.script(script)
-    with pytest.raises(TLSError, match=r"exporter.*client certificate"):
-        OPEN[name](failing.address, tls=tls, token=TOKEN, deadline=PATIENCE)
+    monkeypatch.setattr(tls_exporter, "_HASHES", {})
+    with pytest.raises(TLSError, match="did not give its secret"):
+        Producer(failing.address, "t", SPEC, tls=tls, token=TOKEN, deadline=PATIENCE)
+    failing.make = Peer
+    failing.script(lambda peer: None)
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(TLSError, match="need Linux"):
+        Producer(failing.address, "t", SPEC, tls=tls, token=TOKEN, deadline=PATIENCE)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_size_of_a_secret_says_the_hash(size: int) -> None:
+    assert len(tls_exporter.exporter(bytes(size))) == 32
+    with pytest.raises(KeyError):
+        tls_exporter.exporter(bytes(size - 1))
 
 
 def test_options_of_tls_need_tls(socket_path: str) -> None:
