@@ -147,8 +147,8 @@ func TestTensorTargets(t *testing.T) {
 		return r
 	}
 	cases := []TensorResult{
-		result(kindGradients, map[string]float64{contenderFull: 4, contenderBare: 5}),
-		result(kindGradients, map[string]float64{contenderFull: 3.9, contenderBare: 5, contenderNoCRC: 5}),
+		result(kindGradients, map[string]float64{contenderFull: 1, contenderVerify: 4, contenderBare: 5}),
+		result(kindGradients, map[string]float64{contenderFull: 5, contenderVerify: 3.9, contenderBare: 5, contenderNoCRC: 5}),
 		result(kindReduce, map[string]float64{figureSum: 7, figureLoop: 10, figureSumPython: 6.9, figureNumpy: 10}),
 		result(kindReduce, map[string]float64{figureSum: 6.9, figureLoop: 10}),
 		result(kindPublish, map[string]float64{figurePublish: 115, figureCopy: 100, figureView: 50, oneReader + figureView: 51, figureMemory: 10, figureBound: 10}),
@@ -167,8 +167,8 @@ func TestTensorTargets(t *testing.T) {
 		got = append(got, one.Case+" "+one.Figure+": "+verdict)
 	}
 	want := []string{
-		"gradients GB/s over TCP with CRC to the bare loop's: pass",
-		"gradients GB/s over TCP with CRC to the bare loop's: fail",
+		"gradients GB/s over TCP with CRC, verified, to the bare loop's: pass",
+		"gradients GB/s over TCP with CRC, verified, to the bare loop's: fail",
 		"reduce GB/s to a plain loop's in Go: pass",
 		"reduce GB/s to np.add's in Python: fail",
 		"reduce GB/s to a plain loop's in Go: fail",

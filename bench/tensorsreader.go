@@ -2,8 +2,10 @@ package bench
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -23,6 +25,7 @@ type gradReaderOptions struct {
 	tensors   int
 	producers int
 	run       bool // sum step after step while chunks arrive; otherwise when asked, and not before the step is complete
+	noSum     bool // with run: verify the steps, no more
 }
 
 // gradReader reads steps and sums them. Its counters have one writer.
@@ -57,6 +60,7 @@ func gradReaderCommand() *cobra.Command {
 	f.IntVar(&opt.tensors, "tensors", 1, "tensors of a step")
 	f.IntVar(&opt.producers, "producers", 1, "producers that a step waits for")
 	f.BoolVar(&opt.run, "run", false, "sum step after step, while chunks arrive")
+	f.BoolVar(&opt.noSum, "no-sum", false, "with --run: verify the steps, but do not sum them")
 	return cmd
 }
 
@@ -97,10 +101,16 @@ func runGradReader(ctx context.Context, opt gradReaderOptions) error {
 // stepPatience is how long a step may take; a daemon that has lost its producers is a failure.
 const stepPatience = time.Minute
 
-// run sums one step after the other, while their chunks arrive.
+// run takes one step after the other, and sums them while their chunks arrive, unless it is to verify them only.
 func (g *gradReader) run(ctx context.Context) error {
 	for step := uint64(0); ctx.Err() == nil; step++ {
-		if _, err := g.sum(ctx, step, true); err != nil {
+		var err error
+		if g.opt.noSum {
+			err = g.verify(ctx, step)
+		} else {
+			_, err = g.sum(ctx, step, true)
+		}
+		if err != nil {
 			return err
 		}
 		g.last.Store(monotonic())
@@ -129,6 +139,35 @@ func (g *gradReader) sum(ctx context.Context, step uint64, eager bool) (time.Dur
 	took := time.Since(begin)
 	g.check()
 	return took, nil
+}
+
+// lookEvery is how often a reader that does not sum looks into a tensor: that copies one of more than a chunk.
+const lookEvery = 8
+
+// verify waits for a step of all producers, whose chunks the reader has compared with their sums then. It looks at the ends of one tensor now and then.
+func (g *gradReader) verify(ctx context.Context, step uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, stepPatience)
+	defer cancel()
+	s, err := g.reader.Step(ctx, step, client.StepOptions{Quorum: g.opt.producers})
+	if err != nil {
+		return fmt.Errorf("step %d: %w", step, err)
+	}
+	defer s.Release()
+	if step%lookEvery != 0 {
+		return nil
+	}
+	turn := int(step / lookEvery)
+	producer := turn % g.opt.producers
+	data, err := s.Tensor(producerName(producer), g.manifest.Tensor(turn/g.opt.producers%g.manifest.Len()).Name)
+	if err != nil {
+		return fmt.Errorf("step %d: %w", step, err)
+	}
+	for _, at := range []int{0, len(data) - 4} {
+		if math.Float32frombits(binary.LittleEndian.Uint32(data[at:])) != gradientValue(producer) {
+			g.wrong.Add(1)
+		}
+	}
+	return nil
 }
 
 // check looks at the ends and the middle of each sum.

@@ -54,6 +54,9 @@ func (c StepsConfig) withDefaults() (StepsConfig, error) {
 	case !c.InPlace && c.Prefetch > 0:
 		return c, errors.New("client: StepsConfig.Prefetch is for producers in place; WindowBytes says how far others run ahead")
 	}
+	if c.Dialer == nil {
+		c.Dialer = dialNear
+	}
 	// A spec and a way to connect that are not used: what all clients share is checked in one place.
 	same, err := Config{
 		Table: c.Table, Spec: &spec.Spec{}, Session: c.Name, HandshakeTimeout: c.HandshakeTimeout, Client: c.Client, Token: c.Token,
