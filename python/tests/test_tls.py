@@ -28,7 +28,6 @@ from ingestd import (
     PeerClosed,
     Producer,
     Publisher,
-    Reader,
     Refused,
     ShuttingDown,
     StepProducer,
