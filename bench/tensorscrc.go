@@ -3,7 +3,9 @@ package bench
 import (
 	"context"
 	"fmt"
+	"hash/crc32"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/ingestd/ingestd/tensor"
@@ -11,20 +13,28 @@ import (
 
 // Figures of the case crc, all in GB/s of input.
 const (
-	figureCRCHot   = "crc, hot"
-	figureCRCCold  = "crc, cold"
-	figureCopyHot  = "copy, hot"
-	figureCopyCold = "copy, cold"
+	figureCRCHot      = "crc, hot"
+	figureCRCCold     = "crc, cold"
+	figureLibraryHot  = "hash/crc32, hot"
+	figureLibraryCold = "hash/crc32, cold"
+	figureCopyHot     = "copy, hot"
+	figureCopyCold    = "copy, cold"
+	figureBothHot     = "copy and crc, hot"
+	figureBothCold    = "copy and crc, cold"
 )
 
 func crcKind() tensorKind {
 	return tensorKind{
-		title:   "CRC-32C, one goroutine, GB/s: over one buffer again and again that stays in the cache (hot), and over one that does not (cold)",
+		title:   "CRC-32C in Go, one goroutine, GB/s: over one buffer again and again that stays in the cache (hot), and over one that does not (cold)",
 		measure: (*tensorRunner).crc,
 		rows: []tensorRow{
-			{figureCRCHot, "CRC-32C, hot", figureCopyHot},
-			{figureCRCCold, "CRC-32C, cold", figureCopyCold},
+			{figureCRCHot, "CRC-32C, hot", figureLibraryHot},
+			{figureLibraryHot, "hash/crc32, hot", ""},
+			{figureCRCCold, "CRC-32C, cold", figureLibraryCold},
+			{figureLibraryCold, "hash/crc32, cold", ""},
+			{figureBothHot, "copied and summed in one pass, hot", figureCopyHot},
 			{figureCopyHot, "copy(), hot", ""},
+			{figureBothCold, "copied past the caches and summed in one pass, cold", figureCopyCold},
 			{figureCopyCold, "copy(), cold", ""},
 		},
 		targets: crcTargets,
@@ -37,17 +47,20 @@ func (r *tensorRunner) crc(ctx context.Context, out *TensorResult) error {
 	for i := range from {
 		from[i] = byte(i * 7)
 	}
-	want, sum := tensor.CRC(from), uint32(0)
+	table, sum := crc32.MakeTable(crc32.Castagnoli), uint32(0)
+	want := crc32.Checksum(from, table)
+	ours := func(n int64) { sum += tensor.CRC(from[:n]) }
+	library := func(n int64) { sum += crc32.Checksum(from[:n], table) }
+	plain := func(n int64) { copy(into[:n], from) }
 	who := map[string]func(n int64){
-		figureCRCHot:   func(n int64) { sum += tensor.CRC(from[:n]) },
-		figureCRCCold:  func(n int64) { sum += tensor.CRC(from[:n]) },
-		figureCopyHot:  func(n int64) { copy(into[:n], from) },
-		figureCopyCold: func(n int64) { copy(into[:n], from) },
+		figureCRCHot: ours, figureCRCCold: ours, figureLibraryHot: library, figureLibraryCold: library, figureCopyHot: plain, figureCopyCold: plain,
+		figureBothHot:  func(n int64) { sum += tensor.CopyCRC(0, into, from[:n]) },
+		figureBothCold: func(n int64) { sum += tensor.CopyPastCRC(0, into, from[:n]) },
 	}
-	names := []string{figureCRCHot, figureCopyHot, figureCRCCold, figureCopyCold}
+	names := []string{figureCRCHot, figureLibraryHot, figureCopyHot, figureBothHot, figureCRCCold, figureLibraryCold, figureCopyCold, figureBothCold}
 	err := interleave(r.opt.Runs, names, func(run int, name string) error {
 		size := out.Bytes
-		if name == figureCRCHot || name == figureCopyHot {
+		if strings.HasSuffix(name, ", hot") {
 			size = out.HotBytes
 		}
 		ratePass(ctx, size, r.opt.Warmup/4, who[name])
@@ -57,8 +70,8 @@ func (r *tensorRunner) crc(ctx context.Context, out *TensorResult) error {
 		return context.Cause(ctx)
 	})
 	runtime.KeepAlive(&sum) // so that no sum is left out
-	if err == nil && tensor.CRC(into) != want {
-		err = fmt.Errorf("the copy has another sum than what was copied")
+	if err == nil && (tensor.CRC(into) != want || tensor.CRC(from) != want) {
+		err = fmt.Errorf("the copy, or what was copied, has another sum than that of hash/crc32")
 	}
 	return err
 }

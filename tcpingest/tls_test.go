@@ -1,7 +1,6 @@
 package tcpingest
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -11,43 +10,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ingestd/ingestd/drainer"
-	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
-	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
-
-// samplesTable is a table of one number that nobody reads.
-func samplesTable(t *testing.T) ingesttest.Tables {
-	t.Helper()
-	s, err := spec.ParseText("a:U64")
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool := drainer.NewPool(1)
-	ctx, stop := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = pool.Run(ctx)
-	}()
-	t.Cleanup(func() {
-		stop()
-		<-ended
-	})
-	table, err := engine.New(engine.Config{Name: "t", Spec: s, BatchSize: 4, Batches: 4, Drainers: pool})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ingesttest.Tables{"t": table}
-}
 
 // TestBadTLS: whoever does not shake hands as it must is ended alone, and counted; the others go on.
 func TestBadTLS(t *testing.T) {
 	certs, strangers := ingesttest.NewCertificates(t), ingesttest.NewCertificates(t)
-	tables := samplesTable(t)
+	tables := ingesttest.Tables{"t": ingesttest.NewTable(t, "t", "a:U64", 4, 4)}
 	s, l := serveOn(t, "tcp", Config{Tables: tables, HandshakeTimeout: 5 * time.Second}, certs)
 	push := func(cfg *tls.Config) error {
 		c, err := tls.Dial("tcp", l.Addr().String(), cfg)
@@ -137,7 +108,7 @@ func awaitRefused(s *Server, n uint64) {
 func TestSilentTLS(t *testing.T) {
 	for name, said := range map[string]string{"nothing": "", "half a record": "\x16\x03\x01\x02\x00\x01\x00"} {
 		t.Run(name, func(t *testing.T) {
-			s, l := serveOn(t, "tcp", Config{Tables: samplesTable(t), HandshakeTimeout: 50 * time.Millisecond}, ingesttest.NewCertificates(t))
+			s, l := serveOn(t, "tcp", Config{Tables: ingesttest.Tables{}, HandshakeTimeout: 50 * time.Millisecond}, ingesttest.NewCertificates(t))
 			c, err := net.Dial("tcp", l.Addr().String())
 			if err != nil {
 				t.Fatal(err)
@@ -155,7 +126,7 @@ func TestSilentTLS(t *testing.T) {
 // TestBrokenRecords: bytes that are no record of the connection's end it as a reset, within a sample or not; what was acked before stays.
 func TestBrokenRecords(t *testing.T) {
 	certs := ingesttest.NewCertificates(t)
-	tables := samplesTable(t)
+	tables := ingesttest.Tables{"t": ingesttest.NewTable(t, "t", "a:U64", 4, 4)}
 	s, l := serveOn(t, "tcp", Config{Tables: tables}, certs)
 	plain, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {

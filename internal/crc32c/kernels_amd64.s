@@ -5,20 +5,21 @@
 //
 // SI: source, DI: destination, CX: bytes left, a multiple of 64; Z0 to Z3: accumulators; Z30: factors for 256 bytes; Z31: for 64.
 
-// What is asked for while as many bytes before it are summed: the processor alone fetches too late.
-#define AHEAD 4096
-
 // FOLD multiplies the accumulator and adds data, a register or memory.
 #define FOLD(factors, data, acc, t) \
 	VPCLMULQDQ $0x00, factors, acc, t;   \
 	VPCLMULQDQ $0x11, factors, acc, acc; \
 	VPTERNLOGQ $0x96, data, t, acc
 
+// FETCH asks for what comes next, past the caches. Of 128 MiB in memory, copies past the caches went at 18.9 to 22.9 GB/s with it and 16.0 to 16.7 without. Sums are the worse for it,
+// here and 4 KiB ahead: 17.5 to 20.1 GB/s, and without it 22.8 to 26.1.
 #define FETCH \
-	PREFETCHT0 AHEAD(SI);      \
-	PREFETCHT0 (AHEAD+64)(SI); \
-	PREFETCHT0 (AHEAD+128)(SI);\
-	PREFETCHT0 (AHEAD+192)(SI)
+	PREFETCHNTA 1024(SI); \
+	PREFETCHNTA 1088(SI); \
+	PREFETCHNTA 1152(SI); \
+	PREFETCHNTA 1216(SI)
+
+#define NOTHING
 
 #define LOAD \
 	VMOVDQU64 (SI), Z8;    \
@@ -89,29 +90,19 @@ TEXT ·fold(SB), NOSPLIT, $0-36
 	LOAD
 	BEGIN(by+24(FP))
 	ADDQ $256, SI
-	SUBQ $256, CX
-	CMPQ CX, $(AHEAD+256)
-	JB   near
+	SUBQ $512, CX
+	JB   join
 
 	PCALIGN $64
 
-far:
-	FETCH
+turn:
 	FOLD_SOURCE
 	ADDQ $256, SI
 	SUBQ $256, CX
-	CMPQ CX, $(AHEAD+256)
-	JAE  far
-
-near:
-	CMPQ CX, $256
-	JB   join
-	FOLD_SOURCE
-	ADDQ $256, SI
-	SUBQ $256, CX
-	JMP  near
+	JAE  turn
 
 join:
+	ADDQ $256, CX
 	JOIN
 
 last:
@@ -127,37 +118,26 @@ done:
 	MOVL AX, ret+32(FP)
 	RET
 
-#define COPY_LOOPS(instruction, table) \
+#define COPY_LOOPS(instruction, fetch, table) \
 	LOAD;                        \
 	STORE(instruction);          \
-	BEGIN(table);                 \
+	BEGIN(table);                \
 	ADDQ $256, SI;               \
 	ADDQ $256, DI;               \
-	SUBQ $256, CX;               \
-	CMPQ CX, $(AHEAD+256);       \
-	JB   near;                   \
-	PCALIGN $64;                 \
-far:                             \
-	FETCH;                       \
-	LOAD;                        \
-	STORE(instruction);          \
-	FOLD_LOADED;                 \
-	ADDQ $256, SI;               \
-	ADDQ $256, DI;               \
-	SUBQ $256, CX;               \
-	CMPQ CX, $(AHEAD+256);       \
-	JAE  far;                    \
-near:                            \
-	CMPQ CX, $256;               \
+	SUBQ $512, CX;               \
 	JB   join;                   \
+	PCALIGN $64;                 \
+turn:                            \
+	fetch;                       \
 	LOAD;                        \
 	STORE(instruction);          \
 	FOLD_LOADED;                 \
 	ADDQ $256, SI;               \
 	ADDQ $256, DI;               \
 	SUBQ $256, CX;               \
-	JMP  near;                   \
+	JAE  turn;                   \
 join:                            \
+	ADDQ $256, CX;               \
 	JOIN;                        \
 last:                            \
 	TESTQ CX, CX;                \
@@ -178,7 +158,7 @@ TEXT ·copyFold(SB), NOSPLIT, $0-44
 	MOVQ dst+8(FP), DI
 	MOVQ src+16(FP), SI
 	MOVQ n+24(FP), CX
-	COPY_LOOPS(VMOVDQU64, by+32(FP))
+	COPY_LOOPS(VMOVDQU64, NOTHING, by+32(FP))
 	MOVL AX, ret+40(FP)
 	RET
 
@@ -190,7 +170,7 @@ TEXT ·streamFold(SB), NOSPLIT, $0-44
 	MOVQ dst+8(FP), DI
 	MOVQ src+16(FP), SI
 	MOVQ n+24(FP), CX
-	COPY_LOOPS(VMOVNTDQ, by+32(FP))
+	COPY_LOOPS(VMOVNTDQ, FETCH, by+32(FP))
 	SFENCE
 	MOVL AX, ret+40(FP)
 	RET

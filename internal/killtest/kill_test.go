@@ -59,15 +59,19 @@ func (w *world) populate(sessionsGoOn bool) {
 			w.add(&peer{kind: tcpProducer, table: tb, addr: addr, most: tb.most(), pause: 400 * time.Microsecond, lasts: sessionsGoOn || k == 1})
 			w.add(&peer{
 				kind: shmProducer, table: tb, addr: "unix://" + w.unix, most: tb.most(), pause: 400 * time.Microsecond,
-				lasts: sessionsGoOn || k == 1, either: k == 1, points: fillerPoint,
+				lasts: sessionsGoOn || k == 1, either: k == 1, points: w.fillerPoint,
 			})
 		}
 	}
 }
 
-// fillerPoint chooses the failpoint of a producer's process, or none.
-func fillerPoint(rnd *rand.Rand) string {
+// fillerPoint chooses the failpoint of a producer's process: one that nobody was killed at so far, soon, or any, or none.
+func (w *world) fillerPoint(rnd *rand.Rand) string {
 	points := slices.DeleteFunc(slices.Clone(failpoint.Names), func(name string) bool { return !strings.HasPrefix(name, "client/filler/") })
+	missed := slices.DeleteFunc(slices.Clone(points), func(name string) bool { return w.struckAt(name) > 0 || !alwaysPassed(name) })
+	if len(missed) > 0 && rnd.IntN(4) > 0 {
+		return missed[rnd.IntN(len(missed))] + ":" + strconv.Itoa(1+rnd.IntN(4))
+	}
 	if rnd.IntN(2) == 0 {
 		return ""
 	}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "AVAILABLE",
+    "PAST_CACHES_BYTES",
     "accumulate",
     "check_pairs",
     "combine",
@@ -32,7 +33,10 @@ __all__ = [
 Bytes = Union[bytes, bytearray, memoryview, NDArray[Any]]
 Floats = NDArray[np.float32]
 
-_ABI = 2
+#: Bytes of all tensors from which on copying them past the caches is faster: readers would not find them there, either.
+PAST_CACHES_BYTES = 8 << 20
+
+_ABI = 3
 _SUM_BLOCK = 1 << 16  # elements
 _POLY = 0x82F63B78
 _KINDS = {"f32": 0, "f16": 1, "bf16": 2, "f8_e4m3": 3, "f8_e5m2": 4}
@@ -60,6 +64,7 @@ def _typed(lib: Any) -> Any:
     for name, result, arguments in (
         ("crc32c", u32, (u32, p, n)),
         ("crc32c_table", u32, (u32, p, n)),
+        ("crc32c_folding", i32, (i32,)),
         ("crc32c_combine", u32, (u32, u32, u64)),
         ("copy_crc", u32, (p, p, n, u32, i32)),
         ("accumulate", None, (p, p, n, i32, f, i32)),

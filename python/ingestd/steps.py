@@ -32,7 +32,7 @@ from .errors import (
 )
 from .filler import Attached, Filler
 from .manifest import Manifest, Tensor
-from .native import copy_crc, crc32c
+from .native import PAST_CACHES_BYTES, copy_crc, crc32c
 from .redial import PATIENCE_S, Dialer, Opened
 from .session import Pieces, Queued, Session
 from .spec import Array, as_array, dtype_advice
@@ -80,6 +80,7 @@ class _Stamp:
         self.producer = producer_id(name)
         self.manifest = manifest.id
         self.summed = summed
+        self.past_caches = manifest.data_bytes >= PAST_CACHES_BYTES
 
     def __call__(self, chunk: Chunk, stream: int, crc: int) -> bytearray:
         return bytearray(chunk.header(stream, self.producer, self.manifest, crc if self.summed else None).pack())
@@ -169,7 +170,7 @@ class _StepFiller(Filler):
             at = crc = 0
             for piece in chunk.pieces:
                 if self._stamp.summed:
-                    crc = copy_crc(data[at : at + len(piece)], piece, crc)
+                    crc = copy_crc(data[at : at + len(piece)], piece, crc, self._stamp.past_caches)
                 else:
                     data[at : at + len(piece)] = piece
                 at += len(piece)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import Manifest
-from .native import combine, copy_crc, crc32c
+from .native import PAST_CACHES_BYTES, combine, copy_crc, crc32c
 from .spec import Array
 
 __all__ = ["copy_tensors", "digest_of", "sum_tensors"]
@@ -24,8 +24,6 @@ BLOCK_BYTES = 1 << 20
 #: Bytes below which no thread is started: to start and join one takes as long as this many bytes do.
 ALONE_BYTES = 4 << 20
 THREADS_MAX = 4
-#: Bytes from which on a copy is not worth a place in the caches.
-PAST_CACHES_BYTES = 32 << 20
 
 
 class _Block(NamedTuple):

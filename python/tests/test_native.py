@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,19 @@ SIZES = [0, 1, 7, 8, 255, 256, 511, 512, 767, 768, 769, 24_575, 24_576, 24_577, 
 Bits = np.ndarray[Any, np.dtype[Any]]
 
 
-@pytest.fixture(params=["C", "numpy"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the C library and without it."""
+@pytest.fixture(params=["C", "C, sums not folded", "numpy"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test with the C library, with and without the widest instructions, and without it."""
     if request.param == "numpy":
         monkeypatch.setattr(native, "_lib", None)
     elif not native.AVAILABLE:
         pytest.skip("the package was built without a compiler")
-    return str(request.param)
+    elif request.param != "C":
+        native._lib.ingestd_crc32c_folding(0)
+        yield str(request.param)
+        native._lib.ingestd_crc32c_folding(1)
+        return
+    yield str(request.param)
 
 
 def slow_crc(data: bytes, crc: int = 0) -> int:
@@ -83,6 +89,28 @@ def test_sums_of_all_lengths(way: str, n: int) -> None:
         assert native.copy_crc(into[32 : 32 + n], data, 7, past_caches) == whole
         assert np.array_equal(into[32 : 32 + n], data)
         assert (into[:32] == 0xEE).all() and (into[32 + n :] == 0xEE).all()
+
+
+def test_sums_and_copies_begin_anywhere(way: str) -> None:
+    data, into = random(1024), np.empty(1024, np.uint8)
+    for n in (255, 256, 319, 320, 383, 512, 900):
+        for at in range(64):
+            want = slow_crc(data[at : at + n].tobytes())
+            assert native.crc32c(data[at : at + n]) == want
+            for past_caches in (False, True):
+                into[:] = 0xEE
+                assert native.copy_crc(into[63 - at : 63 - at + n], data[at : at + n], 0, past_caches) == want
+                assert np.array_equal(into[63 - at : 63 - at + n], data[at : at + n])
+                assert (into[: 63 - at] == 0xEE).all() and (into[63 - at + n :] == 0xEE).all()
+
+
+def test_folded_sums_of_all_short_lengths() -> None:
+    if not native.AVAILABLE:
+        pytest.skip("the package was built without a compiler")
+    data = random(4096 + 64)
+    for n in range(4097):
+        part = data[n % 64 :][:n]
+        assert native.crc32c(part, n) == native._lib.ingestd_crc32c_table(n, part.ctypes.data, n)
 
 
 def test_the_table_gives_what_the_instruction_gives() -> None:
