@@ -45,6 +45,10 @@ type Config struct {
 	HandshakeTimeout time.Duration // for connecting and the reply; default DefaultHandshakeTimeout
 	Client           string        // name shown in the daemon's status; default ingestd-go/VERSION
 
+	// Compression compresses the samples on their way, if the daemon offers it; default: none. It pays where the connection is slower than the compressor, and the samples
+	// shrink: docs/operations.md says when.
+	Compression wire.Compression
+
 	Token Token // proves to the daemon who this is, and the daemon to this; see ParseToken, TokenFromEnvironment. Zero: none
 
 	// Session is the producer's identity that survives reconnects and restarts of the daemon. With one, a Producer whose
@@ -74,6 +78,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if err := c.Token.Check(); err != nil {
 		return c, fmt.Errorf("client: Config.Token: %w", err)
+	}
+	if !c.Compression.Known() {
+		return c, fmt.Errorf("client: Config.Compression is %q; it is s2, zstd, s2+shuffle, zstd+shuffle or empty", c.Compression)
 	}
 	if c.BufferBytes < 0 || c.HandshakeTimeout < 0 {
 		return c, fmt.Errorf("client: Config.BufferBytes is %d and HandshakeTimeout %v; neither may be negative", c.BufferBytes, c.HandshakeTimeout)
@@ -203,6 +210,14 @@ func (t *target) connect(ctx context.Context, within time.Duration) (net.Conn, w
 		}
 		return nil, accepted, fmt.Errorf("dial %s, table %q: %w", t.addr, t.cfg.Table, named(err))
 	}
+	if t.cfg.Compression != wire.CompressionNone {
+		packed, err := newCompressedConn(conn, t.cfg.Compression, t.cfg.Spec)
+		if err != nil {
+			conn.Close()
+			return nil, accepted, err
+		}
+		conn = packed
+	}
 	return conn, accepted, nil
 }
 
@@ -211,6 +226,7 @@ func (t *target) handshake(ctx context.Context, conn net.Conn) (accepted wire.Ac
 	said := wire.Hello{
 		Role: wire.RolePush, Table: cfg.Table, Spec: cfg.Spec, Session: cfg.Session, Ack: cfg.Ack,
 		WindowSamples: cfg.WindowSamples, WindowBytes: cfg.WindowBytes, Notes: true, Client: cfg.Client, Manifest: t.manifest,
+		Compression: cfg.Compression,
 	}
 	if cfg.Spec != nil {
 		said.Fingerprint = cfg.Spec.Fingerprint()
@@ -234,6 +250,8 @@ func checkAgreed(a wire.AcceptedPush, cfg *Config) error {
 		what = fmt.Sprintf("ack mode %s instead of %s", a.Ack, cfg.Ack)
 	case cfg.WindowSamples > 0 && a.WindowSamples > cfg.WindowSamples, cfg.WindowBytes > 0 && a.WindowBytes > cfg.WindowBytes:
 		what = "a larger window"
+	case a.Compression != cfg.Compression:
+		what = fmt.Sprintf("the compression %q instead of %q", a.Compression, cfg.Compression)
 	default:
 		return nil
 	}
@@ -253,7 +271,7 @@ func start(ctx context.Context, conn net.Conn, accepted wire.AcceptedPush, t tar
 	p.life, p.die = context.WithCancel(context.WithoutCancel(ctx)) // what a Dialer may look up in ctx, but not its end
 	leaves := int64(s.NumLeaves())
 	keep := cfg.Session != "" && cfg.ReconnectFor > 0 || t.manifest != nil
-	p.direct = !keep && (p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes))
+	p.direct = !keep && cfg.Compression == wire.CompressionNone && (p.sampleBytes >= directBytes && p.sampleBytes/leaves >= leafBytesMin || p.sampleBytes > int64(cfg.BufferBytes))
 	if !p.direct {
 		// A quarter of the window to a write keeps the connection busy while acks are on their way.
 		quarter := int64(min(p.window/4, uint64(cfg.BufferBytes))) * p.sampleBytes

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/ingestd/ingestd/spec"
+	"github.com/ingestd/ingestd/wire"
 )
 
 // Push sends one sample, given as its leaves in spec order. It returns nil once the sample is taken: it is written, or
@@ -72,7 +73,7 @@ func (p *Producer) pushSome(ctx context.Context, op string, data []byte, n int) 
 	if p.kept != nil {
 		return p.keepMany(ctx, op, data, n)
 	}
-	if p.direct || len(data) >= directBytes {
+	if p.direct || len(data) >= directBytes && p.target.cfg.Compression == wire.CompressionNone { // what is compressed cannot be taken back
 		if err := p.drainBuffer(ctx, op); err != nil {
 			return 0, err
 		}

@@ -297,7 +297,7 @@ func TestConfigDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	zeroIsMeant := map[string]bool{"Session": true, "WindowSamples": true, "WindowBytes": true, "ContinueAfterLoss": true, "Token": true, "TLS": true}
+	zeroIsMeant := map[string]bool{"Session": true, "WindowSamples": true, "WindowBytes": true, "ContinueAfterLoss": true, "Token": true, "TLS": true, "Compression": true}
 	v := reflect.ValueOf(cfg)
 	for i := range v.NumField() {
 		if name := v.Type().Field(i).Name; v.Field(i).IsZero() != zeroIsMeant[name] {

@@ -27,6 +27,8 @@ type Config struct {
 
 	Transport string // name in Stats; default "tcp"
 
+	Compression []wire.Compression // offered to producers; default: none
+
 	MaxConnections   int           // at once, in any state; default 1024
 	HandshakeTimeout time.Duration // for the handshake of TLS and the whole hello; default 10 s
 	IdleTimeout      time.Duration // without a byte, between samples; default 5 min
@@ -86,6 +88,11 @@ func (c Config) WithDefaults() (Config, error) {
 	}
 	if out.WindowBytes > out.WindowBytesMax {
 		return out, fmt.Errorf("tcpingest: Config.WindowBytes is %d, above WindowBytesMax of %d", out.WindowBytes, out.WindowBytesMax)
+	}
+	for _, kind := range out.Compression {
+		if kind == wire.CompressionNone || !kind.Known() {
+			return out, fmt.Errorf("tcpingest: Config.Compression has %q, which is not known", kind)
+		}
 	}
 	if out.MaxConnections < 0 || out.StagingBuffers < 0 {
 		return out, fmt.Errorf("tcpingest: MaxConnections is %d, StagingBuffers %d: neither may be negative", out.MaxConnections, out.StagingBuffers)

@@ -310,6 +310,10 @@ func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
 
 // push serves a producer.
 func (s *Server) push(c *conn, hello *wire.Hello) {
+	if refusal := s.checkCompression(hello); refusal != nil {
+		s.refuse(c, refusal)
+		return
+	}
 	opening, cancel := context.WithTimeout(c.ctx, s.cfg.HandshakeTimeout)
 	table, stream, accepted, refusal := ingest.OpenPush(opening, s.cfg.Tables, hello, s.window(), c.giveUp)
 	cancel()
@@ -318,6 +322,15 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 		return
 	}
 	defer stream.Close()
+	if hello.Compression != wire.CompressionNone {
+		samples, err := c.decompress(hello.Compression, table.Spec())
+		if err != nil {
+			s.refuse(c, wire.Refuse(wire.CodeInternal, "%v", err))
+			return
+		}
+		defer samples.Close()
+		accepted.Compression = hello.Compression
+	}
 	c.agreed.Store(&agreed{table: hello.Table, session: hello.Session, client: hello.Client, token: c.token, ack: accepted.Ack, stream: stream.ID()})
 	if hello.Notes {
 		c.watch.table = table

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/ingestd/ingestd/compress"
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/failpoint"
@@ -387,7 +388,10 @@ func (s *session) ending(err error) (string, *wire.Notice) {
 		return string(code), &wire.Notice{Code: code, Reason: reason}
 	}
 	var bad *drainer.CheckError
+	var corrupt *compress.CorruptError
 	switch {
+	case errors.As(err, &corrupt):
+		return notice(wire.CodeBadCompression, corrupt.Error()+"; every sample that was acked is kept, send the others again")
 	case err == nil:
 		return ingest.EndClean, nil
 	case errors.As(err, &bad):

@@ -26,6 +26,7 @@ func startOn(network string, secure *ingesttest.Certificates) ingesttest.Start {
 			IdleTimeout:      limits.IdleTimeout,
 			StallTimeout:     limits.StallTimeout,
 			AckTimeout:       limits.AckTimeout,
+			Compression:      everyCompression,
 		}, secure)
 		return s, func(ctx context.Context) (ingesttest.Conn, error) {
 			var d net.Dialer

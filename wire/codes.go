@@ -71,6 +71,7 @@ const (
 	CodeNotAuthenticated   Code = "not_authenticated"
 	CodeBanned             Code = "banned"
 	CodeEndOfStream        Code = "end_of_stream"
+	CodeBadCompression     Code = "bad_compression"
 	CodeInternal           Code = "internal"
 )
 
@@ -81,7 +82,8 @@ func Codes() []Code {
 		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
 		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeSessionTaken,
 		CodeTooManySessions, CodeTooManyGroups, CodeWrongKind, CodeBadChunk, CodeManifestMismatch, CodeUnknownManifest, CodeNoGeneration,
-		CodePublisherActive, CodeReplaced, CodeNotAuthenticated, CodeBanned, CodeEndOfStream, CodeInternal,
+		CodePublisherActive, CodeReplaced, CodeNotAuthenticated, CodeBanned, CodeEndOfStream, CodeBadCompression,
+		CodeInternal,
 	}
 }
 

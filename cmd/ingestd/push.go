@@ -26,6 +26,7 @@ type pushOptions struct {
 	repeat        int64
 	rate          float64
 	ack           string
+	compress      string
 	session       string
 	reconnectFor  time.Duration
 	windowSamples int64
@@ -63,6 +64,7 @@ put in that order. Any other file, and - for standard input, holds raw samples o
 	f.Int64Var(&o.repeat, "repeat", 1, "send the input so many times; 0: until stopped")
 	f.Float64Var(&o.rate, "rate", 0, "samples per second at most; 0: as fast as the daemon takes them")
 	f.StringVar(&o.ack, "ack", "", "when the daemon acks: queued, or committed to the ring; default: committed with --session, else queued")
+	f.StringVar(&o.compress, "compress", "", "compress on the way, if the daemon offers it: s2, zstd, s2+shuffle, zstd+shuffle")
 	f.StringVar(&o.session, "session", "", "name of the session: what the daemon holds of it is not sent again, and a broken connection is made anew")
 	f.DurationVar(&o.reconnectFor, "reconnect-for", client.DefaultReconnectFor, "with --session: give up when the daemon was away for so long; 0: at once")
 	f.Int64Var(&o.windowSamples, "window-samples", 0, "most samples without an ack; 0: the daemon's limit")
@@ -92,6 +94,8 @@ func (o *pushOptions) check(args []string) error {
 		return usagef("push: give files or --generate, not both")
 	case o.generate == 0 && len(args) == 0:
 		return usagef("push: nothing to push: name a file, - for standard input, or --generate N")
+	case !wire.Compression(o.compress).Known():
+		return usagef("push: --compress is %q: must be s2, zstd, s2+shuffle or zstd+shuffle", o.compress)
 	case o.ack != "" && o.ack != string(wire.AckQueued) && o.ack != string(wire.AckCommitted):
 		return usagef("push: --ack is %q: must be %s or %s", o.ack, wire.AckQueued, wire.AckCommitted)
 	}
@@ -117,6 +121,7 @@ func (o *pushOptions) run(ctx context.Context, std streams, args []string) (err 
 	defer func() { err = errors.Join(err, in.close()) }()
 	cfg := client.Config{
 		Spec: in.spec(), Session: o.session, Ack: wire.AckMode(o.ack), WindowSamples: o.windowSamples, WindowBytes: int64(o.windowBytes),
+		Compression: wire.Compression(o.compress),
 	}
 	if o.session != "" && o.reconnectFor > 0 {
 		cfg.ReconnectFor = o.reconnectFor

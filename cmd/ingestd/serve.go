@@ -83,6 +83,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.StringVar(&c.TLS.Cert, "tls-cert", "", "file with the daemon's certificate (PEM), for tls:// and quic:// listeners")
 	f.StringVar(&c.TLS.Key, "tls-key", "", "file with its key")
 	f.StringVar(&c.TLS.ClientCA, "tls-client-ca", "", "file with authorities; clients at tls:// and quic:// must have a certificate of one of them")
+	f.StringSliceVar(&c.Compression, "compression", nil, "offer producers to send compressed: s2, zstd, s2+shuffle, zstd+shuffle, separated by commas; default: none")
 	f.IntVar(&c.Drainers, "drainers", c.Drainers, "goroutines that move samples from queues to rings")
 	f.Var(&c.DrainTimeout, "drain-timeout", "how long to wait for producers and trainers when stopping")
 	f.StringVar(&c.ReadyFile, "ready-file", "", "write the real addresses there as JSON once serving; removed at the end")
@@ -132,6 +133,7 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 		"tls-cert":              func() { to.TLS.Cert = from.TLS.Cert },
 		"tls-key":               func() { to.TLS.Key = from.TLS.Key },
 		"tls-client-ca":         func() { to.TLS.ClientCA = from.TLS.ClientCA },
+		"compression":           func() { to.Compression = from.Compression },
 		"half-open":             func() { to.Limits.HalfOpen = from.Limits.HalfOpen },
 		"half-open-per-address": func() { to.Limits.HalfOpenPerAddress = from.Limits.HalfOpenPerAddress },
 		"drainers":              func() { to.Drainers = from.Drainers },

@@ -24,6 +24,13 @@ type Conn interface {
 	SetDeadline(time.Time) error
 }
 
+// Compressing is a Conn that compresses what is written to it after Begin.
+type Compressing interface {
+	Conn
+	Compression() wire.Compression // what its hello asks for
+	Begin(s *spec.Spec) error      // the hello was accepted
+}
+
 // Limits are what a transport is started with. Zero fields: its defaults.
 type Limits struct {
 	MaxConnections                                          int
@@ -219,10 +226,20 @@ func (r *rig) ask(id uint64, change func(*wire.Hello)) (*client, error) {
 	if change != nil {
 		change(h)
 	}
+	compressing, ok := c.Conn.(Compressing)
+	if ok {
+		h.Compression = compressing.Compression()
+	}
 	if err := wire.WriteHello(c, h); err != nil {
 		r.t.Fatal(err)
 	}
 	err := wire.ReadReply(c, &c.accepted)
+	if err == nil && c.accepted.Compression != h.Compression {
+		r.t.Errorf("asked for the compression %q, got %q", h.Compression, c.accepted.Compression)
+	}
+	if err == nil && ok {
+		err = compressing.Begin(r.table.Spec())
+	}
 	if err != nil {
 		_ = c.Close()
 	}

@@ -32,6 +32,8 @@ type Config struct {
 	Bans   Bans   `yaml:"bans,flow"`
 	TLS    TLS    `yaml:"tls,flow"`
 
+	Compression []string `yaml:"compression,flow,omitempty"` // offered to producers: s2, zstd, s2+shuffle, zstd+shuffle
+
 	LocalProducers LocalProducers `yaml:"local_producers"`
 	Log            Log            `yaml:"log"`
 	Limits         Limits         `yaml:"limits"`

@@ -66,6 +66,7 @@ func (d *Daemon) openTransports(log *slog.Logger) error {
 		Attach:           d.attach,
 		Gate:             d.access.gate,
 		Door:             d.access.door,
+		Compression:      d.plan.compressions(),
 		MaxConnections:   l.MaxConnections,
 		HandshakeTimeout: time.Duration(l.HandshakeTimeout),
 		IdleTimeout:      time.Duration(l.IdleTimeout),

@@ -73,7 +73,7 @@ func (cfg *Config) Validate() error {
 
 func (cfg *Config) plan() (*plan, error) {
 	p := &plan{Config: *cfg}
-	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkLocalProducers, p.checkTables, p.checkTLS, p.checkListeners} {
+	for _, step := range []func() error{p.checkLog, p.checkLimits, p.checkCompression, p.checkLocalProducers, p.checkTables, p.checkTLS, p.checkListeners} {
 		if err := step(); err != nil {
 			return nil, err
 		}
@@ -120,6 +120,24 @@ func (p *plan) checkLimits() error {
 		}
 	}
 	return nil
+}
+
+func (p *plan) checkCompression() error {
+	for _, kind := range p.Compression {
+		if c := wire.Compression(kind); c == wire.CompressionNone || !c.Known() {
+			return configErrorf("compression", "%q is none of s2, zstd, s2+shuffle and zstd+shuffle", kind)
+		}
+	}
+	return nil
+}
+
+// compressions is what producers are offered.
+func (p *plan) compressions() []wire.Compression {
+	kinds := make([]wire.Compression, len(p.Compression))
+	for i, kind := range p.Compression {
+		kinds[i] = wire.Compression(kind)
+	}
+	return kinds
 }
 
 func (p *plan) checkTables() error {
