@@ -3,6 +3,7 @@ package tcpingest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -194,13 +195,15 @@ func TestBadCompression(t *testing.T) {
 		for i := range sample {
 			sample[i] = byte(i * i)
 		}
-		if _, err := w.Write(append(sample, sample...)); err == nil {
-			err = w.Flush()
+		write := func(b []byte) {
+			_, err := w.Write(b)
+			if err = errors.Join(err, w.Flush()); err != nil {
+				t.Fatal(err)
+			}
 		}
+		write(append(sample, sample...))
 		whole := stream.Len() // two samples
-		if _, werr := w.Write(sample); werr != nil || w.Flush() != nil {
-			t.Fatal(err, werr)
-		}
+		write(sample)
 		for _, tc := range []struct {
 			name string
 			b    []byte
