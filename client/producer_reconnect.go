@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -25,6 +26,26 @@ type outage struct {
 // not come back together.
 func (o *outage) upTo(down, from, to time.Duration) time.Duration {
 	return min(max(down/16, from), to)
+}
+
+// rest waits before the next try. The error says why there is none: patience is out, or life has ended.
+func (o outage) rest(life context.Context, patience, from, to time.Duration) error {
+	down := time.Since(o.began)
+	if down >= patience {
+		if answered(o.last) {
+			return o.last
+		}
+		return fmt.Errorf("%w: no connection for %v in %d tries since %s: %v",
+			ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
+	}
+	timer := time.NewTimer(min(patience-down, rand.N(o.upTo(down, from, to))))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-life.Done():
+		return os.ErrClosed
+	}
 }
 
 // attend reads acks and, where samples are kept, makes another connection when one ends, until the stream ends for good.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"sync"
@@ -313,25 +312,9 @@ func (r *remoteTrainer) reconnect() bool {
 // pause waits before the next try; false: patience is out, or the trainer was closed.
 func (r *remoteTrainer) pause() bool {
 	r.mu.Lock()
-	o, cfg := r.outage, &r.cfg
+	o := r.outage
 	r.mu.Unlock()
-	down := time.Since(o.began)
-	var err error
-	if down >= cfg.ReconnectFor {
-		err = fmt.Errorf("%w: no connection for %v in %d tries since %s: %v",
-			ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
-		if answered(o.last) {
-			err = o.last
-		}
-	} else {
-		timer := time.NewTimer(min(cfg.ReconnectFor-down, rand.N(o.upTo(down, cfg.ReconnectFrom, cfg.ReconnectTo))))
-		select {
-		case <-timer.C:
-		case <-r.life.Done():
-			timer.Stop()
-			err = os.ErrClosed
-		}
-	}
+	err := o.rest(r.life, r.cfg.ReconnectFor, r.cfg.ReconnectFrom, r.cfg.ReconnectTo)
 	if err == nil {
 		return true
 	}
