@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/internal/sendfile"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -24,8 +25,7 @@ type trainerLink struct {
 	in   io.Reader
 
 	raw    syscall.RawConn // nil: no socket
-	poll   [1]unix.PollFd  // of hungUp, and its result
-	ended  bool
+	ended  bool            // the result of hungUp
 	pollFn func(fd uintptr)
 
 	mu     sync.Mutex
@@ -62,9 +62,7 @@ func (l *trainerLink) hungUp() bool {
 }
 
 func (l *trainerLink) look(fd uintptr) {
-	l.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLRDHUP}
-	n, err := unix.Poll(l.poll[:], 0)
-	l.ended = err == nil && n > 0
+	l.ended = pollfd.Now(fd, unix.POLLRDHUP) != 0
 }
 
 // answer tells the daemon. If it cannot be told the connection is closed, which the goroutine that receives sees.

@@ -6,6 +6,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ingestd/ingestd/internal/pollfd"
 )
 
 // source is where the bytes of a connection come from. There are two: a socket, and what was read ahead of another stream. Its methods belong to the connection's
@@ -103,18 +105,7 @@ func (s *socket) result(err error) (int, error) {
 // hungUp implements source. A peer that only closed its writing side, as one does after its last sample, is there still, and one over TCP that died is found when
 // something was written to it.
 func (s *socket) hungUp() bool {
-	return s.poll(0)&(unix.POLLHUP|unix.POLLERR) != 0
-}
-
-// poll returns what is the case of the events asked for, and of POLLHUP and POLLERR.
-func (s *socket) poll(events int16) (revents int16) {
-	_ = s.raw.Control(func(fd uintptr) {
-		fds := [1]unix.PollFd{{Fd: int32(fd), Events: events}}
-		if n, err := unix.Poll(fds[:], 0); err == nil && n > 0 {
-			revents = fds[0].Revents
-		}
-	})
-	return revents
+	return pollfd.Conn(s.raw, 0)&(unix.POLLHUP|unix.POLLERR) != 0
 }
 
 func (s *socket) offer(b []byte) (sent int) {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -61,7 +62,7 @@ func (t *tlsConn) HungUp() bool { return t.socket.hungUp() }
 
 // Offer implements Stream. A write that TLS began must go out whole, so it is not begun unless the socket has room for more than a note.
 func (t *tlsConn) Offer(b []byte) int {
-	if t.socket.poll(unix.POLLOUT)&unix.POLLOUT == 0 {
+	if pollfd.Conn(t.socket.raw, unix.POLLOUT)&unix.POLLOUT == 0 {
 		return 0
 	}
 	_ = t.SetWriteDeadline(time.Now().Add(offerTimeout))

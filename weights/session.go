@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/tensor"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -232,14 +233,8 @@ func heard(conn net.Conn) (said, gone bool) {
 	if err != nil {
 		return false, true
 	}
-	err = raw.Control(func(fd uintptr) {
-		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
-		if n, err := unix.Poll(fds[:], 0); err == nil && n > 0 {
-			gone = fds[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLRDHUP) != 0
-			said = fds[0].Revents&unix.POLLIN != 0
-		}
-	})
-	return said, gone || err != nil
+	revents := pollfd.Conn(raw, unix.POLLIN|unix.POLLRDHUP)
+	return revents&unix.POLLIN != 0, revents&(unix.POLLHUP|unix.POLLERR|unix.POLLRDHUP|unix.POLLNVAL) != 0
 }
 
 // begun answers a begin.

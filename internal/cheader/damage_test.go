@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -470,9 +471,7 @@ func (f *fake) pushed() uint64 { return binary.LittleEndian.Uint64(f.givebackQue
 
 // alive tells whether the peer's side of the socket is open.
 func (f *fake) alive() bool {
-	fds := []unix.PollFd{{Fd: int32(socketOf(f)), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, 0)
-	return n == 0 && err == nil
+	return pollfd.Now(uintptr(socketOf(f)), unix.POLLIN) == 0
 }
 
 // TestJunk: queues and state lines full of random bytes end an attachment or leave it waiting; the sanitizers see that nothing else happens.
