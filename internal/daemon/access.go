@@ -18,19 +18,16 @@ type Bans struct {
 type access struct {
 	tokens *auth.Tokens // nil: everybody may
 	gate   *auth.Gate   // nil without tokens
-	door   *bans.Door   // nil where the configuration has switched bans off
+	door   *bans.Door   // its Table is nil where the configuration has switched bans off
 }
 
 // newAccess reads the tokens. What is wrong with their file is an error of the configuration.
 func newAccess(p *plan, log *slog.Logger) (access, error) {
-	var a access
+	a := access{door: &bans.Door{HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{
+		Max: p.Limits.HalfOpen, MaxPerAddress: p.Limits.HalfOpenPerAddress, Loopback: p.Bans.Loopback,
+	})}}
 	if p.Bans.Enabled {
-		a.door = &bans.Door{
-			Table: bans.New(bans.Config{Loopback: p.Bans.Loopback}),
-			HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{
-				Max: p.Limits.HalfOpen, MaxPerAddress: p.Limits.HalfOpenPerAddress, Loopback: p.Bans.Loopback,
-			}),
-		}
+		a.door.Table = bans.New(bans.Config{Loopback: p.Bans.Loopback})
 	}
 	if p.Tokens == "" {
 		return a, nil
@@ -51,7 +48,7 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 type AccessStatus struct {
 	Tokens   *TokensStatus   `json:"tokens,omitempty"` // none: the daemon has none, and everybody is let in
 	Bans     *BansStatus     `json:"bans,omitempty"`   // none: switched off
-	HalfOpen *HalfOpenStatus `json:"half_open,omitempty"`
+	HalfOpen HalfOpenStatus  `json:"half_open"`
 }
 
 // TokensStatus is the file of tokens and what became of those who came.
@@ -98,23 +95,23 @@ func (a *access) status() AccessStatus {
 			s.Tokens.Broken = t.Broken.Error()
 		}
 	}
-	if a.door != nil {
+	if a.door.Table != nil {
 		b := a.door.Table.Stats()
 		s.Bans = &BansStatus{b.Addresses, b.Banned, b.Failures, b.Bans, b.Refused, b.Slowed, b.Forgotten, b.Cleared}
-		open, addresses, refused := a.door.HalfOpen.Stats()
-		s.HalfOpen = &HalfOpenStatus{open, addresses, refused}
 	}
+	open, addresses, refused := a.door.HalfOpen.Stats()
+	s.HalfOpen = HalfOpenStatus{open, addresses, refused}
 	return s
 }
 
 // sources is access as metrics shows it.
 func (a *access) sources() metrics.Access {
-	var m metrics.Access
+	m := metrics.Access{HalfOpen: a.door.HalfOpen.Stats}
 	if a.tokens != nil {
 		m.Gate, m.Tokens = a.gate.Stats, a.tokens.Stats
 	}
-	if a.door != nil {
-		m.Bans, m.HalfOpen = a.door.Table.Stats, a.door.HalfOpen.Stats
+	if a.door.Table != nil {
+		m.Bans = a.door.Table.Stats
 	}
 	return m
 }
