@@ -21,7 +21,7 @@ import (
 
 const rightSecret = "the-right-secret-of-32-characters"
 
-func noError(t *testing.T, err error) {
+func noError(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
