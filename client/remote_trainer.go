@@ -179,12 +179,12 @@ func (r *remoteTrainer) buffer() (*receivedBatch, error) {
 	if k := len(r.free) - 1; k >= 0 {
 		b := r.free[k]
 		r.free = r.free[:k]
-		b.connection = r.connection
+		b.connection, b.created = r.connection, r.accepted.Created
 		return b, nil
 	}
 	r.stats.Buffers++
 	b := r.layout.newBuffer()
-	b.connection = r.connection
+	b.connection, b.created = r.connection, r.accepted.Created
 	return b, nil
 }
 
