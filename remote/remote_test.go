@@ -54,6 +54,13 @@ func (d *daemon) Table(name string) (shm.Table, bool) {
 
 func (d *daemon) Names() []string { return []string{"t"} }
 
+func specOf(t testing.TB, text string) *spec.Spec {
+	t.Helper()
+	s, err := spec.ParseText(text)
+	check(t, err)
+	return s
+}
+
 const (
 	rows    = 2
 	batches = 6
@@ -78,8 +85,7 @@ func (o setup) start(t testing.TB) *daemon {
 	t.Helper()
 	ignore := goleak.IgnoreCurrent()
 	network, text, heap, cfg := o.network, o.text, o.heap, o.cfg
-	s, err := spec.ParseText(text)
-	check(t, err)
+	s := specOf(t, text)
 	d := &daemon{t: t, spec: s, network: network, served: make(chan error, 100)}
 	layout := ring.Layout{BatchSize: rows, Batches: batches, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: "t", Created: time.Unix(1, 0)}
 	size, err := layout.Bytes()
