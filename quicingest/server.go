@@ -5,7 +5,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -246,10 +248,11 @@ func (s *Server) linger() time.Duration {
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.stopping = true
-	for l := range s.doors {
-		_ = l.Close()
-	}
+	doors := slices.Collect(maps.Keys(s.doors))
 	s.mu.Unlock()
+	for _, l := range doors {
+		_ = l.Close() // which waits for begin
+	}
 	err := s.streams.Shutdown(ctx)
 	// What was written last is on its way yet, and a close would not wait for it. A client that has it closes.
 	gone := s.gone()
