@@ -207,7 +207,10 @@ func TestRandomDatagrams(t *testing.T) {
 func TestResets(t *testing.T) {
 	for name, reset := range map[string]func(*quicconn.Conn){
 		"sending": func(c *quicconn.Conn) { c.CancelWrite(7) },
-		"both":    func(c *quicconn.Conn) { _ = c.Close() },
+		"both": func(c *quicconn.Conn) {
+			c.CancelRead(7)
+			c.CancelWrite(7)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, nil)
@@ -232,6 +235,23 @@ func TestResets(t *testing.T) {
 			}
 		})
 	}
+	t.Run("acks on their way", func(t *testing.T) {
+		s := newSite(t, nil)
+		st, accepted := s.push(t, s.dial(t))
+		if _, err := st.Write(make([]byte, 3*8+4)); err != nil {
+			t.Fatal(err)
+		}
+		for s.Stats().Samples < 3 {
+			runtime.Gosched()
+		}
+		st.CancelWrite(7)
+		if acks, err := io.ReadAll(st); err != nil || len(acks) != 3 {
+			t.Errorf("got acks % x, %v, want 3 and the end", acks, err)
+		}
+		if taken := s.finish(t); taken[accepted.Stream] != 3 {
+			t.Errorf("%d samples taken, want 3", taken[accepted.Stream])
+		}
+	})
 	t.Run("acks are not wanted", func(t *testing.T) {
 		s := newSite(t, nil)
 		st, accepted := s.push(t, s.dial(t))
