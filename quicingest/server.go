@@ -35,8 +35,9 @@ type Server struct {
 	stopping bool
 	doors    map[*quic.Listener]*quic.Transport
 	conns    map[*conn]struct{} // those whose handshake is done
-	open     int                // those, and handshakes
+	open     int                // those, and those whose is not
 	running  sync.WaitGroup     // one per conns
+	counting sync.WaitGroup     // one per doors
 }
 
 // New returns a server; Serve starts it.
@@ -88,10 +89,12 @@ func (s *Server) Serve(ctx context.Context, socket net.PacketConn) error {
 func (s *Server) addDoor(l *quic.Listener, tr *quic.Transport) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.stopping {
-		s.doors[l] = tr
+	if s.stopping {
+		return false
 	}
-	return !s.stopping
+	s.doors[l] = tr
+	(*strays)(s).count(tr, s.counting.Go)
+	return true
 }
 
 func (s *Server) isStopping() bool {
@@ -162,6 +165,7 @@ func (s *Server) Close() error {
 			errs = append(errs, err)
 		}
 	}
+	s.counting.Wait()
 	return errors.Join(errs...)
 }
 
@@ -196,6 +200,30 @@ func (s *Server) Stats() ingest.Stats {
 		st.Refused[reason] += n
 	}
 	st.Refused[ingest.RefusedDatagram] += s.stray.Load()
+	return st
+}
+
+// Connections counts connections of QUIC.
+type Connections struct {
+	Open      int               // now; their handshake is done
+	Strangers int               // of those; nobody was let in on a stream of theirs yet
+	HalfOpen  int               // now; their handshake is under way
+	Max       int               // of all at once
+	Ended     map[string]uint64 // by reason, but for those that came to nothing: Stats().Refused has them
+}
+
+// Connections returns a snapshot.
+func (s *Server) Connections() Connections {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Connections{Open: len(s.conns), HalfOpen: int(s.halfOpen.Load()), Max: s.cfg.MaxConnections, Ended: s.ended.Snapshot()}
+	for c := range s.conns {
+		c.mu.Lock()
+		if !c.known {
+			st.Strangers++
+		}
+		c.mu.Unlock()
+	}
 	return st
 }
 
