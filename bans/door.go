@@ -33,7 +33,7 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 		return nil, ""
 	}
 	from := Address(peer)
-	if !d.HalfOpen.counts(from) {
+	if !d.HalfOpen.counts(from) || !d.Table.counts(from) {
 		return nil, ""
 	}
 	verdict := d.Table.Check(from)
@@ -50,7 +50,7 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 // Banned says whether a peer is turned away before anything else is done for it, and counts that it was. It is for transports whose peers' addresses are not verified yet.
 func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Address(peer)).Banned }
 
-// Failed notes that a handshake failed for which nobody entered.
+// Failed notes that a handshake failed whose peer has shown to be at its address only then, so that it did not Enter.
 func (d *Door) Failed(peer net.Addr) {
 	if d != nil {
 		d.Table.Failed(Address(peer))

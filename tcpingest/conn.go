@@ -33,6 +33,7 @@ type conn struct {
 	opened time.Time
 	visit  *bans.Visit // its handshake
 	large  bool        // it has a place of largeHellos
+	meet   func()      // called when it is let in; may be nil
 	token  string      // with which it was let in
 
 	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status

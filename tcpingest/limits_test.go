@@ -293,7 +293,7 @@ func TestAcksOfReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	stream := &resetStream{said: append(helloOf(t, hello), make([]byte, 3*8)...)}
-	s.ServeStream(stream)
+	s.ServeStream(stream, nil)
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -136,7 +136,7 @@ func DefaultConfig() Config {
 
 			HalfOpen: bans.DefaultHalfOpen, HalfOpenPerAddress: bans.DefaultHalfOpenPerAddress,
 		},
-		Bans: Bans{Enabled: true},
+		Bans: Bans{Enabled: true, Kernel: true},
 	}
 }
 
