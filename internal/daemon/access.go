@@ -78,6 +78,7 @@ type AccessStatus struct {
 	Tokens   *TokensStatus  `json:"tokens,omitempty"` // none: the daemon has none, and everybody is let in
 	Bans     *BansStatus    `json:"bans,omitempty"`   // none: switched off
 	HalfOpen HalfOpenStatus `json:"half_open"`
+	Admin    *AdminStatus   `json:"admin,omitempty"` // none: it is off
 }
 
 // TokensStatus is the file of tokens and what became of those who came.
@@ -113,6 +114,12 @@ type KernelStatus struct {
 	Failures    uint64 `json:"failures"`  // times it took no filter
 	DroppedTCP  uint64 `json:"dropped_tcp"`
 	DroppedQUIC uint64 `json:"dropped_quic"` // both: of banned addresses, and what found the socket's queue full
+}
+
+// AdminStatus is the admin endpoint.
+type AdminStatus struct {
+	Open    int64             `json:"open"` // connections
+	Refused map[string]uint64 `json:"refused"`
 }
 
 // HalfOpenStatus is how many handshakes are under way.
