@@ -83,9 +83,9 @@ func (p *Producer) broken(err error) bool {
 	return true
 }
 
-// passing says whether another connection may fare better: not if the daemon said that this producer is not wanted, or if it is no daemon.
+// passing says whether another connection may fare better: not if the daemon said that this producer is not wanted, or if it is no daemon, or none that is believed.
 func passing(err error) bool {
-	if errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven) {
+	if errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven) || unbelieved(err) || refusedTLS(err) != nil {
 		return false
 	}
 	var refusal *wire.Refusal

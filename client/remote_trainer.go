@@ -82,7 +82,7 @@ func (r *remoteTrainer) connect(ctx context.Context) (net.Conn, *wire.AcceptedRe
 		if ctx.Err() != nil {
 			return nil, nil, &waitError{ctx, fmt.Sprintf("dial %s: no connection in time (%v)", r.addr, err)}
 		}
-		return nil, nil, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", r.addr, err)
+		return nil, nil, fmt.Errorf("dial %s: %w; %s", r.addr, err, dialAdvice(err))
 	}
 	if _, ok := socketOf(conn); !ok {
 		conn.Close()
@@ -204,12 +204,12 @@ func (r *remoteTrainer) buffer() (*receivedBatch, error) {
 	if k := len(r.free) - 1; k >= 0 {
 		b := r.free[k]
 		r.free = r.free[:k]
-		b.connection = r.connection
+		b.connection, b.created = r.connection, r.accepted.Created
 		return b, nil
 	}
 	r.stats.Buffers++
 	b := r.layout.newBuffer()
-	b.connection = r.connection
+	b.connection, b.created = r.connection, r.accepted.Created
 	return b, nil
 }
 

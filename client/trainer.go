@@ -198,12 +198,7 @@ func (t *Trainer) StreamName(stream uint64) (string, bool) {
 	if t.remote != nil {
 		return "", false
 	}
-	for _, s := range t.attachment.View().Sessions() {
-		if s.Stream == stream {
-			return s.Name, true
-		}
-	}
-	return "", false
+	return t.attachment.View().SessionOf(stream)
 }
 
 // Group returns the name of the group this trainer is in.

@@ -126,6 +126,7 @@ func (x *session) accept(ctx context.Context) error {
 	reply, err := wire.AppendAccepted(nil, &wire.AcceptedRemoteTrain{
 		Table: t.Name, Spec: t.Spec, Fingerprint: t.Spec.Fingerprint(), Trainer: x.seat.ID, Group: x.seat.Member.Group(),
 		BatchSize: int64(t.View.BatchSize()), Prefetch: int64(x.seat.Prefetch),
+		Created: t.View.Layout().Created.UnixNano(),
 	})
 	if err != nil {
 		return err

@@ -108,6 +108,9 @@ func (d *Daemon) open(log *slog.Logger) error {
 			return err
 		}
 		d.listeners = append(d.listeners, l)
+		if err := d.access.guard(&d.listeners[len(d.listeners)-1]); err != nil {
+			return err
+		}
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -403,6 +406,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	if d.access.tokens != nil {
 		group.Go(func() { _ = d.access.tokens.Run(running) })
+	}
+	if d.access.filter != nil {
+		group.Go(func() { _ = d.access.filter.Run(running) })
 	}
 	failed := make(chan error, len(d.listeners)+1)
 	for _, l := range d.listeners {
