@@ -76,9 +76,9 @@ func TestLeavingInsideABatch(t *testing.T) {
 type breaking struct {
 	net.Conn
 	answers  []byte
-	replied  bool          // the first write is the reply
-	whole    int           // bytes that are written after that before it breaks
-	broken   chan struct{} // closed when a write has failed
+	replied  bool           // the first write is the reply
+	whole    int            // bytes that are written after that before it breaks
+	broken   chan struct{}  // closed when a write has failed
 	deadline chan time.Time // of reads, when that was set after
 }
 
