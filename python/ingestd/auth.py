@@ -55,13 +55,15 @@ class Token:
             raise ValueError(f"the token's name has {len(name)} characters, want 1 to {NAME_BYTES_MAX} bytes")
         if ":" in name or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
             raise ValueError("the token's name has a colon or a control character, or is no text")
+        # A name that is as long as a secret may be one, in the wrong place.
+        called = repr(name) if len(name) < SECRET_MIN else "(name and secret in the right order?)"
         if not SECRET_MIN <= len(secret) <= SECRET_MAX:
             raise ValueError(
-                f"the secret of token {name!r} has {len(secret)} characters, want {SECRET_MIN} to {SECRET_MAX}; "
+                f"the secret of token {called} has {len(secret)} characters, want {SECRET_MIN} to {SECRET_MAX}; "
                 "`ingestd token new NAME` makes one"
             )
         if any(not "!" <= c <= "~" for c in secret):
-            raise ValueError(f"the secret of token {name!r} has a character that is not printable ASCII, or a space")
+            raise ValueError(f"the secret of token {called} has a character that is not printable ASCII, or a space")
         self.name = name
         self._secret = secret.encode()
 

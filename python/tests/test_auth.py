@@ -104,6 +104,12 @@ def test_tokens_that_no_daemon_has(name: str, secret: str) -> None:
         Token.parse("x" * 64)
 
 
+def test_swapped_name_and_secret() -> None:
+    with pytest.raises(ValueError, match="right order") as error:
+        Token.parse(f"{SECRET}:worker")
+    assert SECRET not in str(error.value)
+
+
 def test_tokens_in_files(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(TOKEN + "\n")
