@@ -39,12 +39,15 @@ func startFlood(transport string, from netip.Addr, to netip.AddrPort, rate int) 
 	return newConnects(from, to, rate)
 }
 
+// keepPause is how long a flood that is ahead of its rate sleeps at least: waking up more often, it would take twice as much from the producer beside it.
+const keepPause = 10 * time.Millisecond
+
 // keep runs a flood at a rate, as fast as it goes if that is 0, until ctx ends.
 func keep(ctx context.Context, f flood, rate int) Flood {
 	began := time.Now()
 	for n := 0; ctx.Err() == nil; n++ {
 		if ahead := time.Until(began.Add(time.Duration(float64(n) / float64(max(rate, 1)) * float64(time.Second)))); rate > 0 && ahead > 0 {
-			if sleep(ctx, max(ahead, time.Millisecond)) != nil {
+			if sleep(ctx, max(ahead, keepPause)) != nil {
 				break
 			}
 		}
