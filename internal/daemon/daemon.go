@@ -308,6 +308,11 @@ func (r ingestTables) Lookup(name string) (ingest.Table, bool) {
 func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	if !d.enter() {
 		defer conn.Close()
+		told := d.trainers.Refused(wire.CodeShuttingDown)
+		if told == nil {
+			return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping, and too many are told so")
+		}
+		defer told()
 		_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
 		return wire.WriteRefusal(conn, wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping"))
 	}
