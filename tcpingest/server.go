@@ -331,7 +331,7 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	}
 	defer stream.Close()
 	if hello.Compression != wire.CompressionNone {
-		samples, err := c.decompress(hello.Compression, table.Spec())
+		samples, err := c.decompress(hello.Compression, table.Spec(), accepted.WindowBytes)
 		if err != nil {
 			s.refuse(c, wire.Refuse(wire.CodeInternal, "%v", err))
 			return
