@@ -65,11 +65,11 @@ func (s *Server) enter(c *conn) (code wire.Code, err error) {
 		return wire.CodeShuttingDown, errStopping
 	case s.open >= s.cfg.MaxConnections:
 		return wire.CodeTooManyConnections, errTooMany
-	case !c.verified && s.cfg.Door.Banned(c.peer):
+	case !c.verified && s.door.Banned(c.peer):
 		return wire.CodeBanned, errBanned
 	}
 	if c.verified {
-		switch c.visit, code = s.cfg.Door.Enter(c.peer); code {
+		switch c.visit, code = s.door.Enter(c.peer); code {
 		case "":
 		case wire.CodeBanned:
 			return code, errBanned
@@ -115,7 +115,7 @@ func (c *conn) complete(qc *quic.Conn, stopping bool) (reason string, code quic.
 	if !c.verified {
 		c.verified = true
 		var refused wire.Code
-		c.visit, refused = c.server.cfg.Door.Enter(c.peer)
+		c.visit, refused = c.server.door.Enter(c.peer)
 		return string(refused), quicconn.CodeConnections
 	}
 	return "", 0
@@ -227,7 +227,7 @@ func (c *conn) dismiss() {
 	c.mu.Unlock()
 	switch {
 	case known:
-	case c.server.cfg.Door.Banned(c.peer):
+	case c.server.door.Banned(c.peer):
 		c.close(string(wire.CodeBanned), quicconn.CodeConnections)
 	default:
 		c.close(string(wire.CodeTooManyConnections), quicconn.CodeConnections)
@@ -262,7 +262,7 @@ func (c *conn) end(why error) {
 	c.mu.Unlock()
 	s.mu.Unlock()
 	if end.failed && visit == nil {
-		s.cfg.Door.Failed(c.peer)
+		s.door.Failed(c.peer)
 	}
 	if !end.refused {
 		s.ended.Add(end.reason)

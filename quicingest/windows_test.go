@@ -11,7 +11,6 @@ import (
 
 	"github.com/quic-go/quic-go"
 
-	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
 	"github.com/ingestd/ingestd/internal/quicconn"
 	"github.com/ingestd/ingestd/tcpingest"
@@ -20,8 +19,7 @@ import (
 
 // TestDefaultsReachEveryField: also of Streams, which has them from its own package.
 func TestDefaultsReachEveryField(t *testing.T) {
-	streams := tcpingest.Config{Tables: ingesttest.Tables{}, Door: &bans.Door{Table: bans.New(bans.Config{})}}
-	given := Config{Streams: streams, TLS: ingesttest.NewCertificates(t).Server}
+	given := Config{Streams: tcpingest.Config{Tables: ingesttest.Tables{}}, TLS: ingesttest.NewCertificates(t).Server}
 	full, err := given.withDefaults()
 	if err != nil {
 		t.Fatal(err)
@@ -34,13 +32,6 @@ func TestDefaultsReachEveryField(t *testing.T) {
 	}
 	if full.Streams.Transport != "quic" || full.Streams.WindowBytes == 0 {
 		t.Errorf("Streams has %+v", full.Streams)
-	}
-	if full.Door == streams.Door || full.Door.Table != streams.Door.Table {
-		t.Error("connections and streams have one table and bounds of their own")
-	}
-	given.Streams.Door = nil
-	if full, err := given.withDefaults(); err != nil || full.Door != nil {
-		t.Errorf("a door out of nothing: %v, %v", full.Door, err)
 	}
 	for name, change := range map[string]func(*Config){
 		"no certificates":      func(c *Config) { c.TLS = nil },
