@@ -65,8 +65,8 @@ type BansCleared struct {
 
 func (a *admin) bans(w http.ResponseWriter, _ *http.Request) {
 	list := BanList{Bans: []bans.Entry{}}
-	if door := a.daemon.access.door; door != nil {
-		list = BanList{true, door.Table.Ls()}
+	if table := a.daemon.access.door.Table; table != nil {
+		list = BanList{true, table.Ls()}
 	}
 	answer(w, list)
 }
@@ -79,10 +79,10 @@ func (a *admin) clearBans(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var cleared BansCleared
-	if door := a.daemon.access.door; door != nil && all != "" {
-		cleared.Cleared = door.Table.ClearAll()
-	} else if door != nil {
-		was, err := door.Table.Clear(address)
+	if table := a.daemon.access.door.Table; table != nil && all != "" {
+		cleared.Cleared = table.ClearAll()
+	} else if table != nil {
+		was, err := table.Clear(address)
 		if err != nil {
 			say(w, http.StatusBadRequest, err.Error())
 			return

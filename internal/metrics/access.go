@@ -8,7 +8,7 @@ import (
 	"github.com/ingestd/ingestd/bans/sockfilter"
 )
 
-// Access is where the counts of tokens, bans and handshakes come from. Both functions of a pair are nil where the daemon has no tokens, or bans are off.
+// Access is where the counts of tokens, bans and handshakes come from. Gate and Tokens are nil where the daemon has no tokens, Bans where bans are off.
 type Access struct {
 	Gate     func() auth.GateStats
 	Tokens   func() auth.Stats
@@ -62,6 +62,9 @@ func (a *Access) collect(ch out) {
 			ch.counter(handshakes, r.n, r.result)
 		}
 	}
+	open, _, refused := a.HalfOpen()
+	ch.gauge(halfOpen, float64(open))
+	ch.counter(halfRefused, refused)
 	if a.Bans == nil {
 		return
 	}
@@ -80,7 +83,4 @@ func (a *Access) collect(ch out) {
 		ch.counter(kernelDropped, k.DroppedTCP, "tcp")
 		ch.counter(kernelDropped, k.DroppedQUIC, "quic")
 	}
-	open, _, refused := a.HalfOpen()
-	ch.gauge(halfOpen, float64(open))
-	ch.counter(halfRefused, refused)
 }
