@@ -245,16 +245,19 @@ func TestFailedHandshakes(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change     func(*tls.Config)
 		retryAbove int
+		reason     string
 		failures   uint64
 	}{
-		"no certificate": {func(c *tls.Config) { c.Certificates = nil }, 64, bans.FailuresMax},
+		"no certificate": {func(c *tls.Config) { c.Certificates = nil }, 64, ingest.RefusedTLS, bans.FailuresMax},
 		"certificate of another authority": {func(c *tls.Config) {
 			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 				return &strangers.Client.Certificates[0], nil
 			}
-		}, 64, bans.FailuresMax},
-		"another protocol":           {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, 64, 0},
-		"another protocol, verified": {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, -1, bans.FailuresMax},
+		}, 64, ingest.RefusedCertificate, bans.FailuresMax},
+		"another protocol":                     {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, 64, ingest.RefusedTLS, 0},
+		"another protocol, verified":           {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, -1, ingest.RefusedTLS, bans.FailuresMax},
+		"another authority expected":           {func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }, 64, ingest.RefusedByPeer, 0},
+		"another authority expected, verified": {func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }, -1, ingest.RefusedByPeer, bans.FailuresMax},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, func(c *Config) {
@@ -267,7 +270,7 @@ func TestFailedHandshakes(t *testing.T) {
 				if c, err := s.dialFrom(t, "127.0.0.1", secure); err == nil { // the client is done before the daemon has looked
 					<-c.Context().Done()
 				}
-				s.await(ingest.RefusedTLS, n+1)
+				s.await(tc.reason, n+1)
 			}
 			for s.Connections().HalfOpen > 0 {
 				runtime.Gosched()

@@ -88,23 +88,24 @@ func TestBadTLS(t *testing.T) {
 		name   string
 		client *tls.Config
 		target any // the client's own error; nil: the daemon's alert
+		reason string
 	}{
-		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil},
+		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil, ingest.RefusedTLS},
 		{"client certificate of another CA", change(func(c *tls.Config) {
 			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 				return &strangers.Client.Certificates[0], nil
 			}
-		}), nil},
+		}), nil, ingest.RefusedCertificate},
 		{"expired client certificate", change(func(c *tls.Config) {
 			c.Certificates = []tls.Certificate{ingesttest.Certify(t)(s.certs.CA.NewClient("late", time.Nanosecond))}
-		}), nil},
-		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h3"} }), nil},
-		{"no protocol", change(func(c *tls.Config) { c.NextProtos = nil }), nil},
-		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }), &unknown},
-		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name},
+		}), nil, ingest.RefusedCertificate},
+		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h3"} }), nil, ingest.RefusedTLS},
+		{"no protocol", change(func(c *tls.Config) { c.NextProtos = nil }), nil, ingest.RefusedTLS},
+		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }), &unknown, ingest.RefusedByPeer},
+		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name, ingest.RefusedByPeer},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			before := s.Stats().Refused[ingest.RefusedTLS]
+			before := s.Stats().Refused[tc.reason]
 			c, err := quic.DialAddr(t.Context(), s.addr.String(), tc.client, clientQUIC)
 			if err == nil {
 				_, _, err = s.tryPush(t.Context(), c)
@@ -116,7 +117,7 @@ func TestBadTLS(t *testing.T) {
 			if tc.target != nil && !errors.As(err, tc.target) {
 				t.Errorf("got %v, want a %T", err, tc.target)
 			}
-			s.await(ingest.RefusedTLS, before+1)
+			s.await(tc.reason, before+1)
 		})
 	}
 	finish()
