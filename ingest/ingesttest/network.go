@@ -22,7 +22,7 @@ const together = 6
 
 // RunOver runs what a network can change of the suite over one, with SamplesOfSomeShapes in place of SamplesOfEveryShape.
 func RunOver(t *testing.T, start Start, n Network) {
-	patient := func(t *testing.T, tables ingest.Tables, limits Limits) (ingest.Transport, func(context.Context) (Conn, error)) {
+	over := func(t *testing.T, tables ingest.Tables, limits Limits) (ingest.Transport, func(context.Context) (Conn, error)) {
 		limits.HandshakeTimeout *= patience
 		limits.IdleTimeout *= patience
 		limits.StallTimeout *= patience
@@ -34,7 +34,7 @@ func RunOver(t *testing.T, start Start, n Network) {
 	run := func(name string, f func(*testing.T, Start)) {
 		seats <- struct{}{}
 		running.Go(func() {
-			t.Run(name, func(t *testing.T) { f(t, patient) })
+			t.Run(name, func(t *testing.T) { f(t, over) })
 			<-seats
 		})
 	}
