@@ -165,7 +165,7 @@ func (t *Table) Failed(a netip.Addr) Verdict {
 	el := t.entries[key]
 	if el == nil {
 		if len(t.entries) >= AddressesMax {
-			t.remove(t.order.Front())
+			t.forget(t.order.Front())
 			t.stats.Forgotten++
 		}
 		el = t.order.PushBack(&entry{prefix: key})
@@ -204,7 +204,7 @@ func (t *Table) clear(key netip.Prefix) bool {
 	defer t.mu.Unlock()
 	el := t.entries[key]
 	if el != nil {
-		t.remove(el)
+		t.forget(el)
 		t.stats.Cleared++
 	}
 	return el != nil
@@ -224,6 +224,13 @@ func (t *Table) remove(el *list.Element) {
 	t.size.Add(-1)
 	if e.ban != nil {
 		t.banned.Remove(e.ban)
+	}
+}
+
+// forget is remove before the time is over. It wants mu.
+func (t *Table) forget(el *list.Element) {
+	t.remove(el)
+	if el.Value.(*entry).ban != nil {
 		t.tell()
 	}
 }
@@ -247,8 +254,7 @@ func (t *Table) Banned(most int) []Ban {
 	return list
 }
 
-// Changed is sent to when somebody is banned, or no longer; many changes may be one message. What only expires may tell nobody: Ban.Until says when. There is one channel, for one
-// reader.
+// Changed is sent to when somebody is banned, or no longer before its time is over, which Ban.Until says; many changes may be one message. There is one channel, for one reader.
 func (t *Table) Changed() <-chan struct{} { return t.changed }
 
 // tell never waits.

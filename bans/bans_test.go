@@ -268,7 +268,9 @@ func TestBanned(t *testing.T) {
 }
 
 // TestChanged: who asks is told of each ban and of each end that is not in the list, and nobody ever waits for it.
-func TestChanged(t *testing.T) {
+func TestChanged(t *testing.T) { synctest.Test(t, testChanged) }
+
+func testChanged(t *testing.T) {
 	table := New(Config{})
 	told := func() bool {
 		select {
@@ -311,6 +313,26 @@ func TestChanged(t *testing.T) {
 		}
 	})
 	step("all cleared", true, func() { table.ClearAll() })
+	for n := range uint32(FailuresMax) {
+		table.Failed(stranger)
+		table.Failed(v4(n))
+	}
+	step("the first again", true, func() {})
+	step("its end", false, func() {
+		<-time.After(BanFor)
+		if len(table.Banned(1)) != 0 {
+			t.Error("it goes on")
+		}
+	})
+	for range FailuresMax {
+		table.Failed(stranger)
+	}
+	step("the first once more", true, func() {})
+	step("its place given to another", true, func() {
+		for n := range uint32(AddressesMax) {
+			table.Failed(v4(n))
+		}
+	})
 }
 
 func TestFailure(t *testing.T) {

@@ -30,12 +30,12 @@ func (o *outage) upTo(down, from, to time.Duration) time.Duration {
 
 // rest waits before the next try. The error says why there is none: patience is out, or life has ended.
 func (o outage) rest(life context.Context, patience, from, to time.Duration) error {
-	down := time.Since(o.began)
+	down := o.spent + time.Since(o.began)
 	if down >= patience {
 		if answered(o.last) {
 			return o.last
 		}
-		return fmt.Errorf("%w: no connection for %v in %d tries since %s: %v",
+		return fmt.Errorf("%w: no connection for %v in %d tries, now since %s: %v",
 			ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
 	}
 	timer := time.NewTimer(min(patience-down, rand.N(o.upTo(down, from, to))))

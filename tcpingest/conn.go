@@ -32,6 +32,7 @@ type conn struct {
 	peer   string
 	opened time.Time
 	visit  *bans.Visit // its handshake, until that has ended
+	meet   func()      // called when it is let in; may be nil
 	token  string      // with which it was let in
 
 	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status

@@ -329,10 +329,7 @@ func (r *remote) give(ctx context.Context, held, base *Held, from int64) (err er
 // breakOff closes a connection in the middle of a generation: no reason can be said there, and what was not read yet is not to be read any more.
 func (r *remote) breakOff() {
 	r.torn = true
-	if tcp, ok := r.conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = r.conn.Close()
+	_ = sendfile.Abort(r.conn)
 }
 
 // errNoAnswer is a reader that has all of a generation and says nothing.
