@@ -250,7 +250,7 @@ func TestReaderOutlivesDaemon(t *testing.T) {
 			if !errors.As(err, &timeout) || timeout.Reconnecting == nil || !strings.Contains(err.Error(), "no connection") {
 				t.Errorf("%v", err)
 			}
-			g = runGrads(t, cfg)
+			runGrads(t, cfg)
 			noError(t, errors.Join(tx.PutFloats("b", valuesOf(2, 1, 1, 60_000)), tx.Commit(t.Context())))
 			s := mustStep(t, reader, 1, 2, "v", "w")
 			out := outputs(m)
