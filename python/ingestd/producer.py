@@ -53,7 +53,7 @@ class Producer:
     May be used by several threads; not after a fork (Closed).
 
     Args:
-        address: ``tcp://host:port``, ``tls://host:port`` or ``unix:///path``.
+        address: ``tcp://host:port``, ``tls://host:port``, ``quic://host:port`` or ``unix:///path``.
         table: name of the table.
         spec: a :class:`Spec`, or its text or JSON form.
         session: a name that survives reconnects and restarts; :attr:`held` says how many of its samples the daemon has
@@ -64,7 +64,7 @@ class Producer:
         reconnect: with a session, seconds without a connection before PeerClosed; 0: at once; None: no limit.
         continue_after_loss: with a session, do not raise Lost, but count what is gone in :attr:`lost` and go on.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake; with a session, also for trying again.
 
