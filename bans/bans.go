@@ -44,7 +44,9 @@ type Table struct {
 	mu      sync.Mutex
 	entries map[netip.Prefix]*list.Element
 	order   list.List // of *entry, the oldest last failure first
+	banned  list.List // of those, the ones that are banned, in the same order
 	stats   Stats
+	changed chan struct{} // see Changed
 }
 
 type entry struct {
@@ -52,6 +54,7 @@ type entry struct {
 	failures int
 	last     time.Time
 	refused  uint64
+	ban      *list.Element // in banned; nil: it is slowed only
 }
 
 // Stats counts.
@@ -68,7 +71,7 @@ type Stats struct {
 
 // New returns an empty table.
 func New(cfg Config) *Table {
-	return &Table{loopback: cfg.Loopback, entries: map[netip.Prefix]*list.Element{}}
+	return &Table{loopback: cfg.Loopback, entries: map[netip.Prefix]*list.Element{}, changed: make(chan struct{}, 1)}
 }
 
 // Failure says whether a refusal is a failure of the address it goes to: what is no handshake of ours, is not completed, or does not prove what it should. A spec that differs, a
@@ -137,7 +140,7 @@ func (t *Table) Check(a netip.Addr) Verdict {
 		t.remove(el)
 		return Verdict{}
 	}
-	if e.failures >= FailuresMax {
+	if e.ban != nil {
 		e.refused++
 		t.stats.Refused++
 		return Verdict{Banned: true, Until: e.last.Add(BanFor)}
@@ -162,7 +165,7 @@ func (t *Table) Failed(a netip.Addr) Verdict {
 	el := t.entries[key]
 	if el == nil {
 		if len(t.entries) >= AddressesMax {
-			t.remove(t.order.Front())
+			t.forget(t.order.Front())
 			t.stats.Forgotten++
 		}
 		el = t.order.PushBack(&entry{prefix: key})
@@ -173,13 +176,17 @@ func (t *Table) Failed(a netip.Addr) Verdict {
 	e := el.Value.(*entry)
 	e.failures, e.last = e.failures+1, now
 	t.stats.Failures++
-	if e.failures == FailuresMax {
+	switch {
+	case e.ban != nil:
+		t.banned.MoveToBack(e.ban)
+	case e.failures >= FailuresMax:
+		e.ban = t.banned.PushBack(e)
 		t.stats.Bans++
+		t.tell()
+	default:
+		return Verdict{Wait: slowed(e.failures)}
 	}
-	if e.failures >= FailuresMax {
-		return Verdict{Banned: true, Until: now.Add(BanFor)}
-	}
-	return Verdict{Wait: slowed(e.failures)}
+	return Verdict{Banned: true, Until: now.Add(BanFor)}
 }
 
 // Succeeded forgets what an address did before. A ban that began while its handshake was under way ends too.
@@ -197,7 +204,7 @@ func (t *Table) clear(key netip.Prefix) bool {
 	defer t.mu.Unlock()
 	el := t.entries[key]
 	if el != nil {
-		t.remove(el)
+		t.forget(el)
 		t.stats.Cleared++
 	}
 	return el != nil
@@ -212,8 +219,50 @@ func (t *Table) expire(now time.Time) {
 
 // remove wants mu.
 func (t *Table) remove(el *list.Element) {
-	delete(t.entries, t.order.Remove(el).(*entry).prefix)
+	e := t.order.Remove(el).(*entry)
+	delete(t.entries, e.prefix)
 	t.size.Add(-1)
+	if e.ban != nil {
+		t.banned.Remove(e.ban)
+	}
+}
+
+// forget is remove before the time is over. It wants mu.
+func (t *Table) forget(el *list.Element) {
+	t.remove(el)
+	if el.Value.(*entry).ban != nil {
+		t.tell()
+	}
+}
+
+// Ban is an address that is banned.
+type Ban struct {
+	Prefix netip.Prefix // one address, or of IPv6 a /64
+	Until  time.Time    // unless it fails again
+}
+
+// Banned returns who is banned, the latest failure first, at most so many.
+func (t *Table) Banned(most int) []Ban {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.expire(time.Now())
+	list := make([]Ban, 0, min(most, t.banned.Len()))
+	for el := t.banned.Back(); el != nil && len(list) < most; el = el.Prev() {
+		e := el.Value.(*entry)
+		list = append(list, Ban{e.prefix, e.last.Add(BanFor)})
+	}
+	return list
+}
+
+// Changed is sent to when somebody is banned, or no longer before its time is over, which Ban.Until says; many changes may be one message. There is one channel, for one reader.
+func (t *Table) Changed() <-chan struct{} { return t.changed }
+
+// tell never waits.
+func (t *Table) tell() {
+	select {
+	case t.changed <- struct{}{}:
+	default:
+	}
 }
 
 // Entry is an address from which handshakes failed.
@@ -234,7 +283,7 @@ func (t *Table) Ls() []Entry {
 	list := make([]Entry, 0, len(t.entries))
 	for el := t.order.Back(); el != nil; el = el.Prev() {
 		e := el.Value.(*entry)
-		list = append(list, Entry{text(e.prefix), e.failures, e.last, e.failures >= FailuresMax, e.last.Add(BanFor), e.refused})
+		list = append(list, Entry{text(e.prefix), e.failures, e.last, e.ban != nil, e.last.Add(BanFor), e.refused})
 	}
 	return list
 }
@@ -273,7 +322,9 @@ func (t *Table) ClearAll() int {
 	n := len(t.entries)
 	clear(t.entries)
 	t.order.Init()
+	t.banned.Init()
 	t.size.Store(0)
+	t.tell()
 	t.stats.Cleared += uint64(n)
 	return n
 }
@@ -284,11 +335,6 @@ func (t *Table) Stats() Stats {
 	defer t.mu.Unlock()
 	t.expire(time.Now())
 	s := t.stats
-	s.Addresses = len(t.entries)
-	for el := t.order.Front(); el != nil; el = el.Next() {
-		if el.Value.(*entry).failures >= FailuresMax {
-			s.Banned++
-		}
-	}
+	s.Addresses, s.Banned = len(t.entries), t.banned.Len()
 	return s
 }

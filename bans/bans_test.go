@@ -231,6 +231,110 @@ func TestExpiredAreNotListed(t *testing.T) {
 	})
 }
 
+// TestBanned: the latest failure comes first, and no more are listed than asked for; what is over is not there.
+func TestBanned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		table := New(Config{})
+		ban := func(a netip.Addr) Ban {
+			for range FailuresMax {
+				table.Failed(a)
+			}
+			key, _ := table.key(a)
+			<-time.After(time.Second)
+			return Ban{key, time.Now().Add(BanFor - time.Second)}
+		}
+		one, six := ban(v4(1)), ban(netip.MustParseAddr("2001:db8:1:2::7"))
+		table.Failed(stranger)
+		two := ban(v4(2))
+		for most, want := range [][]Ban{{}, {two}, {two, six}, {two, six, one}, {two, six, one}} {
+			if got := table.Banned(most); !slices.Equal(got, want) {
+				t.Errorf("at most %d: %v", most, got)
+			}
+		}
+		table.Failed(v4(1))
+		one.Until = time.Now().Add(BanFor)
+		if got, want := table.Banned(9), []Ban{one, two, six}; !slices.Equal(got, want) {
+			t.Errorf("after one more failure: %v, want %v", got, want)
+		}
+		<-time.After(time.Until(six.Until))
+		if got, want := table.Banned(9), []Ban{one, two}; !slices.Equal(got, want) || table.Stats().Banned != 2 {
+			t.Errorf("when one is over: %v, want %v", got, want)
+		}
+		table.ClearAll()
+		if got := table.Banned(9); len(got) != 0 || table.Stats().Banned != 0 {
+			t.Errorf("after ClearAll: %v", got)
+		}
+	})
+}
+
+// TestChanged: who asks is told of each ban and of each end that is not in the list, and nobody ever waits for it.
+func TestChanged(t *testing.T) { synctest.Test(t, testChanged) }
+
+func testChanged(t *testing.T) {
+	table := New(Config{})
+	told := func() bool {
+		select {
+		case <-table.Changed():
+			return true
+		default:
+			return false
+		}
+	}
+	for i := range FailuresMax - 1 {
+		if table.Failed(stranger); told() {
+			t.Errorf("told of failure %d", i+1)
+		}
+	}
+	step := func(what string, want bool, do func()) {
+		if do(); told() != want {
+			t.Errorf("%s: told %v, want %v", what, !want, want)
+		}
+		if told() {
+			t.Errorf("%s: told twice", what)
+		}
+	}
+	step("the ban", true, func() { table.Failed(stranger) })
+	step("a failure of who is banned", false, func() { table.Failed(stranger) })
+	step("a success", true, func() { table.Succeeded(stranger) })
+	step("a success of who is not banned", false, func() {
+		table.Failed(stranger)
+		table.Succeeded(stranger)
+	})
+	step("many at once", true, func() {
+		for n := range uint32(100) {
+			for range FailuresMax {
+				table.Failed(v4(n))
+			}
+		}
+	})
+	step("one cleared", true, func() {
+		if ok, err := table.Clear(v4(5).String()); !ok || err != nil {
+			t.Errorf("%v, %v", ok, err)
+		}
+	})
+	step("all cleared", true, func() { table.ClearAll() })
+	for n := range uint32(FailuresMax) {
+		table.Failed(stranger)
+		table.Failed(v4(n))
+	}
+	step("the first again", true, func() {})
+	step("its end", false, func() {
+		<-time.After(BanFor)
+		if len(table.Banned(1)) != 0 {
+			t.Error("it goes on")
+		}
+	})
+	for range FailuresMax {
+		table.Failed(stranger)
+	}
+	step("the first once more", true, func() {})
+	step("its place given to another", true, func() {
+		for n := range uint32(AddressesMax) {
+			table.Failed(v4(n))
+		}
+	})
+}
+
 func TestFailure(t *testing.T) {
 	failures := []wire.Code{wire.CodeBadMagic, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated}
 	for _, code := range wire.Codes() {
@@ -280,6 +384,16 @@ func TestModel(t *testing.T) {
 					}
 				}
 				model[a] = p
+				banned := map[netip.Prefix]bool{}
+				for _, b := range table.Banned(len(model)) {
+					banned[b.Prefix] = true
+				}
+				for a, p := range model {
+					want := p.failures >= 5 && time.Since(p.last) < 5*time.Minute
+					if key, _ := table.key(a); banned[key] != want {
+						t.Fatalf("seed %d, step %d: %v banned: %v", seed, step, a, banned[key])
+					}
+				}
 			}
 		})
 	}

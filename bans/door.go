@@ -48,6 +48,13 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 // Banned says whether a peer is turned away before anything else is done for it. For transports whose peers' addresses are not verified yet: nothing is counted against them.
 func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Address(peer)).Banned }
 
+// Failed notes that a handshake failed whose peer has shown to be at its address only then, so that it did not Enter.
+func (d *Door) Failed(peer net.Addr) {
+	if d != nil {
+		d.Table.Failed(Address(peer))
+	}
+}
+
 // end says that the handshake is over, and whether it was before.
 func (v *Visit) end() bool {
 	if v == nil || v.leave == nil {

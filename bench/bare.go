@@ -28,9 +28,11 @@ type bareOptions struct {
 	readBytes     int
 	windowSamples int64
 	windowBytes   int64
+	transport     string
+	certs         string
 }
 
-// bareServer is the baseline: it accepts connections, speaks the handshake, and then only reads the socket into mapped memory and answers with acks.
+// bareServer is the baseline: it accepts connections, speaks the handshake, and then only reads them into mapped memory and answers with acks.
 type bareServer struct {
 	opt       bareOptions
 	spec      *spec.Spec
@@ -76,6 +78,8 @@ func bareCommand() *cobra.Command {
 	f.IntVar(&opt.readBytes, "read-bytes", bareReadBytes, "most bytes of one read")
 	f.Int64Var(&opt.windowSamples, "window-samples", 1<<16, "largest window to grant")
 	f.Int64Var(&opt.windowBytes, "window-bytes", 16*mib, "largest window to grant")
+	f.StringVar(&opt.transport, "transport", transportTCP, "tcp, tls or quic")
+	f.StringVar(&opt.certs, "certs", "", "folder of the certificates for tls and quic")
 	return cmd
 }
 
@@ -89,7 +93,7 @@ func runBare(ctx context.Context, opt bareOptions) error {
 		return err
 	}
 	go s.accept()
-	first := &ready{Address: "tcp://" + s.listener.Addr().String(), WindowSamples: opt.windowSamples, WindowBytes: opt.windowBytes}
+	first := &ready{Address: opt.transport + "://" + s.listener.Addr().String(), WindowSamples: opt.windowSamples, WindowBytes: opt.windowBytes}
 	return serveControl(os.Stdin, os.Stdout, first, s.handle)
 }
 
@@ -103,9 +107,7 @@ func newBareServer(ctx context.Context, opt bareOptions) (*bareServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	var config net.ListenConfig
-	config.SetMultipathTCP(false)
-	listener, err := config.Listen(ctx, "tcp", "127.0.0.1:0")
+	listener, err := listenBare(ctx, opt.transport, certificates(opt.certs))
 	if err != nil {
 		return nil, fmt.Errorf("listen for the bare loop: %w", err)
 	}
@@ -119,7 +121,7 @@ func (s *bareServer) accept() {
 			return
 		}
 		go func() {
-			if err := s.serve(conn.(*net.TCPConn)); err != nil {
+			if err := s.serve(conn); err != nil {
 				fmt.Fprintln(os.Stderr, "bare loop:", err)
 			}
 			conn.Close()
@@ -128,7 +130,7 @@ func (s *bareServer) accept() {
 }
 
 // serve runs one connection to its end.
-func (s *bareServer) serve(conn *net.TCPConn) error {
+func (s *bareServer) serve(conn net.Conn) error {
 	hello, err := wire.ReadHello(conn)
 	if err != nil {
 		return fmt.Errorf("read the hello: %w", err)
@@ -149,7 +151,11 @@ func (s *bareServer) serve(conn *net.TCPConn) error {
 	if err := wire.WriteAccepted(conn, accepted); err != nil {
 		return fmt.Errorf("write the reply: %w", err)
 	}
-	raw, err := conn.SyscallConn()
+	socket, ok := conn.(*net.TCPConn)
+	if !ok {
+		return c.stream(conn)
+	}
+	raw, err := socket.SyscallConn()
 	if err != nil {
 		return err
 	}
@@ -217,6 +223,32 @@ func (c *bareConn) run(socket uintptr) bool {
 		}
 		if c.err != nil {
 			return true
+		}
+	}
+}
+
+// stream is run for what is no socket of the kernel's. Nobody says whether more has come, so acks wait until there are as many as are worth a write: a sender goes on
+// meanwhile, for it wants a quarter of its window free, no more.
+func (c *bareConn) stream(conn net.Conn) error {
+	for {
+		n, err := conn.Read(c.memory[c.at:min(c.at+c.server.opt.readBytes, len(c.memory))])
+		c.took(n)
+		if c.owed >= c.ackAt || err != nil {
+			for c.owed > 0 {
+				k, failed := conn.Write(c.acks[:min(c.owed, len(c.acks))])
+				c.owed -= k
+				if failed != nil {
+					return errors.Join(err, fmt.Errorf("write acks: %w", failed))
+				}
+			}
+		}
+		switch {
+		case err == io.EOF && c.partial == 0:
+			return nil
+		case err == io.EOF:
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
 		}
 	}
 }

@@ -16,6 +16,7 @@ const (
 // Case is one shape of load: samples of one size, cut into leaves, over a number of connections, into a ring of a given size.
 type Case struct {
 	Name        string `json:"name"`
+	Transport   string `json:"transport"`
 	SampleBytes int64  `json:"sample_bytes"`
 	Leaves      int    `json:"leaves"`
 	Connections int    `json:"connections"`
@@ -30,7 +31,7 @@ type Case struct {
 }
 
 func makeCase(sampleBytes int64, leaves, connections, batchSize, batches int) Case {
-	c := Case{SampleBytes: sampleBytes, Leaves: leaves, Connections: connections, BatchSize: batchSize, Batches: batches}
+	c := Case{Transport: transportTCP, SampleBytes: sampleBytes, Leaves: leaves, Connections: connections, BatchSize: batchSize, Batches: batches}
 	c.Name = fmt.Sprintf("%s/%d", sizeText(sampleBytes), leaves)
 	if connections > 1 {
 		c.Name += fmt.Sprintf("x%d", connections)
@@ -40,6 +41,12 @@ func makeCase(sampleBytes int64, leaves, connections, batchSize, batches int) Ca
 
 func (c Case) want(rateMin, cpuMax float64) Case {
 	c.RateMin, c.CPUMax = rateMin, cpuMax
+	return c
+}
+
+// over is the same case over another transport than TCP.
+func (c Case) over(transport string) Case {
+	c.Transport, c.Name = transport, transport+"/"+c.Name
 	return c
 }
 

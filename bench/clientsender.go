@@ -16,7 +16,7 @@ func runClientSender(ctx context.Context, s *sender) error {
 	var producers []*client.Producer
 	for range s.opt.connections {
 		p, err := client.Dial(ctx, s.opt.address, client.Config{Table: s.opt.table, Spec: s.spec, Client: "ingestd-bench",
-			WindowSamples: s.opt.windowSamples, WindowBytes: s.opt.windowBytes})
+			TLS: client.TLS{Authorities: s.opt.authorities}, WindowSamples: s.opt.windowSamples, WindowBytes: s.opt.windowBytes})
 		if err != nil {
 			return err
 		}

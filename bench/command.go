@@ -22,7 +22,7 @@ func Command() *cobra.Command {
 		Long: "Measure this machine. Every figure stands beside its baseline from the same run: compare the ratios, the absolute figures are of this\n" +
 			"machine and this moment.",
 	}
-	cmd.AddCommand(tcpCommand(), shmCommand(), tensorsCommand(), accessCommand(), compressCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
+	cmd.AddCommand(tcpCommand(), secureCommand(), shmCommand(), tensorsCommand(), accessCommand(), compressCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
 		fillerCommand(), handoffCommand(), wakeCommand(), watcherCommand(), sessionsCommand(),
 		gradSenderCommand(), gradReaderCommand(), publisherCommand(), subscriberCommand(), sendfileCommand())
 	return cmd
@@ -60,14 +60,19 @@ func tcpCommand() *cobra.Command {
 	f.DurationVar(&opt.OpenDuration, "open-duration", opt.OpenDuration, "open loop for latencies; 0: none")
 	f.Float64Var(&opt.OpenFraction, "open-fraction", opt.OpenFraction, "rate of the open loop, as a fraction of the rate just measured")
 	f.StringVar(&opt.Only, "only", "", "only these contenders, separated by commas: full, bare, copy")
-	f.Int64Var(&opt.RingBytes, "ring-bytes", 0, "sample bytes that a ring holds, instead of the case's own")
-	f.IntVar(&opt.WriteBytes, "write-bytes", opt.WriteBytes, "most bytes of the sender's writes")
-	f.IntVar(&opt.SendBuffer, "send-buffer", opt.SendBuffer, "the sender's SO_SNDBUF; 0: the kernel's choice")
-	f.IntVar(&opt.BareRead, "bare-read-bytes", opt.BareRead, "most bytes of the bare loop's reads")
-	f.Int64Var(&opt.AskSamples, "window-samples", 0, "window that the sender asks for; 0: the daemon's limit")
-	f.Int64Var(&opt.AskBytes, "window-bytes", 0, "window that the sender asks for; 0: the daemon's limit")
-	f.BoolVar(&opt.Client, "client", false, "send with the client library instead of the bench's own loop; without an open loop")
+	opt.peerFlags(f)
 	return cmd
+}
+
+// peerFlags are those of sender, bare loop and ring.
+func (o *Options) peerFlags(f *pflag.FlagSet) {
+	f.Int64Var(&o.RingBytes, "ring-bytes", 0, "sample bytes that a ring holds, instead of the case's own")
+	f.IntVar(&o.WriteBytes, "write-bytes", o.WriteBytes, "most bytes of the sender's writes")
+	f.IntVar(&o.SendBuffer, "send-buffer", o.SendBuffer, "the sender's SO_SNDBUF; 0: the kernel's choice")
+	f.IntVar(&o.BareRead, "bare-read-bytes", o.BareRead, "most bytes of the bare loop's reads")
+	f.Int64Var(&o.AskSamples, "window-samples", 0, "window that the sender asks for; 0: the daemon's limit")
+	f.Int64Var(&o.AskBytes, "window-bytes", 0, "window that the sender asks for; 0: the daemon's limit")
+	f.BoolVar(&o.Client, "client", false, "send with the client library instead of the bench's own loop; without an open loop")
 }
 
 func (o *Common) flags(f *pflag.FlagSet, cases string) {
@@ -97,7 +102,7 @@ func (o *Common) report(record any, all []Target, out io.Writer) error {
 	return nil
 }
 
-// runTCP measures, prints and writes the record.
+// runTCP measures the cases of bench tcp or bench secure, prints and writes the record.
 func runTCP(ctx context.Context, opt Options, out, log io.Writer) error {
 	cases, err := opt.settle()
 	if err != nil {

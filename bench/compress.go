@@ -120,7 +120,7 @@ func compressWay(out io.Writer, name string, kind wire.Compression, layout *spec
 	}
 	got := make([]byte, len(sample))
 	unpacking, err := timed(duration, len(sample), func() error {
-		r, err := compress.NewReader(bytes.NewReader(once.Bytes()), kind, layout)
+		r, err := compress.NewReader(bytes.NewReader(once.Bytes()), kind, layout, 0)
 		if err != nil {
 			return err
 		}

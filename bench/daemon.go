@@ -23,6 +23,8 @@ type daemon struct {
 	folder string  // holds its socket and ready file
 	Unix   string  `json:"unix"`
 	TCP    string  `json:"tcp"`
+	TLS    string  `json:"tls"`
+	QUIC   string  `json:"quic"`
 	Admin  string  `json:"admin"`
 	asking float64 // objects allocated by one look at mallocs
 	http   http.Client
@@ -134,6 +136,17 @@ func (d *daemon) awaitReady(ctx context.Context, file string) error {
 	d.TCP, d.Unix = withScheme("tcp://", d.TCP), withScheme("unix://", d.Unix)
 	d.Admin = withScheme("http://", d.Admin)
 	return nil
+}
+
+// address is where it listens for a transport.
+func (d *daemon) address(transport string) string {
+	switch transport {
+	case transportTLS:
+		return withScheme("tls://", d.TLS)
+	case transportQUIC:
+		return withScheme("quic://", d.QUIC)
+	}
+	return d.TCP
 }
 
 func withScheme(scheme, address string) string {

@@ -5,6 +5,8 @@
 // coalesced acks and does nothing else. One sender program drives daemon and bare loop alike, over the native handshake of package wire. `ingestd bench
 // micro` runs the queue and the ring beside their twins.
 //
+// `ingestd bench secure` does so over TLS and QUIC: the bare loops are of crypto/tls and quic-go.
+//
 // `ingestd bench shm` does the same for producers that fill places of the ring themselves: rates in place and written, beside a bare queue of descriptors
 // between two processes, shmipc-go (bench/shmipc, a module of its own) and plain memory writes; latency beside one bare eventfd; and what faults cost: a daemon
 // killed under load, a large ring taken up again, a trainer killed with leases.

@@ -24,7 +24,7 @@ type Common struct {
 	Quiet      bool   `json:"-"`
 }
 
-// Options are the flags of bench tcp, kept in the record.
+// Options are the flags of bench tcp and bench secure, kept in the record.
 type Options struct {
 	Common
 	All          bool          `json:"all,omitempty"`
@@ -39,6 +39,9 @@ type Options struct {
 	AskBytes     int64         `json:"window_bytes,omitempty"`
 	Client       bool          `json:"client,omitempty"`
 	SourceBytes  int           `json:"source_bytes,omitempty"` // memory that the sender sends from; 0: one write's
+	Secure       bool          `json:"secure,omitempty"`       // the cases over TLS and QUIC
+
+	certs certificates
 }
 
 // Contenders, in the order of the first run: the daemon comes first, because the bare loop is then given the window that the daemon granted.
@@ -75,12 +78,24 @@ func (o *Common) settle() error {
 	return nil
 }
 
+// cases are all there are.
+func (o *Options) cases() []Case {
+	switch {
+	case o.Secure && o.Smoke:
+		return smokeSecureCases()
+	case o.Secure:
+		return secureCases()
+	case o.Smoke:
+		return smokeCases()
+	}
+	return fullCases()
+}
+
 // settle checks the options and works out what depends on others.
 func (o *Options) settle() ([]Case, error) {
-	cases := fullCases()
+	cases := o.cases()
 	if o.Smoke {
-		cases = smokeCases()
-		o.OpenDuration = 40 * time.Millisecond
+		o.OpenDuration = min(o.OpenDuration, 40*time.Millisecond)
 	}
 	switch {
 	case o.OpenDuration < 0:

@@ -55,7 +55,7 @@ func startBare(opt *Options, c Case, window ready) (*rig, error) {
 	}
 	args := []string{
 		"_bare", "--spec", layout.Text(), "--memory-bytes", strconv.FormatInt(c.dataBytes(), 10),
-		"--connections", strconv.Itoa(c.Connections), "--read-bytes", strconv.Itoa(opt.BareRead),
+		"--connections", strconv.Itoa(c.Connections), "--read-bytes", strconv.Itoa(opt.BareRead), "--transport", c.Transport, "--certs", string(opt.certs),
 	}
 	if window.WindowSamples > 0 {
 		args = append(args, "--window-samples", strconv.FormatInt(window.WindowSamples, 10), "--window-bytes", strconv.FormatInt(window.WindowBytes, 10))
@@ -74,7 +74,7 @@ func startFull(ctx context.Context, opt *Options, c Case) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := startDaemon(ctx, opt, c)
+	d, err := startDaemon(ctx, opt, c, opt.certs.serve(c.Transport)...)
 	if err != nil {
 		return nil, err
 	}
@@ -86,7 +86,7 @@ func startFull(ctx context.Context, opt *Options, c Case) (*rig, error) {
 	if err != nil {
 		return g, err
 	}
-	return g, g.startSender(d.TCP, layout.Text())
+	return g, g.startSender(d.address(c.Transport), layout.Text())
 }
 
 func (g *rig) startSender(address, layout string) error {
@@ -95,6 +95,9 @@ func (g *rig) startSender(address, layout string) error {
 		"--connections", strconv.Itoa(g.c.Connections), "--write-bytes", strconv.Itoa(g.opt.WriteBytes),
 		"--send-buffer", strconv.Itoa(g.opt.SendBuffer), "--source-bytes", strconv.Itoa(g.opt.SourceBytes),
 		"--window-samples", strconv.FormatInt(g.opt.AskSamples, 10), "--window-bytes", strconv.FormatInt(g.opt.AskBytes, 10),
+	}
+	if g.opt.certs != "" {
+		args = append(args, "--tls-ca", g.opt.certs.authority())
 	}
 	if g.opt.Client {
 		args = append(args, "--client")

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -29,6 +28,7 @@ type senderOptions struct {
 	sourceBytes   int
 	windowSamples int64
 	windowBytes   int64
+	authorities   string
 	client        bool
 }
 
@@ -77,7 +77,7 @@ func senderCommand() *cobra.Command {
 		RunE:   func(cmd *cobra.Command, _ []string) error { return runSender(cmd.Context(), opt) },
 	}
 	f := cmd.Flags()
-	f.StringVar(&opt.address, "address", "", "where to send: tcp://host:port")
+	f.StringVar(&opt.address, "address", "", "where to send: tcp://, tls:// or quic:// and host:port")
 	f.StringVar(&opt.table, "table", "bench", "table to send to")
 	f.StringVar(&opt.spec, "spec", "", "layout of a sample")
 	f.IntVar(&opt.connections, "connections", 1, "connections to open")
@@ -86,6 +86,7 @@ func senderCommand() *cobra.Command {
 	f.IntVar(&opt.sourceBytes, "source-bytes", 0, "memory to send from; less than a write: one write's, which stays in the cache")
 	f.Int64Var(&opt.windowSamples, "window-samples", 0, "window to ask for; 0: the receiver's limit")
 	f.Int64Var(&opt.windowBytes, "window-bytes", 0, "window to ask for; 0: the receiver's limit")
+	f.StringVar(&opt.authorities, "tls-ca", "", "file of the authority that signed the receiver's certificate")
 	f.BoolVar(&opt.client, "client", false, "send with the client library at full speed, not with this program's own loop")
 	return cmd
 }
@@ -146,20 +147,9 @@ func (s *sender) failure() error {
 
 // dial opens one connection and agrees on the window.
 func (s *sender) dial(ctx context.Context) (*senderConn, error) {
-	host, ok := strings.CutPrefix(s.opt.address, "tcp://")
-	if !ok {
-		return nil, fmt.Errorf("address %q: must be tcp://host:port", s.opt.address)
-	}
-	var dialer net.Dialer
-	dialer.SetMultipathTCP(false)
-	conn, err := dialer.DialContext(ctx, "tcp", host)
+	conn, err := dialPeer(ctx, s.opt.address, s.opt.authorities, s.opt.sendBuffer)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", s.opt.address, err)
-	}
-	if s.opt.sendBuffer > 0 {
-		if err := conn.(*net.TCPConn).SetWriteBuffer(s.opt.sendBuffer); err != nil {
-			return nil, errors.Join(fmt.Errorf("set the send buffer: %w", err), conn.Close())
-		}
 	}
 	hello := &wire.Hello{
 		VersionMin: wire.Version, VersionMax: wire.Version, Role: wire.RolePush, Table: s.opt.table, Spec: s.spec,

@@ -11,7 +11,7 @@ import (
 func printRecord(out io.Writer, r *Record) {
 	printMachine(out, &r.Machine)
 	fmt.Fprintf(out, "Medians of %d runs of %v each after %v of warm-up, contenders interleaved. full: sender, daemon, trainer as processes; bare: sender and a\n"+
-		"process that only reads the socket into mapped memory and acks; copy: plain copy() into memory of that size, one goroutine, no socket.\n"+
+		"process that only reads the connection into mapped memory and acks; copy: plain copy() into memory of that size, one goroutine, no socket.\n"+
 		"The trainer %s.\n\n", r.Options.Runs, r.Options.Duration, r.Options.Warmup, r.Trainer)
 	printRates(out, r.Cases)
 	printLatencies(out, r)

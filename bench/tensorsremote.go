@@ -14,10 +14,12 @@ import (
 	"github.com/ingestd/ingestd/spec"
 )
 
-// Figures of the case remote, in GB/s.
+// Figures of the case remote, in GB/s. Each contender has those of its costs, too: its sender's, and both sides'.
 const (
 	figureRemote      = "remote"        // the daemon to a trainer over TCP
 	figureRemoteBare  = "bare sendfile" // the bare loop into as many buffers
+	figureRemoteWrite = "bare write"    // a loop that copies what it sends
+	figureBothCPU     = ": both sides' CPU"
 	remoteSampleBytes = 64 * kib
 	remotePrefetch    = 8
 	remoteRateMin     = 0.85 // to the bare loop's
@@ -26,11 +28,18 @@ const (
 func remoteKind() tensorKind {
 	return tensorKind{
 		title: "Batches of samples over TCP on loopback to one remote trainer, which releases each at once. The ring was filled before, and each turn is another group's.\n" +
-			"bare: a process that sends a memfd of that size with sendfile to one that reads it into as many buffers, in turn.",
+			"bare: a process that sends a memfd of that size, with sendfile or with write(), to one that reads it into as many buffers, in turn.",
 		measure: (*tensorRunner).remote,
 		rows: []tensorRow{
 			{figureRemote, "daemon to trainer", figureRemoteBare},
 			{figureRemoteBare, "bare sendfile loop", ""},
+			{figureRemoteWrite, "bare write() loop", figureRemoteBare},
+			{figureRemote + figureServerCPU, "the daemon", figureRemoteWrite + figureServerCPU},
+			{figureRemoteBare + figureServerCPU, "bare sendfile loop, sender", figureRemoteWrite + figureServerCPU},
+			{figureRemoteWrite + figureServerCPU, "bare write() loop, sender", ""},
+			{figureRemote + figureBothCPU, "daemon and trainer", figureRemoteWrite + figureBothCPU},
+			{figureRemoteBare + figureBothCPU, "bare sendfile loop, both sides", figureRemoteWrite + figureBothCPU},
+			{figureRemoteWrite + figureBothCPU, "bare write() loop, both sides", ""},
 		},
 		targets: remoteTargets,
 	}
@@ -44,17 +53,49 @@ func remoteTargets(r *TensorResult) []Target {
 }
 
 func (r *tensorRunner) remote(ctx context.Context, out *TensorResult) error {
-	return interleave(r.opt.Runs, []string{figureRemote, figureRemoteBare}, func(run int, name string) error {
-		measure := r.remoteOne
-		if name == figureRemoteBare {
-			measure = r.remoteBare
+	return interleave(r.opt.Runs, []string{figureRemote, figureRemoteBare, figureRemoteWrite}, func(run int, name string) error {
+		err := error(nil)
+		if name == figureRemote {
+			err = r.remoteOne(ctx, out)
+		} else {
+			err = r.remoteBare(ctx, out, name)
 		}
-		if err := measure(ctx, out); err != nil {
+		if err != nil {
 			return err
 		}
-		r.progress(&out.TensorCase, run, name, fmt.Sprintf("%.2f GB/s", out.Figures[name].Runs[run]))
+		r.progress(&out.TensorCase, run, name, fmt.Sprintf("%.2f GB/s, the sender takes %.3f CPU-s/GB", out.Figures[name].Runs[run], out.Figures[name+figureServerCPU].Runs[run]))
 		return nil
 	})
+}
+
+// turns are the transfers of one run: how fast each was, and what they cost.
+type turns struct {
+	rates []float64
+	from  *snapshot // of the CPU clocks of the sender and of this process, which receives, before the first
+}
+
+// turn notes a transfer. The first is warm-up.
+func (t *turns) turn(k int, size int64, took time.Duration, sender *process) (err error) {
+	if k > 0 {
+		t.rates = append(t.rates, float64(size)/1e9/took.Seconds())
+		return nil
+	}
+	t.from, err = takeSnapshot([]int{sender.pid(), selfPid})
+	return err
+}
+
+// note adds a run's figures.
+func (t *turns) note(out *TensorResult, name string, sender *process) error {
+	to, err := takeSnapshot([]int{sender.pid(), selfPid})
+	if err != nil {
+		return err
+	}
+	out.add(name, "GB/s", median(t.rates))
+	perGB := func(ns int64) float64 { return float64(ns) / float64(out.Bytes) / float64(len(t.rates)) }
+	sent, received := to.CPU[sender.pid()]-t.from.CPU[sender.pid()], to.CPU[selfPid]-t.from.CPU[selfPid]
+	out.add(name+figureServerCPU, "CPU-s/GB", perGB(sent))
+	out.add(name+figureBothCPU, "CPU-s/GB", perGB(sent+received))
+	return nil
 }
 
 // remoteOne fills a ring and lets one group after the other read it.
@@ -77,18 +118,17 @@ func (r *tensorRunner) remoteOne(ctx context.Context, out *TensorResult) (err er
 	if err := fillRing(ctx, d.Unix, layout, rows*batches); err != nil {
 		return err
 	}
-	var rates []float64
+	var all turns
 	for k := range transfersRun + 1 {
 		took, err := readRemote(ctx, d.TCP, fmt.Sprintf("g%d", k), batches)
+		if err == nil {
+			err = all.turn(k, out.Bytes, took, d.process)
+		}
 		if err != nil {
 			return err
 		}
-		if k > 0 { // the first is warm-up
-			rates = append(rates, float64(out.Bytes)/1e9/took.Seconds())
-		}
 	}
-	out.add(figureRemote, "GB/s", median(rates))
-	return nil
+	return all.note(out, figureRemote, d.process)
 }
 
 // fillRing pushes samples, and returns when all are in the ring.
@@ -131,30 +171,31 @@ func readRemote(ctx context.Context, address, group string, batches int64) (took
 	return time.Since(begin), nil
 }
 
-// remoteBare receives as many bytes as a turn has from the bare loop.
-func (r *tensorRunner) remoteBare(ctx context.Context, out *TensorResult) error {
-	sender, first, err := startChild("sendfile sender", r.opt.Binary, "_sendfile", "--bytes", strconv.FormatInt(out.Bytes, 10))
+// remoteBare receives as many bytes as a turn has from a bare loop.
+func (r *tensorRunner) remoteBare(ctx context.Context, out *TensorResult, name string) error {
+	sender, first, err := startChild(name+" sender", r.opt.Binary, "_sendfile", "--bytes", strconv.FormatInt(out.Bytes, 10),
+		"--write="+strconv.FormatBool(name == figureRemoteWrite))
 	if err != nil {
 		return err
 	}
-	rates, err := receiveBare(ctx, first.Address, out.Bytes, out.ChunkBytes)
+	all, err := receiveBare(ctx, sender, first.Address, out.Bytes, out.ChunkBytes)
 	if err == nil {
-		out.add(figureRemoteBare, "GB/s", median(rates))
+		err = all.note(out, name, sender)
 	}
 	return errors.Join(err, stopAll(err != nil, sender))
 }
 
-func receiveBare(ctx context.Context, address string, size, part int64) ([]float64, error) {
+func receiveBare(ctx context.Context, sender *process, address string, size, part int64) (*turns, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("connect to the sendfile loop: %w", err)
+		return nil, fmt.Errorf("connect to the bare loop: %w", err)
 	}
 	defer conn.Close()
+	all := new(turns)
 	var buffers [remotePrefetch][]byte
 	for i := range buffers {
 		buffers[i] = make([]byte, part)
 	}
-	var rates []float64
 	for k := range transfersRun + 1 {
 		begin := time.Now()
 		if _, err := conn.Write([]byte{1}); err != nil {
@@ -165,9 +206,9 @@ func receiveBare(ctx context.Context, address string, size, part int64) ([]float
 				return nil, fmt.Errorf("read a transfer: %w", err)
 			}
 		}
-		if k > 0 { // the first is warm-up
-			rates = append(rates, float64(size)/1e9/time.Since(begin).Seconds())
+		if err := all.turn(k, size, time.Since(begin), sender); err != nil {
+			return nil, err
 		}
 	}
-	return rates, nil
+	return all, nil
 }

@@ -19,6 +19,7 @@ import (
 type sendfileOptions struct {
 	bytes   int64
 	address string // where the sender is; "" for the sender itself
+	write   bool   // send with write()
 }
 
 // sendfileCallBytes is the most that one sendfile moves, and sendfileReadBytes the most of one read on the other side: the sizes at which these calls cost
@@ -45,6 +46,7 @@ func sendfileCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.Int64Var(&opt.bytes, "bytes", mib, "bytes of one transfer")
 	f.StringVar(&opt.address, "address", "", "receive from here: host:port; without it send")
+	f.BoolVar(&opt.write, "write", false, "send with write() from a mapping, not with sendfile")
 	return cmd
 }
 
@@ -58,6 +60,14 @@ func runSendfileSender(ctx context.Context, opt sendfileOptions) error {
 	if err := fillFile(file, opt.bytes); err != nil {
 		return err
 	}
+	send := sendBySendfile(file)
+	if opt.write {
+		mapped, err := unix.Mmap(int(file.Fd()), 0, int(opt.bytes), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+		if err != nil {
+			return fmt.Errorf("map %d bytes for the write loop: %w", opt.bytes, err)
+		}
+		send = sendByWrite(mapped)
+	}
 	var config net.ListenConfig
 	config.SetMultipathTCP(false)
 	listener, err := config.Listen(ctx, "tcp", "127.0.0.1:0")
@@ -66,7 +76,7 @@ func runSendfileSender(ctx context.Context, opt sendfileOptions) error {
 	}
 	defer listener.Close()
 	go func() {
-		if err := serveFile(listener, file, opt.bytes); err != nil {
+		if err := serveTransfers(listener, send, opt.bytes); err != nil {
 			fmt.Fprintln(os.Stderr, "sendfile loop:", err)
 		}
 	}()
@@ -86,7 +96,22 @@ func fillFile(file *os.File, size int64) error {
 	return nil
 }
 
-func serveFile(listener net.Listener, file *os.File, size int64) error {
+// senderCall is one system call that sends what comes at an offset, at most n bytes of it.
+type senderCall func(socket int, offset, n int64) (int, error)
+
+func sendBySendfile(file *os.File) senderCall {
+	return func(socket int, offset, n int64) (int, error) {
+		return unix.Sendfile(socket, int(file.Fd()), &offset, int(min(n, sendfileCallBytes)))
+	}
+}
+
+func sendByWrite(mapped []byte) senderCall {
+	return func(socket int, offset, n int64) (int, error) {
+		return unix.Write(socket, mapped[offset:offset+min(n, senderWriteBytes)])
+	}
+}
+
+func serveTransfers(listener net.Listener, send senderCall, size int64) error {
 	conn, err := listener.Accept()
 	if err != nil {
 		return nil // closed: the end
@@ -106,9 +131,11 @@ func serveFile(listener net.Listener, file *os.File, size int64) error {
 		offset, failed := int64(0), error(nil)
 		err := raw.Write(func(socket uintptr) bool {
 			for offset < size {
-				_, err := unix.Sendfile(int(socket), int(file.Fd()), &offset, int(min(size-offset, sendfileCallBytes)))
+				n, err := send(int(socket), offset, size-offset)
 				switch err {
-				case nil, unix.EINTR:
+				case nil:
+					offset += int64(n)
+				case unix.EINTR:
 				case unix.EAGAIN:
 					return false
 				default:
@@ -119,7 +146,7 @@ func serveFile(listener net.Listener, file *os.File, size int64) error {
 			return true
 		})
 		if err := errors.Join(err, failed); err != nil {
-			return fmt.Errorf("sendfile: %w", err)
+			return fmt.Errorf("send: %w", err)
 		}
 	}
 }

@@ -92,6 +92,9 @@ func greet(ctx context.Context, conn net.Conn, hello *wire.Hello, accepted wire.
 	case errors.Is(err, wire.ErrHello), err == nil, answered(err):
 		return err
 	}
+	if refused := refusedTLS(err); refused != nil { // a daemon judges a certificate when its client has shaken hands already
+		return refused
+	}
 	if taken := (*wire.WriteError)(nil); errors.As(err, &taken) {
 		err = taken.Err
 	}

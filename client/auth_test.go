@@ -21,7 +21,7 @@ import (
 
 const rightSecret = "the-right-secret-of-32-characters"
 
-func noError(t *testing.T, err error) {
+func noError(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -118,7 +118,9 @@ func open(ctx context.Context, t *testing.T, addr, what string, token Token) err
 	case "Subscription that streams":
 		_, err = Subscribe(ctx, addr, SubscribeConfig{Table: "t", Token: token, Stream: true})
 	case "manifest":
-		_, err = (&ringSource{t: &Trainer{accepted: wire.AcceptedTrain{Table: "t"}}, path: strings.TrimPrefix(addr, "unix://"), token: token}).fetch(ctx, 1)
+		cfg := TrainerConfig{Token: token}.withDefaults()
+		s := &ringSource{t: &Trainer{accepted: wire.AcceptedTrain{Table: "t"}}, cfg: cfg, network: "unix", address: strings.TrimPrefix(addr, "unix://")}
+		_, err = s.fetch(ctx, 1)
 	default:
 		t.Fatalf("no client %q", what)
 	}
@@ -296,7 +298,7 @@ func TestConfigsDoNotShowTheToken(t *testing.T) {
 	for _, v := range []any{
 		Config{Token: token}, StepsConfig{Token: token}, FillerConfig{Token: token}, TrainerConfig{Token: token}, GradConfig{Token: token},
 		PublisherConfig{Token: token}, SubscribeConfig{Token: token}, target{cfg: Config{Token: token}}, &target{cfg: Config{Token: token}},
-		ringSource{token: token}, wire.Hello{Token: token.Name, Secret: token.Secret},
+		ringSource{cfg: TrainerConfig{Token: token}}, wire.Hello{Token: token.Name, Secret: token.Secret},
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x"} {
 			if text := fmt.Sprintf(verb, v); strings.Contains(text, rightSecret) || strings.Contains(text, fmt.Sprintf("%x", rightSecret)) {

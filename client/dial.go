@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -63,22 +62,18 @@ func (t TLS) dialer(base dialer) dialer {
 	if base == nil {
 		base = new(net.Dialer).DialContext
 	}
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		switch network {
 		case "tls":
-			return t.dialTLS(ctx, base, address)
+			conn, err = t.dialTLS(ctx, base, address)
 		case "quic":
-			return t.dialQUIC(ctx, address)
+			conn, err = t.dialQUIC(ctx, address)
+		default:
+			return base(ctx, network, address)
 		}
-		return base(ctx, network, address)
+		if refused := refusedTLS(err); refused != nil {
+			err = refused
+		}
+		return conn, err
 	}
-}
-
-// Advice for a dial that failed. A daemon that was reached and not believed is there.
-func dialAdvice(err error) string {
-	var bad *tls.CertificateVerificationError
-	if errors.As(err, &bad) {
-		return "say which authority signs the daemon's certificate (TLS.Authorities), or the name in it (TLS.ServerName)"
-	}
-	return "is the daemon running, and is this its address?"
 }

@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"net"
+	"os"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -18,11 +19,17 @@ const (
 	quicWindowMax = 64 << 20 // and when they are read quickly
 )
 
+// quietVariable is the environment variable that keeps quic-go from writing to the standard log.
+const quietVariable = "QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING"
+
 // dialQUIC connects, shakes hands and opens a stream, which ends with the connection.
 func (t *TLS) dialQUIC(ctx context.Context, address string) (net.Conn, error) {
 	secure, err := t.config(address)
 	if err != nil {
 		return nil, err
+	}
+	if _, set := os.LookupEnv(quietVariable); !set { // what it would say of UDP buffers that are small, in the log of a program that asked for nothing, costs a client little
+		_ = os.Setenv(quietVariable, "true")
 	}
 	c, err := quic.DialAddr(ctx, address, secure, &quic.Config{
 		MaxIdleTimeout: quicIdle, KeepAlivePeriod: quicAlive, MaxIncomingStreams: -1, MaxIncomingUniStreams: -1,

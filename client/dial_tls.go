@@ -3,10 +3,13 @@ package client
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"os"
 	"sync"
 	"time"
+
+	"github.com/ingestd/ingestd/wire"
 )
 
 // dialTLS connects and shakes hands.
@@ -24,6 +27,10 @@ func (t *TLS) dialTLS(ctx context.Context, base dialer, address string) (net.Con
 	if err := c.HandshakeContext(ctx); err != nil {
 		_ = c.Close()
 		return nil, err
+	}
+	if got := c.ConnectionState().NegotiatedProtocol; got != wire.ALPN { // package tls takes a server that answers nothing
+		_ = c.Close()
+		return nil, fmt.Errorf("%w: TLS was agreed on for the protocol %q, and not for %s", wire.ErrProtocol, got, wire.ALPN)
 	}
 	return c, nil
 }

@@ -39,7 +39,8 @@
 // whose connection broke makes another at the next Begin; what was under way is gone. A Subscription over a connection has one goroutine, until Close.
 //
 // Tokens: a client whose configuration has a Token proves to the daemon that it knows its secret, and the daemon proves the same to it first; the secret is never sent. A daemon that
-// proves nothing (ErrNotChallenged), or something else (ErrDaemonUnproven), is final: no other connection is tried. Nothing that prints a configuration or an error shows a secret.
+// proves nothing (ErrNotChallenged), or something else (ErrDaemonUnproven), is final: no other connection is tried. So is a daemon whose certificate is not believed, or that does not take
+// the client's: each try would be a failed handshake, and a few of them have the address banned. Nothing that prints a configuration or an error shows a secret.
 //
 // Trainers over connections: a Trainer of a tcp:// address has batches sent to it, into memory of its own for as many as it was granted, and connects anew by itself as a Producer
 // does. A batch whose connection had ended when the last of it was here is dropped: the daemon offers it again, as it does with those that were not given out or not released. Release answers over the
@@ -63,6 +64,8 @@
 //	daemon refused                                           *wire.Refusal
 //	daemon proved nothing    ErrNotChallenged                                       it has no tokens, or somebody is in between
 //	daemon proved wrong      ErrDaemonUnproven                                      name or secret are wrong, or the daemon is
+//	daemon not believed                                      *tls.CertificateVerificationError  its certificate, or what this client believes, is wrong
+//	daemon refused TLS                                       *TLSRefusedError       it says what of this client's certificate is wrong
 //	acked samples lost                                       *LostError             or Config.ContinueAfterLoss
 //	step too old                                             *StepRefusedError      abort the transaction, go on with a newer step
 //	step goes back                                           *StepOrderError        as if the call had not been made, also all below

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/ingestd/ingestd/tensor"
@@ -22,8 +21,14 @@ const (
 	DefaultSpillBytes     = 16 << 30
 )
 
-// gradPrefetch is how many batches a GradReader asks for: as many as it can get.
-const gradPrefetch = 1 << 15
+const (
+	// gradPrefetch is how many batches a GradReader asks for that maps them: as many as it can get.
+	gradPrefetch = 1 << 15
+	// sentPrefetch is how many it asks for over a connection: enough for one of 100 Gb/s with 5 ms, and chunks of 1 MiB.
+	sentPrefetch = 64
+	// sentBytes is GradConfig.MemoryBytes by default.
+	sentBytes = 8 << 30
+)
 
 // layoutsMax is how many manifests a reader remembers.
 const layoutsMax = 32
@@ -35,11 +40,16 @@ type GradConfig struct {
 	// Group is the group of trainers to join; default "default". All readers of a group share its chunks, so each GradReader needs a group of its own.
 	Group string
 
-	// Prefetch is the most chunks to hold where they lie, in the ring; default: as many as the daemon gives, at most half of the ring. Others are copied.
+	// Prefetch is the most chunks to hold where they lie, in the ring; default: as many as the daemon gives, at most half of the ring. Others are copied. Over a
+	// connection it is the most that are sent without an answer, half of which may be held, default 64.
 	Prefetch int
 
 	// KeepIncomplete is how long an incomplete step is kept after its last chunk when nobody asks for it; default DefaultKeepIncomplete.
 	KeepIncomplete time.Duration
+
+	// MemoryBytes is the most memory for batches that are received over a connection: OpenGrads fails where Prefetch of them may need more. Default 8 GiB. What is held of earlier
+	// connections comes on top.
+	MemoryBytes int64
 
 	// SpillBytes is the most memory that chunks are copied to when the ring has no room for all that is needed for a step. What is beyond it waits in the ring, and then
 	// producers wait. Default DefaultSpillBytes.
@@ -47,6 +57,23 @@ type GradConfig struct {
 
 	// Client is free text for the daemon's status page and log. Default: ingestd-go.
 	Client string
+
+	// Stream has batches sent over a unix socket, too, instead of mapping the daemon's memory.
+	Stream bool
+
+	// HandshakeTimeout bounds each connecting. Default DefaultHandshakeTimeout. This and what follows is for readers over connections.
+	HandshakeTimeout time.Duration
+
+	// ReconnectFor is how long to try to reach a daemon that is gone, before the reader ends. Default DefaultReconnectFor; negative: it ends at once.
+	ReconnectFor time.Duration
+
+	// ReconnectFrom and ReconnectTo are the shortest and the longest pause between two tries. Default DefaultReconnectFrom and DefaultReconnectTo.
+	ReconnectFrom, ReconnectTo time.Duration
+
+	TLS TLS // for addresses tls:// and quic://
+
+	// Dialer makes connections, as in TrainerConfig.
+	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
 	Token Token
@@ -56,14 +83,12 @@ func (c GradConfig) withDefaults() (GradConfig, error) {
 	switch {
 	case c.Table == "":
 		return c, errors.New("client: GradConfig.Table is empty; name the table of tensors")
-	case c.Prefetch < 0 || c.KeepIncomplete < 0 || c.SpillBytes < 0:
-		return c, fmt.Errorf("client: GradConfig.Prefetch is %d, KeepIncomplete %v and SpillBytes %d; none may be negative", c.Prefetch, c.KeepIncomplete, c.SpillBytes)
+	case c.Prefetch < 0 || c.KeepIncomplete < 0 || c.SpillBytes < 0 || c.MemoryBytes < 0:
+		return c, fmt.Errorf("client: GradConfig.Prefetch is %d, KeepIncomplete %v, SpillBytes %d and MemoryBytes %d; none may be negative",
+			c.Prefetch, c.KeepIncomplete, c.SpillBytes, c.MemoryBytes)
 	}
 	if c.Group == "" {
 		c.Group = wire.GroupDefault
-	}
-	if c.Prefetch == 0 {
-		c.Prefetch = gradPrefetch
 	}
 	if c.KeepIncomplete == 0 {
 		c.KeepIncomplete = DefaultKeepIncomplete
@@ -71,24 +96,13 @@ func (c GradConfig) withDefaults() (GradConfig, error) {
 	if c.SpillBytes == 0 {
 		c.SpillBytes = DefaultSpillBytes
 	}
+	if c.MemoryBytes == 0 {
+		c.MemoryBytes = sentBytes
+	}
 	if c.Client == "" {
 		c.Client = "ingestd-go"
 	}
 	return c, nil
-}
-
-// gradArrival is a batch that came.
-type gradArrival struct {
-	lease            gradLease
-	headers, data    []byte // of all rows
-	streams, numbers []uint64
-}
-
-// gradSource is where a GradReader gets its batches.
-type gradSource interface {
-	next(ctx context.Context) (gradArrival, error)
-	fetch(ctx context.Context, id uint64) (*tensor.Manifest, error) // nil, nil: there is none of that id
-	close() error
 }
 
 // GradReader reads the steps of a table's producers. One goroutine at a time uses it and its GradStep; Stats is for any. To end a Step that waits, end its context.
@@ -97,9 +111,9 @@ type GradReader struct {
 	source     gradSource
 	core       *gradCore
 	chunkBytes int
-	prefetch   int
 	layouts    map[uint64]*gradLayout // nil: the daemon does not know that manifest
 	fetching   context.Context        // of the call that is under way
+	created    int64                  // when the ring was made from which the last batch came; 0: none came
 
 	rows gradArrival // being looked at, in batch
 	row  int
@@ -108,20 +122,34 @@ type GradReader struct {
 	over bool
 }
 
-// OpenGrads joins a table of tensors as the reader of a group. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this machine. ctx bounds the
-// joining only.
+// OpenGrads joins a table of tensors as the reader of a group. addr is unix:///path or shm:///path, which mean the same: the socket of a daemon on this machine, whose memory is mapped;
+// or tcp://, tls:// or quic://host:port of a daemon anywhere, which sends its batches. ctx bounds the joining only.
 //
 // A reader that ends, or whose process does, gives back what it holds in the ring, and the next one of the group gets that. What it had copied to the heap is lost with it, and so are the steps to which
 // that belonged; so let a table be large enough for the steps that may be under way.
+//
+// Over a connection a reader makes another one by itself when one breaks, and goes on with what it has: what the daemon sends again is not looked at twice. Where the daemon was started anew without the
+// segment that it had, steps that are not complete are dropped, and their producers send them again.
 func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	if !strings.HasPrefix(addr, "unix://") && !strings.HasPrefix(addr, "shm://") {
-		return nil, fmt.Errorf("client: address %q: a reader of steps maps the daemon's memory, so it attaches on the same machine: write unix:///path/to/ingestd.sock", addr)
+	network, address, err := splitAddress(unixed(addr))
+	if err != nil {
+		return nil, err
 	}
-	t, err := Attach(ctx, addr, TrainerConfig{Table: cfg.Table, Prefetch: cfg.Prefetch, Group: cfg.Group, Client: cfg.Client, Token: cfg.Token})
+	of := TrainerConfig{
+		Table: cfg.Table, Prefetch: cfg.Prefetch, Group: cfg.Group, Client: cfg.Client, Stream: cfg.Stream, MemoryBytes: cfg.MemoryBytes, HandshakeTimeout: cfg.HandshakeTimeout,
+		ReconnectFor: cfg.ReconnectFor, ReconnectFrom: cfg.ReconnectFrom, ReconnectTo: cfg.ReconnectTo, TLS: cfg.TLS, Dialer: cfg.Dialer, Token: cfg.Token,
+	}
+	if of.Prefetch == 0 {
+		of.Prefetch = sentPrefetch
+		if network == "unix" && !cfg.Stream {
+			of.Prefetch = gradPrefetch
+		}
+	}
+	t, err := Attach(ctx, addr, of)
 	if err != nil {
 		return nil, err
 	}
@@ -133,59 +161,22 @@ func OpenGrads(ctx context.Context, addr string, cfg GradConfig) (*GradReader, e
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("client: %w", err), t.Close())
 	}
-	path := addr[strings.Index(addr, "://")+len("://"):]
-	return newGradReader(cfg, &ringSource{t, path, cfg.Token}, t.StreamName, int(chunkBytes), t.Prefetch()), nil
+	return newGradReader(cfg, &ringSource{t: t, cfg: of.withDefaults(), network: network, address: address, names: map[uint64]string{}}, int(chunkBytes)), nil
 }
 
-func newGradReader(cfg GradConfig, source gradSource, name func(uint64) (string, bool), chunkBytes, prefetch int) *GradReader {
-	r := &GradReader{cfg: cfg, source: source, core: newGradCore(chunkBytes, cfg.KeepIncomplete), chunkBytes: chunkBytes, prefetch: prefetch, layouts: map[uint64]*gradLayout{}}
-	r.core.name, r.core.manifest = name, r.layout
+func newGradReader(cfg GradConfig, source gradSource, chunkBytes int) *GradReader {
+	r := &GradReader{cfg: cfg, source: source, core: newGradCore(chunkBytes, cfg.KeepIncomplete), chunkBytes: chunkBytes, layouts: map[uint64]*gradLayout{}}
+	r.core.name, r.core.manifest = r.name, r.layout
 	return r
 }
 
-// ringSource is a Trainer's batches.
-type ringSource struct {
-	t     *Trainer
-	path  string
-	token Token
-}
-
-func (s *ringSource) next(ctx context.Context) (gradArrival, error) {
-	b, err := s.t.Next(ctx)
+// name returns the name of the producer that has a stream, "" if none has.
+func (r *GradReader) name(stream uint64) (string, error) {
+	name, err := r.source.name(r.fetching, stream)
 	if err != nil {
-		return gradArrival{}, err
+		return "", fmt.Errorf("client: ask who has stream %d of table %q: %w", stream, r.cfg.Table, err)
 	}
-	return gradArrival{b, b.Column(headerColumn), b.Column(dataColumn), b.Streams(), b.Numbers()}, nil
-}
-
-func (s *ringSource) close() error { return s.t.Close() }
-
-// fetch asks the daemon for a manifest.
-func (s *ringSource) fetch(ctx context.Context, id uint64) (*tensor.Manifest, error) {
-	ctx, cancel := context.WithTimeout(ctx, DefaultHandshakeTimeout)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", s.path)
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	hello := wire.Hello{Role: wire.RoleManifest, Table: s.t.Table(), ManifestID: fmt.Sprintf("%016x", id), Client: "ingestd-go"}
-	hello.SetToken(s.token)
-	var accepted wire.AcceptedManifest
-	err = greet(ctx, conn, &hello, &accepted)
-	switch {
-	case codeOf(err) == wire.CodeUnknownManifest:
-		return nil, nil
-	case err != nil && ctx.Err() != nil:
-		return nil, ctx.Err()
-	case err != nil:
-		return nil, err
-	}
-	m, err := tensor.ParseManifest(accepted.Manifest)
-	if err == nil && m.ID() != id {
-		err = fmt.Errorf("%w: the daemon gave manifest %016x where %016x was asked for", wire.ErrProtocol, m.ID(), id)
-	}
-	return m, err
+	return name, nil
 }
 
 // layout returns the manifest of an id, nil if the daemon does not know it.
@@ -262,7 +253,7 @@ func (r *GradReader) Step(ctx context.Context, step uint64, opt StepOptions) (*G
 		if ctx.Err() != nil { // what lies there is taken all the same, but not for ever
 			late++
 		}
-		if late <= r.prefetch {
+		if late <= r.source.most() {
 			err = r.pump(ctx)
 		} else {
 			err = ctx.Err()
@@ -276,7 +267,7 @@ func (r *GradReader) Step(ctx context.Context, step uint64, opt StepOptions) (*G
 		case (over || errors.Is(err, io.EOF)) && len(have) >= opt.Quorum:
 			return r.open(step, opt), nil
 		case over:
-			return nil, r.timeout(ctx, step, opt.Quorum)
+			return nil, r.timeout(ctx, step, opt.Quorum, err)
 		case ctx.Err() != nil:
 			return nil, &waitError{ctx, fmt.Sprintf("client: step %d: %d producers have it, %d are wanted", step, len(have), opt.Quorum)}
 		case errors.Is(err, io.EOF):
@@ -338,6 +329,10 @@ func (r *GradReader) pump(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if r.created != rows.created && r.created != 0 {
+			c.anew()
+		}
+		r.created = rows.created
 		r.rows, r.row, r.in = rows, 0, c.add(rows.lease, len(rows.streams))
 	}
 	for ; r.row < len(r.rows.streams); r.row++ {
@@ -355,7 +350,7 @@ func (r *GradReader) pump(ctx context.Context) error {
 // makeRoom copies chunks out of the ring until another batch may come.
 func (r *GradReader) makeRoom(ctx context.Context) error {
 	c := r.core
-	for c.holding >= r.prefetch {
+	for c.holding >= r.source.most() {
 		if c.counts.spilled.Load() >= r.cfg.SpillBytes {
 			<-ctx.Done()
 			return ctx.Err()
@@ -389,8 +384,9 @@ func (r *GradReader) missing(step uint64) []Missing {
 	return all
 }
 
-func (r *GradReader) timeout(ctx context.Context, step uint64, quorum int) error {
+func (r *GradReader) timeout(ctx context.Context, step uint64, quorum int, err error) error {
 	e := &StepTimeoutError{Step: step, Quorum: quorum, Missing: r.missing(step), ctx: ctx}
+	_ = errors.As(err, &e.Reconnecting)
 	for _, t := range r.completed(step) {
 		e.Have = append(e.Have, t.producer.name)
 	}

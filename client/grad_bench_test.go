@@ -32,6 +32,12 @@ func (s *heapSource) next(context.Context) (gradArrival, error) {
 
 func (s *heapSource) fetch(context.Context, uint64) (*tensor.Manifest, error) { return s.m, nil }
 
+func (s *heapSource) name(_ context.Context, stream uint64) (string, error) {
+	return fmt.Sprint(stream), nil
+}
+
+func (s *heapSource) most() int { return 1 << 20 }
+
 func (s *heapSource) close() error { return nil }
 
 // BenchmarkGradReader reads and sums a step of 8 producers with 16 MiB of F32 each, in chunks of 1 MiB, while it comes and when all of it is there, with and without
@@ -45,7 +51,7 @@ func BenchmarkGradReader(b *testing.B) {
 		for at := range elements * 4 / chunk {
 			for k := range uint64(producers) {
 				h := tensor.Header{Stream: k + 1, Producer: tensor.ProducerID(fmt.Sprint(k + 1)), Manifest: m.ID(), Offset: uint64(at * chunk), Length: chunk}
-				a := gradArrival{keptLease{}, make([]byte, tensor.HeaderBytes), make([]byte, chunk), []uint64{k + 1}, []uint64{uint64(at)}}
+				a := gradArrival{keptLease{}, make([]byte, tensor.HeaderBytes), make([]byte, chunk), []uint64{k + 1}, []uint64{uint64(at)}, 0}
 				if h.DataCRC = tensor.CRC(a.data); !crc {
 					h.DataCRC, h.Flags = 0, tensor.FlagNoCRC
 				}
@@ -62,7 +68,7 @@ func BenchmarkGradReader(b *testing.B) {
 				b.SetBytes(producers * elements * 4)
 				for b.Loop() {
 					src.at = 0
-					r := newGradReader(cfg, src, func(stream uint64) (string, bool) { return fmt.Sprint(stream), true }, chunk, 1<<20)
+					r := newGradReader(cfg, src, chunk)
 					s, err := r.Step(b.Context(), 0, StepOptions{Quorum: producers, Into: into})
 					if err != nil {
 						b.Fatal(err)

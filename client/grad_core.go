@@ -53,10 +53,12 @@ type gradCore struct {
 	chunkBytes int
 	keep       time.Duration // how long an incomplete step may rest that nobody asked for
 	now        func() time.Time
-	name       func(stream uint64) (string, bool)
+	name       func(stream uint64) (string, error)              // "", nil: no producer has it
 	manifest   func(id uint64, again bool) (*gradLayout, error) // nil, nil: the daemon does not know it; again: it may do so now
 
-	producers map[uint64]*gradProducer // by stream
+	producers map[uint64]*gradProducer // by stream; those of another ring with formerStream
+	herald    uint64                   // stream in which the daemon says who comes and goes
+	heralds   uint64                   // number of the next chunk in it
 	held      []*gradBatch             // oldest first; those given back are taken out now and then
 	holding   int
 	floor     uint64 // lower steps are not of interest any more
@@ -73,24 +75,53 @@ func newGradCore(chunkBytes int, keep time.Duration) *gradCore {
 	return &gradCore{chunkBytes: chunkBytes, keep: keep, now: time.Now, producers: map[uint64]*gradProducer{}}
 }
 
-// producer finds or makes what is known of a stream's producer.
-func (c *gradCore) producer(stream, id uint64) (*gradProducer, error) {
+// formerStream marks streams of a ring that is gone. No daemon counts so far.
+const formerStream = 1 << 63
+
+// producer finds or makes what is known of a stream's producer. name is that of a stream of which nothing is known.
+func (c *gradCore) producer(stream, id uint64, name string) (*gradProducer, error) {
 	p := c.producers[stream]
 	if p != nil {
 		return p, nil
 	}
-	name, ok := c.name(stream)
-	if !ok || tensor.ProducerID(name) != id {
+	if name == "" || stream >= formerStream || tensor.ProducerID(name) != id {
 		return nil, fmt.Errorf("it is of stream %d and producer %016x, which the table's sessions do not have", stream, id)
 	}
-	for other, q := range c.producers { // a session that was forgotten, and is there again
-		if q.name == name {
-			c.remove(other)
+	for other, q := range c.producers {
+		if q.name != name {
+			continue
 		}
+		if other >= formerStream { // what it had completed stays
+			delete(c.producers, other)
+			q.stream = stream
+			c.producers[stream] = q
+			return q, nil
+		}
+		c.remove(other) // a session that was forgotten, and is there again
 	}
 	p = &gradProducer{name: name, id: id, stream: stream, ends: map[uint64]gradEnd{}}
 	c.producers[stream] = p
 	return p, nil
+}
+
+// anew deals with a ring that was made anew: its streams and numbers are others, nothing comes any more of what is not complete, and who comes is said again. A producer that sends a step
+// once more begins it.
+func (c *gradCore) anew() {
+	for _, p := range slices.Collect(maps.Values(c.producers)) {
+		if p.tx != nil {
+			c.dropAll(p.tx)
+			p.tx = nil
+			c.counts.dropped.Add(1)
+		}
+		delete(c.producers, p.stream)
+		p.stream |= formerStream
+		c.producers[p.stream] = p
+		if p.live {
+			p.live, p.left = false, c.now()
+		}
+		p.numbered, p.began, p.damaged = false, false, ""
+	}
+	c.herald, c.heralds, c.changed = 0, 0, true
 }
 
 // remove forgets a producer and all that came of it.
@@ -107,7 +138,7 @@ func (c *gradCore) remove(stream uint64) {
 }
 
 // take deals with one row of a batch: a chunk as it lies there, with the number of its stream and its own in the stream. An error says that it could not be dealt with yet: its manifest
-// could not be had. All that is wrong with the chunk is counted, and its producer's.
+// or its producer's name could not be had. All that is wrong with the chunk is counted, and its producer's.
 func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64) error {
 	var local [tensor.HeaderBytes]byte // a producer in place may still write to what lies in the ring
 	copy(local[:], header)
@@ -121,7 +152,6 @@ func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64
 	if err != nil {
 		return err
 	}
-	defer c.looked(b)
 	herald := h.Flags&(tensor.FlagOpened|tensor.FlagClosed) != 0
 	if layout == nil {
 		err = fmt.Errorf("its manifest %016x is not known any more", h.Manifest)
@@ -131,9 +161,16 @@ func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64
 	if err == nil && herald != (stream != h.Stream) {
 		err = fmt.Errorf("it came in stream %d and says that it is of stream %d", stream, h.Stream)
 	}
+	name := ""
+	if err == nil && c.producers[h.Stream] == nil {
+		if name, err = c.name(h.Stream); err != nil {
+			return err
+		}
+	}
+	defer c.looked(b)
 	var p *gradProducer
 	if err == nil {
-		p, err = c.producer(h.Stream, h.Producer)
+		p, err = c.producer(h.Stream, h.Producer, name)
 	}
 	if err == nil && p.id != h.Producer {
 		err = fmt.Errorf("it says that it is of producer %016x, and its stream is that of %016x", h.Producer, p.id)
@@ -143,7 +180,9 @@ func (c *gradCore) take(b *gradBatch, header, data []byte, stream, number uint64
 		c.damaged(stream, number, err)
 		return nil
 	case herald:
-		c.comesOrGoes(p, &h, layout)
+		if c.heard(stream, number) {
+			c.comesOrGoes(p, &h, layout)
+		}
 		return nil
 	}
 	if !c.inOrder(p, number) {
@@ -167,6 +206,16 @@ func (c *gradCore) damaged(stream, number uint64, err error) {
 		return
 	}
 	p.damaged = reason
+}
+
+// heard sees whether what the daemon says is news. A batch that comes a second time says what may have changed since.
+func (c *gradCore) heard(stream, number uint64) bool {
+	if stream < c.herald || stream == c.herald && number < c.heralds {
+		c.counts.duplicates.Add(1)
+		return false
+	}
+	c.herald, c.heralds = stream, number+1
+	return true
 }
 
 // comesOrGoes deals with what the daemon says of a producer.

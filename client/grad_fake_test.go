@@ -35,7 +35,10 @@ type fakeRing struct {
 	names     map[uint64]string
 	fetched   int
 	fetchErr  error
+	nameErr   error
 	lost      *LostBatchesError
+	created   int64
+	heralds   uint64
 	closed    bool
 }
 
@@ -79,8 +82,12 @@ func (f *fakeRing) next(ctx context.Context) (gradArrival, error) {
 		n = min(len(f.rows), f.perBatch())
 	}
 	l := &fakeLease{ring: f}
-	a := gradArrival{lease: l}
+	a := gradArrival{lease: l, created: f.created}
 	for _, r := range f.rows[:n] {
+		if r.stream == heraldStream { // the daemon numbers what it says as it says it
+			r.number = f.heralds
+			f.heralds++
+		}
 		l.headers = append(l.headers, r.header[:]...)
 		at := len(l.data)
 		l.data = append(l.data, make([]byte, fakeChunkBytes)...)
@@ -103,10 +110,11 @@ func (f *fakeRing) close() error {
 	return nil
 }
 
-func (f *fakeRing) name(stream uint64) (string, bool) {
-	name, ok := f.names[stream]
-	return name, ok
+func (f *fakeRing) name(_ context.Context, stream uint64) (string, error) {
+	return f.names[stream], f.nameErr
 }
+
+func (f *fakeRing) most() int { return f.prefetch }
 
 func newFakeRing(t *testing.T, manifests ...*tensor.Manifest) *fakeRing {
 	f := &fakeRing{t: t, prefetch: 1 << 20, manifests: map[uint64]*tensor.Manifest{}, names: map[uint64]string{}}
@@ -121,7 +129,7 @@ func (f *fakeRing) reader() *GradReader {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	r := newGradReader(cfg, f, f.name, fakeChunkBytes, f.prefetch)
+	r := newGradReader(cfg, f, fakeChunkBytes)
 	f.t.Cleanup(func() {
 		r.Close()
 		if f.holding != 0 {

@@ -35,8 +35,7 @@ func FuzzGradReader(f *testing.F) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		reader := ring.reader()
-		reader.prefetch = len(ring.rows) // a context that has ended does not end it early
-		ring.prefetch = len(ring.rows)
+		ring.prefetch = len(ring.rows) // a context that has ended does not end it early
 		out := map[string][]float32{}
 		for i := range m.Len() {
 			if x := m.Tensor(i); x.Name != "indexes" {

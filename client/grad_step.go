@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/ingestd/ingestd/reduce"
 	"github.com/ingestd/ingestd/tensor"
@@ -26,6 +27,9 @@ type StepTimeoutError struct {
 	Have    []string  // names of those that have completed it
 	Missing []Missing // the others that are known
 
+	// Reconnecting says since when a reader that has its batches sent had no connection at the deadline, and why; nil: it had one.
+	Reconnecting *ReconnectingError
+
 	ctx context.Context
 }
 
@@ -42,6 +46,9 @@ func (e *StepTimeoutError) Error() string {
 	who := "no other producer is known"
 	if len(missing) > 0 {
 		who = "missing: " + strings.Join(missing, ", ")
+	}
+	if e.Reconnecting != nil {
+		who += fmt.Sprintf("; there is no connection since %s: %v", e.Reconnecting.Since.UTC().Format(time.RFC3339Nano), e.Reconnecting.Last)
 	}
 	return fmt.Sprintf("client: step %d: %d producers have it in time, %d are wanted; %s: %v", e.Step, len(e.Have), e.Quorum, who, e.ctx.Err())
 }

@@ -591,7 +591,7 @@ func TestTornMemory(t *testing.T) {
 			h.Flags = tensor.FlagBegin
 			ring.rows = []gradRow{p.row(h, ones(m, 1)[:256])}
 			wantReason(t, r, 2, "p", "incomplete")
-			ring.prefetch, r.prefetch = 1, 1
+			ring.prefetch = 1
 			tear()
 			_, err := r.Step(t.Context(), 2, StepOptions{})
 			wantIs(t, err, ErrDaemonGone)

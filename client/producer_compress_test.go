@@ -50,7 +50,7 @@ func TestInterruptedCompressedWrites(t *testing.T) {
 				}
 				for at, n := 0, 0; at < len(want); at += n {
 					n, err = c.Write(want[at:min(at+1+under.r.IntN(100), len(want))])
-					if r, no := compress.NewReader(bytes.NewReader(under.out.Bytes()), kind, layout); no != nil {
+					if r, no := compress.NewReader(bytes.NewReader(under.out.Bytes()), kind, layout, 0); no != nil {
 						t.Fatal(no)
 					} else if got, _ := io.ReadAll(r); len(got) > at+n || !bytes.HasPrefix(want, got) {
 						t.Fatalf("%d bytes can be read, %d were said to be written (%v)", len(got), at+n, err)
@@ -59,7 +59,7 @@ func TestInterruptedCompressedWrites(t *testing.T) {
 				if _, err := c.Write(nil); err != nil {
 					t.Fatal(err)
 				}
-				r, err := compress.NewReader(bytes.NewReader(under.out.Bytes()), kind, layout)
+				r, err := compress.NewReader(bytes.NewReader(under.out.Bytes()), kind, layout, 0)
 				if err != nil {
 					t.Fatal(err)
 				}

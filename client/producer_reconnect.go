@@ -30,12 +30,12 @@ func (o *outage) upTo(down, from, to time.Duration) time.Duration {
 
 // rest waits before the next try. The error says why there is none: patience is out, or life has ended.
 func (o outage) rest(life context.Context, patience, from, to time.Duration) error {
-	down := time.Since(o.began)
+	down := o.spent + time.Since(o.began)
 	if down >= patience {
 		if answered(o.last) {
 			return o.last
 		}
-		return fmt.Errorf("%w: no connection for %v in %d tries since %s: %v",
+		return fmt.Errorf("%w: no connection for %v in %d tries, now since %s: %v",
 			ErrDaemonGone, down.Round(time.Millisecond), o.tries, o.began.UTC().Format(time.RFC3339Nano), o.last)
 	}
 	timer := time.NewTimer(min(patience-down, rand.N(o.upTo(down, from, to))))
@@ -83,9 +83,9 @@ func (p *Producer) broken(err error) bool {
 	return true
 }
 
-// passing says whether another connection may fare better: not if the daemon said that this producer is not wanted, or if it is no daemon.
+// passing says whether another connection may fare better: not if the daemon said that this producer is not wanted, or if it is no daemon, or none that is believed.
 func passing(err error) bool {
-	if errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven) {
+	if errors.Is(err, wire.ErrProtocol) || errors.Is(err, ErrNotChallenged) || errors.Is(err, ErrDaemonUnproven) || unbelieved(err) || refusedTLS(err) != nil {
 		return false
 	}
 	var refusal *wire.Refusal

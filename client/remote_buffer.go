@@ -19,6 +19,7 @@ type receivedBatch struct {
 	number     uint64
 	count      int
 	connection uint64 // of which it came
+	created    int64  // when the daemon's ring was made
 }
 
 // receivedLayout says where the columns of a batch lie in its memory: each on a multiple of 64.

@@ -5,6 +5,7 @@ package client
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"io"
 	"net"
@@ -42,18 +43,31 @@ const (
 
 func newTrainerLink(conn net.Conn) *trainerLink {
 	l := &trainerLink{conn: conn, in: bufio.NewReaderSize(conn, linkBytes), out: sendfile.Sender{Conn: conn, Stall: answerTimeout}}
-	switch c := conn.(type) {
-	case *net.TCPConn:
-		l.raw, _ = c.SyscallConn()
-	case *net.UnixConn:
-		l.raw, _ = c.SyscallConn()
-	}
+	l.raw, _ = socketOf(conn)
 	l.pollFn = l.look
 	return l
 }
 
-// hungUp tells whether the other side of a socket has ended it, though not all that it sent may be read yet. False where the connection is no socket: then what was read of it
-// was copied when it was sent.
+// socketOf returns the socket of a connection whose bytes come as they were sent; nil where they are encrypted on their way: then they were copied when they were sent. ok is false if it is
+// neither, and nobody can tell whether the daemon has ended it.
+func socketOf(conn net.Conn) (raw syscall.RawConn, ok bool) {
+	for {
+		if _, encrypted := conn.(interface{ ConnectionState() tls.ConnectionState }); encrypted {
+			return nil, true
+		}
+		switch c := conn.(type) {
+		case syscall.Conn:
+			raw, err := c.SyscallConn()
+			return raw, err == nil
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return nil, false
+		}
+	}
+}
+
+// hungUp tells whether the other side of a socket has ended it, though not all that it sent may be read yet. False where the connection is encrypted.
 func (l *trainerLink) hungUp() bool {
 	if l.raw == nil {
 		return false
@@ -72,5 +86,17 @@ func (l *trainerLink) answer(number uint64) {
 	binary.LittleEndian.PutUint64(l.number[:], number)
 	if err := l.out.Write(context.Background(), l.number[:]); err != nil {
 		l.conn.Close()
+	}
+}
+
+// leave tells the daemon that of the batches that came over this connection only so many were begun, after all answers. Nothing is written any more.
+func (l *trainerLink) leave(begun uint64) {
+	_ = l.conn.SetWriteDeadline(time.Now().Add(partingTimeout)) // also of an answer that is stuck
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_ = l.conn.SetWriteDeadline(time.Now().Add(partingTimeout))
+	_, _ = l.conn.Write(binary.LittleEndian.AppendUint64(nil, wire.AnswerLeaves|begun))
+	if half, ok := l.conn.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
 	}
 }

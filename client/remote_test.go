@@ -153,17 +153,7 @@ func cutOnce(t *testing.T, d *table, cut int64) {
 	want := map[uint64]bool{first: true, first + trainerBatchSize: true}
 	for len(want) > 0 {
 		b := must[*Batch](t)(tr.Next(t.Context()))
-		for row, number := range b.Numbers() {
-			for leaf := range b.Columns() {
-				column := b.Column(leaf)
-				n := len(column) / b.Count()
-				proof := make([]byte, n)
-				random(number, leaf, proof)
-				if !bytes.Equal(column[row*n:(row+1)*n], proof) {
-					t.Errorf("sample %d, leaf %d is not what was pushed", number, leaf)
-				}
-			}
-		}
+		proven(t, b)
 		delete(want, b.Numbers()[0])
 		b.Release()
 	}

@@ -4,8 +4,10 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -40,6 +42,8 @@ type remoteTrainer struct {
 	connection uint64                   // how many there were
 	arrived    []arrival                // not given out yet, oldest first
 	unanswered int                      // batches of this connection
+	begun      uint64                   // batches of this connection that next has given out
+	stoodFrom  time.Time                // when the newest connection was made
 	free       []*receivedBatch
 	outage     outage
 	down       bool  // there is no connection
@@ -77,7 +81,11 @@ func (r *remoteTrainer) connect(ctx context.Context) (net.Conn, *wire.AcceptedRe
 		if ctx.Err() != nil {
 			return nil, nil, &waitError{ctx, fmt.Sprintf("dial %s: no connection in time (%v)", r.addr, err)}
 		}
-		return nil, nil, fmt.Errorf("dial %s: %w; is the daemon running, and is this its address?", r.addr, err)
+		return nil, nil, fmt.Errorf("dial %s: %w; %s", r.addr, err, dialAdvice(err))
+	}
+	if _, ok := socketOf(conn); !ok {
+		conn.Close()
+		return nil, nil, fmt.Errorf("dial %s: %w", r.addr, errNoSocket)
 	}
 	hello := &wire.Hello{
 		Role: wire.RoleTrain, Table: r.cfg.Table, Spec: r.cfg.Spec, Prefetch: int64(r.cfg.Prefetch), Group: r.cfg.Group, Client: r.cfg.Client,
@@ -97,6 +105,10 @@ func (r *remoteTrainer) connect(ctx context.Context) (net.Conn, *wire.AcceptedRe
 	}
 	return conn, accepted, nil
 }
+
+// errNoSocket is about a Dialer that gives a trainer a connection it cannot use.
+var errNoSocket = errors.New("TrainerConfig.Dialer returned a connection that is neither encrypted nor a socket (net.TCPConn, or one that has SyscallConn or NetConn): " +
+	"it could not be seen whether a batch was taken back while it came; use tls:// through a tunnel")
 
 // agree judges what the daemon says of its batches.
 func (r *remoteTrainer) agree(a *wire.AcceptedRemoteTrain) error {
@@ -121,7 +133,7 @@ func (r *remoteTrainer) agree(a *wire.AcceptedRemoteTrain) error {
 // begin takes a connection into use. It wants mu, but for the first.
 func (r *remoteTrainer) begin(conn net.Conn, accepted *wire.AcceptedRemoteTrain) {
 	r.link = newTrainerLink(conn)
-	r.accepted, r.down, r.unanswered = *accepted, false, 0
+	r.accepted, r.down, r.unanswered, r.begun, r.stoodFrom = *accepted, false, 0, 0, time.Now()
 	r.connection++
 	r.stats.Buffers = len(r.free)
 }
@@ -131,6 +143,12 @@ func (r *remoteTrainer) run() {
 	defer close(r.ended)
 	for {
 		err := r.receiveAll()
+		r.mu.Lock()
+		link, closed := r.link, r.closed
+		r.mu.Unlock()
+		if closed { // the daemon goes first: closing over what was not read would throw away the last answers
+			_, _ = io.Copy(io.Discard, link.in)
+		}
 		if !r.broken(err) || !r.reconnect() {
 			return
 		}
@@ -152,7 +170,7 @@ func (r *remoteTrainer) receiveAll() error {
 			return err
 		}
 		if h.LostCount > 0 {
-			r.arrive(arrival{lost: LostBatchesError{Group: r.accepted.Group, First: h.LostFirst, N: int(min(h.LostCount, 1<<62))}}, false)
+			r.arrive(arrival{lost: LostBatchesError{Group: r.accepted.Group, First: h.LostFirst, N: int(min(h.LostCount, math.MaxInt))}}, false)
 		}
 		if h.Count == 0 {
 			continue
@@ -162,6 +180,9 @@ func (r *remoteTrainer) receiveAll() error {
 			return err
 		}
 		if err := r.layout.read(link.in, &h, b); err != nil {
+			r.mu.Lock()
+			r.recycle(b)
+			r.mu.Unlock()
 			return err
 		}
 		r.arrive(arrival{batch: b}, link.hungUp())
@@ -172,6 +193,9 @@ func (r *remoteTrainer) receiveAll() error {
 func (r *remoteTrainer) buffer() (*receivedBatch, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return nil, os.ErrClosed
+	}
 	if int64(r.unanswered) >= r.accepted.Prefetch {
 		return nil, fmt.Errorf("%w: the daemon sent more than the %d batches that it may without an answer", wire.ErrProtocol, r.accepted.Prefetch)
 	}
@@ -179,12 +203,12 @@ func (r *remoteTrainer) buffer() (*receivedBatch, error) {
 	if k := len(r.free) - 1; k >= 0 {
 		b := r.free[k]
 		r.free = r.free[:k]
-		b.connection = r.connection
+		b.connection, b.created = r.connection, r.accepted.Created
 		return b, nil
 	}
 	r.stats.Buffers++
 	b := r.layout.newBuffer()
-	b.connection = r.connection
+	b.connection, b.created = r.connection, r.accepted.Created
 	return b, nil
 }
 
@@ -202,8 +226,18 @@ func (r *remoteTrainer) arrive(a arrival, ended bool) {
 		r.stats.Batches++
 		r.stats.Bytes += uint64(r.layout.shape.PayloadBytes(int64(a.batch.count)))
 	}
-	r.arrived = append(r.arrived, a)
+	r.line(a)
 	r.rouse()
+}
+
+// line puts something behind what has arrived. A loss that follows a loss is one with it, so that no daemon can make the line long. It wants mu.
+func (r *remoteTrainer) line(a arrival) {
+	if k := len(r.arrived) - 1; k >= 0 && a.batch == nil && r.arrived[k].batch == nil {
+		last := &r.arrived[k].lost
+		last.N += min(a.lost.N, math.MaxInt-last.N)
+		return
+	}
+	r.arrived = append(r.arrived, a)
 }
 
 // rouse makes next look again. It wants mu.
@@ -242,17 +276,16 @@ func (r *remoteTrainer) broken(err error) bool {
 	defer r.mu.Unlock()
 	r.link.conn.Close()
 	r.link = nil
-	kept := r.arrived[:0]
-	for _, a := range r.arrived {
+	all := r.arrived
+	r.arrived = nil
+	for _, a := range all {
 		if a.batch == nil {
-			kept = append(kept, a)
+			r.line(a)
 			continue
 		}
 		r.stats.Dropped++
 		r.recycle(a.batch)
 	}
-	clear(r.arrived[len(kept):])
-	r.arrived = kept
 	switch {
 	case r.closed:
 		return r.finish(os.ErrClosed)
@@ -265,7 +298,12 @@ func (r *remoteTrainer) broken(err error) bool {
 	if r.cfg.ReconnectFor < 0 || !passing(err) || codeOf(err) == wire.CodeBadPeer {
 		return r.finish(err)
 	}
-	r.down, r.outage = true, outage{began: time.Now(), last: err}
+	r.down = true
+	o := &r.outage
+	if o.over || time.Since(r.stoodFrom) >= r.cfg.ReconnectFor {
+		o.spent, o.tries = 0, 0
+	}
+	o.began, o.last, o.over = time.Now(), err, false
 	return true
 }
 
@@ -293,6 +331,7 @@ func (r *remoteTrainer) reconnect() bool {
 			r.finish(os.ErrClosed)
 		case err == nil:
 			r.stats.Reconnects++
+			r.outage.spent += time.Since(r.outage.began)
 			r.begin(conn, accepted)
 			r.mu.Unlock()
 			return true
@@ -356,6 +395,10 @@ func (r *remoteTrainer) take() (arrival, bool, error) {
 		k := copy(r.arrived, r.arrived[1:])
 		r.arrived[k] = arrival{}
 		r.arrived = r.arrived[:k]
+		if a.batch != nil {
+			r.begun++
+			r.outage.over = true
+		}
 		return a, true, nil
 	case r.err != nil:
 		return arrival{}, false, r.err
@@ -383,7 +426,7 @@ func (r *remoteTrainer) waited(ctx context.Context) error {
 func (r *remoteTrainer) release(b *receivedBatch) {
 	r.mu.Lock()
 	link := r.link
-	if b.connection != r.connection {
+	if b.connection != r.connection || r.closed { // closed: the last word was said
 		link = nil
 	}
 	if link != nil {
@@ -423,24 +466,22 @@ const partingTimeout = time.Second
 func (r *remoteTrainer) close() error {
 	r.die()
 	r.mu.Lock()
-	r.closed = true
-	link := r.link
-	if link != nil {
-		if half, ok := link.conn.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite() // after the answers
-		}
+	link, begun := r.link, r.begun
+	if r.closed {
+		link = nil
 	}
-	r.free = nil
+	r.closed, r.free = true, nil
 	r.rouse()
 	r.mu.Unlock()
 	if link != nil {
-		if link.raw == nil { // a connection of QUIC drops what has not arrived when it is closed, so the daemon goes first
-			select {
-			case <-r.ended:
-			case <-time.After(partingTimeout):
-			}
+		link.leave(begun)
+		timer := time.NewTimer(partingTimeout)
+		defer timer.Stop()
+		select {
+		case <-r.ended:
+		case <-timer.C:
+			link.conn.Close()
 		}
-		link.conn.Close()
 	}
 	<-r.ended
 	return nil

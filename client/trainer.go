@@ -45,7 +45,7 @@ type TrainerConfig struct {
 	// HandshakeTimeout bounds each connecting. Default DefaultHandshakeTimeout. This and what follows is for trainers over connections.
 	HandshakeTimeout time.Duration
 
-	// ReconnectFor is how long to try to reach a daemon that is gone, before the trainer ends. Default DefaultReconnectFor; negative: it ends at once.
+	// ReconnectFor is how long there may be no connection, in all since the last batch, before the trainer ends. Default DefaultReconnectFor; negative: it ends at once.
 	ReconnectFor time.Duration
 
 	// ReconnectFrom and ReconnectTo are the shortest and the longest pause between two tries. Default DefaultReconnectFrom and DefaultReconnectTo.
@@ -53,7 +53,8 @@ type TrainerConfig struct {
 
 	TLS TLS // for addresses tls:// and quic://
 
-	// Dialer connects, also from a goroutine of the Trainer; default net.Dialer. A test or a tunnel may bring its own. TLS goes over what it makes; quic:// does not use it.
+	// Dialer connects, also from a goroutine of the Trainer; default net.Dialer. A test or a tunnel may bring its own. TLS goes over what it makes; quic:// does not use it. Without
+	// TLS it must make sockets (net.TCPConn, net.UnixConn, or what has their SyscallConn, or a NetConn that returns one): they tell when the daemon has taken a batch back.
 	Dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// Token proves to the daemon who this is, and the daemon to this. Zero: none; on a unix socket the daemon asks the kernel which user this is.
@@ -197,12 +198,7 @@ func (t *Trainer) StreamName(stream uint64) (string, bool) {
 	if t.remote != nil {
 		return "", false
 	}
-	for _, s := range t.attachment.View().Sessions() {
-		if s.Stream == stream {
-			return s.Name, true
-		}
-	}
-	return "", false
+	return t.attachment.View().SessionOf(stream)
 }
 
 // Group returns the name of the group this trainer is in.

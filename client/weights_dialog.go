@@ -95,11 +95,13 @@ func (d *dialog) tryBegin(ctx context.Context, want uint64) (*weights.Answer, er
 			a, err = d.hear(d.timeout)
 		}
 		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded): // it says nothing: the connection is of no more use, and why this ended is known all the same
 		case err != nil:
 			return nil, err
 		case a.Op != weights.OpAborted:
 			return nil, d.unexpected(a)
-		case len(pins) > 0:
+		}
+		if len(pins) > 0 {
 			return nil, d.failed(&weights.Answer{Code: weights.FailedPinned, Pins: pins}, want, &waitError{ctx, "no place came free"})
 		}
 		return nil, &waitError{ctx, "begin a generation"}

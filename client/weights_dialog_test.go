@@ -164,6 +164,18 @@ func TestDialogBegin(t *testing.T) {
 		}
 	}
 
+	// A daemon that does not hear an abort, as long as it waits for a place itself: the error is that of the context all the same, and says who pins.
+	for _, script := range [][][]byte{{waiting, nil}, {nil}} {
+		d := scripted(t, script...)
+		ctx, cancel := cancelSoon(t)
+		_, _, err := d.begin(ctx, 0)
+		cancel()
+		var pinned *PinnedError
+		if !errors.Is(err, context.Canceled) || errors.As(err, &pinned) != (len(script) > 1) || errors.Is(err, os.ErrDeadlineExceeded) || d.broken == nil {
+			t.Errorf("%v; of no more use: %v", err, d.broken)
+		}
+	}
+
 	d = scripted(t, answered1(t, weights.Answer{Op: weights.OpFailed, Code: weights.FailedOldGeneration, Reason: "newest is 9"}))
 	var old *OldGenerationError
 	if _, _, err := d.begin(t.Context(), 4); !errors.As(err, &old) || old.Wanted != 4 || !strings.Contains(err.Error(), "newest is 9") {

@@ -45,6 +45,8 @@ type remoteWeights struct {
 	// Of the goroutine alone.
 	partial *incoming // a whole generation of which a part is here
 
+	answering sync.Mutex // held from when a generation is shown until the daemon is told
+
 	mu      sync.Mutex
 	conn    net.Conn // that is being read; nil: there is none
 	newest  *received
@@ -374,16 +376,33 @@ func (s *Subscription) RemoteStats() (RemoteStats, bool) {
 	return st, true
 }
 
-// close ends the subscription. What callers hold stays theirs.
+// leavingTimeout is how long a daemon that does not end a connection in its turn holds up the end of a Subscription.
+const leavingTimeout = time.Second
+
+// close ends the subscription. What callers hold stays theirs. The daemon ends the connection first, so that it has the last answer by then: QUIC forgets what has not arrived when
+// a connection is closed, and so does TCP where something was not read.
 func (r *remoteWeights) close() error {
 	r.die()
 	r.mu.Lock()
 	r.closed = true
-	if r.conn != nil {
-		r.conn.Close()
-	}
+	conn := r.conn
 	r.change()
 	r.mu.Unlock()
+	if conn != nil {
+		half, ok := conn.(interface{ CloseWrite() error })
+		r.answering.Lock()
+		ok = ok && half.CloseWrite() == nil
+		r.answering.Unlock()
+		if ok {
+			timer := time.NewTimer(leavingTimeout)
+			select {
+			case <-r.ended:
+			case <-timer.C:
+			}
+			timer.Stop()
+		}
+		conn.Close()
+	}
 	<-r.ended
 	r.mu.Lock()
 	defer r.mu.Unlock()

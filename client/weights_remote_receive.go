@@ -58,8 +58,10 @@ func (r *remoteWeights) receiveNext(conn net.Conn, in *stallReader) error {
 		r.keepPartial(g)
 		return err
 	}
-	answer := [1]byte{answerShown}
-	if bad := g.verify(); bad >= 0 {
+	answer, bad := [1]byte{answerShown}, g.verify()
+	r.answering.Lock() // whoever was shown it may leave at once
+	defer r.answering.Unlock()
+	if bad >= 0 {
 		answer[0] = answerBad
 		r.discard(g, &BadSumError{r.cfg.Table, a.Generation, r.tensors.Tensor(bad).Name, g.check.badSum, g.sums[bad]})
 	} else {

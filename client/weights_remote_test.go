@@ -36,13 +36,16 @@ func shapes(t testing.TB) map[string]*tensor.Manifest {
 // TestWeightsOverConnections: what is published over a connection, and read over another, is the same, generation after generation, whole and as what differs.
 func TestWeightsOverConnections(t *testing.T) {
 	for name, m := range shapes(t) {
-		for _, network := range []string{"tcp", "unix"} {
+		for _, network := range []string{"tcp", "unix", "tls", "quic"} {
 			for _, heap := range []bool{false, true} {
+				if heap && (network == "tls" || network == "quic") { // which memory it comes from is the same to them
+					continue
+				}
 				t.Run(name+"/"+network+map[bool]string{true: "/heap"}[heap], func(t *testing.T) {
 					d := serveWeights(t, network, weights.ServerConfig{}, weights.StoreConfig{Heap: heap})
 					p := publisherOf(t, d, m)
 					first := publishAll(t, p, all(1))
-					s := subscribed(t, d.addr, SubscribeConfig{})
+					s := subscribed(t, d.addr, SubscribeConfig{TLS: d.tls})
 					w := newer(t, s, 0)
 					wantWeights(t, w, all(1))
 					if w.Digest() != first.Digest || w.Generation() != first.Generation || !w.Manifest().Equal(m) {

@@ -27,11 +27,15 @@ type weightsDaemon struct {
 	store  *weights.Store
 	server *weights.Server
 	addr   string
+	tls    TLS // what a client of tls:// and quic:// has
 }
 
 // serveWeights runs a daemon until the end of the test, which fails if anything of it is left over.
 func serveWeights(t testing.TB, network string, server weights.ServerConfig, store weights.StoreConfig) *weightsDaemon {
 	t.Helper()
+	if network == "tls" || network == "quic" {
+		return serveSecureWeights(t, network, server, store)
+	}
 	ignore := goleak.IgnoreCurrent()
 	store.Table = "w"
 	s, err := weights.NewStore(store)
@@ -142,7 +146,7 @@ func patient(t testing.TB) context.Context {
 
 func publisherOf(t testing.TB, d *weightsDaemon, m *tensor.Manifest) *Publisher {
 	t.Helper()
-	p, err := OpenPublisher(patient(t), d.addr, PublisherConfig{Table: "w", Manifest: m, Stream: true})
+	p, err := OpenPublisher(patient(t), d.addr, PublisherConfig{Table: "w", Manifest: m, Stream: true, TLS: d.tls})
 	if err != nil {
 		t.Fatal(err)
 	}

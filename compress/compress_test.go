@@ -53,7 +53,13 @@ func newWriter(t testing.TB, w io.Writer, kind wire.Compression, s *spec.Spec) *
 
 func newReader(t testing.TB, r io.Reader, kind wire.Compression, s *spec.Spec) *Reader {
 	t.Helper()
-	z, err := NewReader(r, kind, s)
+	return newReaderOf(t, r, kind, s, WindowBytesMax)
+}
+
+// newReaderOf is newReader where a window was agreed on.
+func newReaderOf(t testing.TB, r io.Reader, kind wire.Compression, s *spec.Spec, agreed int64) *Reader {
+	t.Helper()
+	z, err := NewReader(r, kind, s, agreed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,14 +249,27 @@ func TestBombsCostTime(t *testing.T) {
 				t.Errorf("%s: %d bytes, error %v", kind, n, err)
 			}
 		})
-		if got > memoryMax {
+		if got > memoryMax(0) {
 			t.Errorf("%s: allocated %d bytes", kind, got)
 		}
 	}
 }
 
-// memoryMax is the most a Reader may allocate: the window, and blocks.
-const memoryMax = WindowBytesMax + 5*BlockBytesMax
+// memoryMax is the most a Reader may allocate: the window twice at most, and blocks.
+func memoryMax(agreed int64) uint64 {
+	return uint64(min(2*Window(agreed), Window(agreed)+BlockBytesMax) + 2*BlockBytesMax)
+}
+
+// TestWindow has both sides of both limits.
+func TestWindow(t *testing.T) {
+	for agreed, want := range map[int64]int64{
+		0: 1 << 20, 1: 1 << 20, 1<<20 - 1: 1 << 20, 1 << 20: 1 << 20, 1<<20 + 1: 1<<20 + 1, 8<<20 - 1: 8<<20 - 1, 8 << 20: 8 << 20, 8<<20 + 1: 8 << 20, 1 << 40: 8 << 20,
+	} {
+		if got := Window(agreed); got != want {
+			t.Errorf("where %d bytes were agreed on the window may be %d, want %d", agreed, got, want)
+		}
+	}
+}
 
 // TestLimits has both sides of each: as much as may be asked for is given, more is refused before it is allocated.
 func TestLimits(t *testing.T) {
@@ -282,40 +301,62 @@ func TestLimits(t *testing.T) {
 		})
 	}
 	for _, tc := range []struct {
-		name string
-		kind wire.Compression
-		b    []byte
-		ok   bool
+		name   string
+		kind   wire.Compression
+		agreed int64
+		b      []byte
+		ok     bool
 	}{
-		{"blocks at the limit", wire.CompressionS2, s2Of(BlockBytesMax), true},
-		{"blocks above", wire.CompressionS2, s2Of(2 * BlockBytesMax), false},
-		{"window at the limit", wire.CompressionZstd, zstdOf(WindowBytesMax), true},
-		{"window above", wire.CompressionZstd, zstdOf(2 * WindowBytesMax), false},
-		{"a window of 1 TiB in 6 bytes", wire.CompressionZstd, []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 30 << 3}, false},
-		{"a block said to be 4 GiB", wire.CompressionS2, []byte("\xff\x06\x00\x00S2sTwO\x00\x0a\x00\x00\x00\x00\x00\x00\xff\xff\xff\xff\x0f\x00"), false},
-		{"the other's", wire.CompressionZstd, s2Of(BlockBytesMax), false},
-		{"no stream at all", wire.CompressionS2, []byte("GET / HTTP/1.1\r\n\r\n"), false},
+		{"blocks at the limit", wire.CompressionS2, 1, s2Of(BlockBytesMax), true},
+		{"blocks above", wire.CompressionS2, 16 << 20, s2Of(2 * BlockBytesMax), false},
+		{"window at the limit", wire.CompressionZstd, 16 << 20, zstdOf(WindowBytesMax), true},
+		{"window above", wire.CompressionZstd, 16 << 20, zstdOf(2 * WindowBytesMax), false},
+		{"window as agreed", wire.CompressionZstd, 2 << 20, zstdOf(2 << 20), true},
+		{"window above what was agreed", wire.CompressionZstd, 2 << 20, zstdOf(4 << 20), false},
+		{"the least window", wire.CompressionZstd, 1, zstdOf(WindowBytesMin), true},
+		{"window above the least", wire.CompressionZstd, 1, zstdOf(2 * WindowBytesMin), false},
+		{"one segment as large as the window", wire.CompressionZstd, 1, segment(WindowBytesMin), true},
+		{"one segment above", wire.CompressionZstd, 1, segment(WindowBytesMin + 1), false},
+		{"a window of 1 TiB in 6 bytes", wire.CompressionZstd, 16 << 20, []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 30 << 3}, false},
+		{"a block said to be 4 GiB", wire.CompressionS2, 16 << 20, []byte("\xff\x06\x00\x00S2sTwO\x00\x0a\x00\x00\x00\x00\x00\x00\xff\xff\xff\xff\x0f\x00"), false},
+		{"the other's", wire.CompressionZstd, 16 << 20, s2Of(BlockBytesMax), false},
+		{"no stream at all", wire.CompressionS2, 16 << 20, []byte("GET / HTTP/1.1\r\n\r\n"), false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var err error
-			n := allocated(func() { _, err = io.Copy(io.Discard, newReader(t, bytes.NewReader(tc.b), tc.kind, s)) })
+			n := allocated(func() { _, err = io.Copy(io.Discard, newReaderOf(t, bytes.NewReader(tc.b), tc.kind, s, tc.agreed)) })
 			var bad *CorruptError
 			if tc.ok && err != nil || !tc.ok && !errors.As(err, &bad) {
 				t.Errorf("got %v", err)
 			}
-			if n > memoryMax {
-				t.Errorf("allocated %d bytes", n)
+			if n > memoryMax(tc.agreed) {
+				t.Errorf("allocated %d bytes, at most %d were expected", n, memoryMax(tc.agreed))
 			}
 		})
 	}
 	for _, kind := range []wire.Compression{"", "lz4"} {
-		if _, err := NewReader(nil, kind, s); err == nil {
+		if _, err := NewReader(nil, kind, s, 0); err == nil {
 			t.Errorf("a reader of kind %q", kind)
 		}
 		if _, err := NewWriter(nil, kind, s); err == nil {
 			t.Errorf("a writer of kind %q", kind)
 		}
 	}
+}
+
+// segment is a frame of zstd without a window: its content, zeros, is all that may be looked back at.
+func segment(size int) []byte {
+	b := binary.LittleEndian.AppendUint32([]byte{0x28, 0xb5, 0x2f, 0xfd, 0xa0}, uint32(size)) // single segment, content size in 4 bytes
+	for size > 0 {
+		n := min(size, 128<<10)
+		size -= n
+		header := uint32(n)<<3 | 1<<1 // a block of one byte, repeated
+		if size == 0 {
+			header |= 1
+		}
+		b = append(b, byte(header), byte(header>>8), byte(header>>16), 0)
+	}
+	return b
 }
 
 // TestNothingIsAllocatedPerSample once a stream runs.
@@ -390,7 +431,7 @@ func FuzzReader(f *testing.F) {
 	}
 	f.Add(byte(1), binary.LittleEndian.AppendUint32(nil, 0x184D2A50))
 	f.Fuzz(func(t *testing.T, kind byte, b []byte) {
-		r, err := NewReader(bytes.NewReader(b), kinds[int(kind)%len(kinds)], s)
+		r, err := NewReader(bytes.NewReader(b), kinds[int(kind)%len(kinds)], s, int64(kind)<<17)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,8 +15,12 @@ import (
 // What a stream may ask of its Reader.
 const (
 	BlockBytesMax  = 1 << 20 // of S2, uncompressed
-	WindowBytesMax = 8 << 20 // of zstd
+	WindowBytesMin = 1 << 20 // of zstd, whatever was agreed
+	WindowBytesMax = 8 << 20
 )
+
+// Window is the largest window of zstd that a stream may have where so many bytes may be without an ack.
+func Window(agreed int64) int64 { return min(max(agreed, WindowBytesMin), WindowBytesMax) }
 
 // aheadBytes is what a Reader reads ahead of what it needs, so that the small parts of a block cost no call each.
 const aheadBytes = 32 << 10
@@ -55,8 +59,9 @@ func (n *noting) Read(b []byte) (int, error) {
 	return k, err
 }
 
-// NewReader reads samples of a spec from r. The kind must be one of wire's, other than none. It reads and allocates next to nothing before the first Read.
-func NewReader(r io.Reader, kind wire.Compression, s *spec.Spec) (*Reader, error) {
+// NewReader reads samples of a spec from r. The kind must be one of wire's, other than none; agreed is the window in bytes that the handshake settled, see Window. It reads and
+// allocates next to nothing before the first Read.
+func NewReader(r io.Reader, kind wire.Compression, s *spec.Spec, agreed int64) (*Reader, error) {
 	c := &Reader{kind: kind, raw: &noting{Reader: r}}
 	ahead := bufio.NewReaderSize(c.raw, aheadBytes)
 	method, shuffled := split(kind)
@@ -64,7 +69,7 @@ func NewReader(r io.Reader, kind wire.Compression, s *spec.Spec) (*Reader, error
 	case wire.CompressionS2:
 		c.from = s2.NewReader(ahead, s2.ReaderMaxBlockSize(BlockBytesMax), s2.ReaderAllocBlock(64<<10))
 	case wire.CompressionZstd:
-		d, err := zstd.NewReader(ahead, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(WindowBytesMax))
+		d, err := zstd.NewReader(ahead, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(uint64(Window(agreed))))
 		if err != nil {
 			return nil, fmt.Errorf("compress: %w", err)
 		}

@@ -13,8 +13,8 @@ import (
 
 // What a Writer makes: less than what a Reader takes, so that a block is not long under way, and stays in the cache.
 const (
-	writerBlockBytes  = 256 << 10 // of S2
-	writerWindowBytes = 1 << 20   // of zstd
+	writerBlockBytes  = 256 << 10      // of S2
+	writerWindowBytes = WindowBytesMin // of zstd
 )
 
 // Writer compresses the samples of a stream.

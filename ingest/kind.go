@@ -95,13 +95,20 @@ func Manifest(tables Tables, h *wire.Hello) (*wire.AcceptedManifest, *wire.Refus
 	if r := CheckKind(tables, h); r != nil {
 		return nil, r
 	}
-	id, err := strconv.ParseUint(h.ManifestID, 16, 64)
-	if err != nil { // package wire has looked
-		return nil, wire.Refuse(wire.CodeBadOption, "the field \"manifest_id\": %v", err)
-	}
 	t, ok := tables.Lookup(h.Table)
 	if !ok {
 		return nil, unknownTable(tables, h)
+	}
+	if h.SessionOf != 0 {
+		name, ok := t.Steps().Session(uint64(h.SessionOf))
+		if !ok {
+			return nil, wire.Refuse(wire.CodeUnknownSession, "no session of table %q has stream %d: it was forgotten, since others came; read chunks that are newer", h.Table, h.SessionOf)
+		}
+		return &wire.AcceptedManifest{Table: h.Table, Session: name}, nil
+	}
+	id, err := strconv.ParseUint(h.ManifestID, 16, 64)
+	if err != nil { // package wire has looked
+		return nil, wire.Refuse(wire.CodeBadOption, "the field \"manifest_id\": %v", err)
 	}
 	text, ok := t.Steps().Manifest(id)
 	if !ok {

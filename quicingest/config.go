@@ -8,6 +8,7 @@ import (
 
 	"github.com/quic-go/quic-go"
 
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/tcpingest"
 )
 
@@ -17,6 +18,9 @@ type Config struct {
 	Streams tcpingest.Config
 	// TLS has the certificates, and the authorities of clients' if they must have some; required. Its versions and protocols are set here.
 	TLS *tls.Config
+	// Door is before connections, as Streams.Door is before streams: a connection is half open until somebody was let in on a stream of it. Default: Streams.Door's table, and bounds
+	// of its own.
+	Door *bans.Door
 
 	MaxConnections       int           // of QUIC at once, in any state; default 1024
 	StreamsPerConnection int           // at once; default 64
@@ -41,6 +45,9 @@ func (c *Config) withDefaults() (Config, error) {
 		return out, fmt.Errorf("quicingest: MaxConnections is %d, StreamsPerConnection %d, HandshakeTimeout %v, IdleTimeout %v: none may be negative",
 			out.MaxConnections, out.StreamsPerConnection, out.HandshakeTimeout, out.IdleTimeout)
 	}
+	if door := out.Streams.Door; out.Door == nil && door != nil {
+		out.Door = &bans.Door{Table: door.Table, HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{Loopback: true})} // whom the table exempts does not come to that
+	}
 	for _, d := range []struct {
 		v   *int
 		def int
@@ -59,16 +66,17 @@ func (c *Config) withDefaults() (Config, error) {
 }
 
 // quic is the configuration for quic-go. A producer never has more under way than its window, so that flow control only stops one that does not keep to it, and bounds
-// what a stream holds that nobody reads.
+// what a stream holds that nobody reads. A connection may hold what all of its streams may: with less, some whose table is full would keep the others from sending.
 func (c *Config) quic() *quic.Config {
 	window, windowMax := uint64(c.Streams.WindowBytes), uint64(c.Streams.WindowBytesMax)
+	all := uint64(c.StreamsPerConnection) * windowMax
 	return &quic.Config{
 		HandshakeIdleTimeout:           c.HandshakeTimeout,
 		MaxIdleTimeout:                 c.IdleTimeout,
 		InitialStreamReceiveWindow:     window,
 		MaxStreamReceiveWindow:         windowMax,
-		InitialConnectionReceiveWindow: 2 * window,
-		MaxConnectionReceiveWindow:     max(2*window, windowMax+windowMax/2),
+		InitialConnectionReceiveWindow: all,
+		MaxConnectionReceiveWindow:     all,
 		MaxIncomingStreams:             int64(c.StreamsPerConnection),
 		MaxIncomingUniStreams:          -1,
 		Allow0RTT:                      false,

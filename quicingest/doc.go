@@ -16,6 +16,6 @@
 // no connection cost their reading. Goroutines: the accept loop, one per connection and one per stream, beside quic-go's.
 //
 // Shutdown stops accepting, ends the streams as tcpingest does, and gives clients some round trips, LingerTimeout at most, to close their connections, since a
-// close by the daemon would drop what they have not received. Connections on which somebody attached (Config.Streams.Attach) last until Close. Proof: the conformance suite (ingest/ingesttest) with a connection per stream, with one for all, and over a network that loses, delays and
-// reorders (lossy_test.go); hostile_test.go; migration_test.go.
+// close by the daemon would drop what they have not received. Connections on which somebody attached (Config.Streams.Attach) last until Close. Proof: the conformance suite (ingest/ingesttest) with a connection per stream, with one for all, and over links that lose, delay and
+// reorder packets (internal/lossynet); hostile_test.go; migration_test.go.
 package quicingest

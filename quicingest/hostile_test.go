@@ -174,7 +174,64 @@ func TestTenThousandStreams(t *testing.T) {
 	s.finish(t)
 }
 
-// TestRandomDatagrams: what is not QUIC, and what only looks like it, costs its reading and is counted.
+// initial is an Initial packet of version 1 (RFC 9000, 17.2.2) of 1,200 bytes, as far as its first bytes go.
+func initial() []byte {
+	b := make([]byte, 1200)
+	copy(b, []byte{0xc0, 0, 0, 0, 1, 8, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0x44, 0x96})
+	return b
+}
+
+// TestStrayDatagrams: what belongs to no connection and begins none is counted, each one.
+func TestStrayDatagrams(t *testing.T) {
+	s := newSite(t, nil)
+	finish := s.honest(t)
+	socket, err := net.DialUDP("udp", nil, s.addr.(*net.UDPAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	change := func(at int, to ...byte) []byte {
+		b := initial()
+		copy(b[at:], to)
+		return b
+	}
+	const n = 4 // no more than quic-go's shortest queue holds
+	kinds := map[string][]byte{
+		"text":                          []byte("GET / HTTP/1.1"),
+		"first bits 00":                 {0x3f, 1, 2, 3},
+		"one byte":                      {0x40},
+		"of no connection":              append([]byte{0x40}, make([]byte, 100)...),
+		"small Initial":                 initial()[:1199],
+		"Initial with a short ID":       change(5, 7),
+		"Initial that is not all there": change(16, 0x7f, 0xff),
+		"0-RTT":                         change(0, 0xd0),
+		"Handshake":                     change(0, 0xe0),
+		"another version":               change(1, 1, 2, 3, 4),
+		"another version, small":        change(1, 1, 2, 3, 4)[:1199],
+		"version negotiation":           change(1, 0, 0, 0, 0),
+	}
+	for name, b := range kinds {
+		t.Run(name, func(t *testing.T) {
+			before := s.Stats().Refused[ingest.RefusedDatagram]
+			for range n {
+				if _, err := socket.Write(b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.await(ingest.RefusedDatagram, before+n)
+		})
+	}
+	if got := s.Stats().Refused[ingest.RefusedDatagram]; got != uint64(len(kinds)*n) {
+		t.Errorf("%d datagrams counted, want %d", got, len(kinds)*n)
+	}
+	if st := s.Connections(); st.HalfOpen != 0 || st.Open != 1 {
+		t.Errorf("%+v", st)
+	}
+	finish()
+	s.finish(t)
+}
+
+// TestRandomDatagrams: what is not QUIC, and what only looks like it, costs its reading.
 func TestRandomDatagrams(t *testing.T) {
 	s := newSite(t, nil)
 	finish := s.honest(t)
@@ -190,14 +247,14 @@ func TestRandomDatagrams(t *testing.T) {
 		for j := range b {
 			b[j] = byte(rng.Uint32())
 		}
-		if i%3 == 0 && len(b) > 5 { // an Initial packet of version 1, as far as its first bytes go
-			copy(b, []byte{0xc0, 0, 0, 0, 1})
+		if i%3 == 0 && len(b) > 5 { // an Initial packet, as far as its first bytes go
+			copy(b, initial()[:5])
 		}
 		_, _ = socket.Write(b)
 	}
 	s.await(ingest.RefusedDatagram, 1)
 	finish()
-	if n := s.halfOpen.Load(); n > 5 {
+	if n := s.Connections().HalfOpen; n > 5 {
 		t.Errorf("seed %#x: %d handshakes are half open", seed, n)
 	}
 	s.finish(t)
@@ -207,7 +264,10 @@ func TestRandomDatagrams(t *testing.T) {
 func TestResets(t *testing.T) {
 	for name, reset := range map[string]func(*quicconn.Conn){
 		"sending": func(c *quicconn.Conn) { c.CancelWrite(7) },
-		"both":    func(c *quicconn.Conn) { _ = c.Close() },
+		"both": func(c *quicconn.Conn) {
+			c.CancelRead(7)
+			c.CancelWrite(7)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, nil)
@@ -232,6 +292,23 @@ func TestResets(t *testing.T) {
 			}
 		})
 	}
+	t.Run("acks on their way", func(t *testing.T) {
+		s := newSite(t, nil)
+		st, accepted := s.push(t, s.dial(t))
+		if _, err := st.Write(make([]byte, 3*8+4)); err != nil {
+			t.Fatal(err)
+		}
+		for s.Stats().Samples < 3 {
+			runtime.Gosched()
+		}
+		st.CancelWrite(7)
+		if acks, err := io.ReadAll(st); err != nil || len(acks) != 3 {
+			t.Errorf("got acks % x, %v, want 3 and the end", acks, err)
+		}
+		if taken := s.finish(t); taken[accepted.Stream] != 3 {
+			t.Errorf("%d samples taken, want 3", taken[accepted.Stream])
+		}
+	})
 	t.Run("acks are not wanted", func(t *testing.T) {
 		s := newSite(t, nil)
 		st, accepted := s.push(t, s.dial(t))

@@ -155,7 +155,7 @@ func TestClientMoves(t *testing.T) {
 // TestClientIsMoved: a client whose port changes on the way, without its knowledge, loses no sample and no ack either.
 func TestClientIsMoved(t *testing.T) {
 	s := newSite(t, nil)
-	between := newNetwork(t, s.addr, 0, 0, 0)
+	between := newRouter(t, s.addr)
 	c, err := quic.DialAddr(t.Context(), between.addr().String(), s.certs.Client, clientQUIC)
 	if err != nil {
 		t.Fatal(err)

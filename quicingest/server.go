@@ -5,7 +5,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,14 +28,16 @@ type Server struct {
 	streams  *tcpingest.Server
 	halfOpen atomic.Int64
 	stray    atomic.Uint64  // datagrams that belonged to nothing
-	refused  ingest.Reasons // connections
+	refused  ingest.Reasons // connections of which nobody had any use
+	ended    ingest.Reasons // others
 
 	mu       sync.Mutex
 	stopping bool
 	doors    map[*quic.Listener]*quic.Transport
 	conns    map[*conn]struct{} // those whose handshake is done
-	open     int                // those, and handshakes
+	open     int                // those, and those whose is not
 	running  sync.WaitGroup     // one per conns
+	counting sync.WaitGroup     // one per doors
 }
 
 // New returns a server; Serve starts it.
@@ -85,137 +89,18 @@ func (s *Server) Serve(ctx context.Context, socket net.PacketConn) error {
 func (s *Server) addDoor(l *quic.Listener, tr *quic.Transport) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.stopping {
-		s.doors[l] = tr
+	if s.stopping {
+		return false
 	}
-	return !s.stopping
+	s.doors[l] = tr
+	(*strays)(s).count(tr, s.counting.Go)
+	return true
 }
 
 func (s *Server) isStopping() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.stopping
-}
-
-// handshake is one that is half open, or was.
-type handshake struct {
-	server *Server
-	done   atomic.Bool
-}
-
-type handshakeKey struct{}
-
-var (
-	errTooMany = errors.New("quicingest: too many connections")
-	errBanned  = errors.New("quicingest: the address is banned")
-)
-
-// begin is called before anything is done for a new connection. The context ends with it.
-func (s *Server) begin(ctx context.Context, from *quic.ClientInfo) (context.Context, error) {
-	if s.cfg.Streams.Door.Banned(from.RemoteAddr) {
-		s.refused.Add(string(wire.CodeBanned))
-		return nil, errBanned
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stopping || s.open >= s.cfg.MaxConnections {
-		s.refused.Add(string(wire.CodeTooManyConnections))
-		return nil, errTooMany
-	}
-	s.open++
-	s.halfOpen.Add(1)
-	h := &handshake{server: s}
-	context.AfterFunc(ctx, func() { h.end(context.Cause(ctx)) })
-	return context.WithValue(ctx, handshakeKey{}, h), nil
-}
-
-// complete says that the handshake is done.
-func (h *handshake) complete() {
-	if !h.done.Swap(true) {
-		h.server.halfOpen.Add(-1)
-	}
-}
-
-// end says that the connection is over.
-func (h *handshake) end(why error) {
-	s := h.server
-	s.mu.Lock()
-	s.open--
-	s.mu.Unlock()
-	if h.done.Swap(true) {
-		return
-	}
-	s.halfOpen.Add(-1)
-	reason := ingest.RefusedTLS
-	var late *quic.HandshakeTimeoutError
-	var idle *quic.IdleTimeoutError
-	if errors.As(why, &late) || errors.As(why, &idle) {
-		reason = string(wire.CodeHandshakeTimeout)
-	}
-	s.refused.Add(reason)
-	s.cfg.Streams.Log.Info("no connection", "component", "quicingest", "reason", reason, "err", why)
-}
-
-// start gives a connection its goroutine.
-func (s *Server) start(qc *quic.Conn) {
-	if h, ok := qc.Context().Value(handshakeKey{}).(*handshake); ok {
-		h.complete()
-	}
-	c := &conn{Conn: qc, server: s}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stopping {
-		go func() { _ = qc.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") }()
-		return
-	}
-	s.conns[c] = struct{}{}
-	s.running.Go(c.run)
-}
-
-// conn is one connection of QUIC.
-type conn struct {
-	*quic.Conn
-	server *Server
-
-	mu      sync.Mutex
-	streams int
-	unused  *time.Timer // closes the connection; runs while there are no streams
-}
-
-// run serves streams until the connection ends.
-func (c *conn) run() {
-	cfg := &c.server.cfg.Streams
-	c.unused = time.AfterFunc(cfg.HandshakeTimeout, func() { _ = c.CloseWithError(quicconn.CodeIdle, "no stream was opened") })
-	defer c.unused.Stop()
-	var serving sync.WaitGroup
-	for {
-		st, err := c.AcceptStream(context.Background())
-		if err != nil {
-			break
-		}
-		c.use(1)
-		serving.Go(func() {
-			defer c.use(-1)
-			c.server.streams.ServeStream(quicconn.New(c.Conn, st))
-		})
-	}
-	serving.Wait()
-	c.server.mu.Lock()
-	defer c.server.mu.Unlock()
-	delete(c.server.conns, c)
-}
-
-// use counts streams. A connection without one may stay as long as a stream without a sample.
-func (c *conn) use(n int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.streams += n
-	if c.streams > 0 {
-		c.unused.Stop()
-		return
-	}
-	cfg := &c.server.cfg.Streams
-	c.unused.Reset(max(cfg.IdleTimeout, cfg.LingerTimeout))
 }
 
 // unusedNow tells whether the connection has no stream.
@@ -246,10 +131,11 @@ func (s *Server) linger() time.Duration {
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.stopping = true
-	for l := range s.doors {
-		_ = l.Close()
-	}
+	doors := slices.Collect(maps.Keys(s.doors))
 	s.mu.Unlock()
+	for _, l := range doors {
+		_ = l.Close() // which waits for begin
+	}
 	err := s.streams.Shutdown(ctx)
 	// What was written last is on its way yet, and a close would not wait for it. A client that has it closes.
 	gone := s.gone()
@@ -279,6 +165,7 @@ func (s *Server) Close() error {
 			errs = append(errs, err)
 		}
 	}
+	s.counting.Wait()
 	return errors.Join(errs...)
 }
 
@@ -298,7 +185,7 @@ func (s *Server) cutOff(which func(*conn) bool) (left int) {
 	defer s.mu.Unlock()
 	for c := range s.conns {
 		if which(c) {
-			s.running.Go(func() { _ = c.CloseWithError(quicconn.CodeShutdown, "the daemon is stopping") })
+			s.running.Go(func() { c.close(string(wire.CodeShuttingDown), quicconn.CodeShutdown) })
 		} else {
 			left++
 		}
@@ -313,6 +200,30 @@ func (s *Server) Stats() ingest.Stats {
 		st.Refused[reason] += n
 	}
 	st.Refused[ingest.RefusedDatagram] += s.stray.Load()
+	return st
+}
+
+// Connections counts connections of QUIC.
+type Connections struct {
+	Open      int               // now; their handshake is done
+	Strangers int               // of those; nobody was let in on a stream of theirs yet
+	HalfOpen  int               // now; their handshake is under way
+	Max       int               // of all at once
+	Ended     map[string]uint64 // by reason, but for those that came to nothing: Stats().Refused has them
+}
+
+// Connections returns a snapshot.
+func (s *Server) Connections() Connections {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Connections{Open: len(s.conns), HalfOpen: int(s.halfOpen.Load()), Max: s.cfg.MaxConnections, Ended: s.ended.Snapshot()}
+	for c := range s.conns {
+		c.mu.Lock()
+		if !c.known {
+			st.Strangers++
+		}
+		c.mu.Unlock()
+	}
 	return st
 }
 

@@ -4,6 +4,7 @@ package remote
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -15,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/ingestd/ingestd/internal/devcert"
 	"github.com/ingestd/ingestd/ring"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/shm"
@@ -43,6 +45,7 @@ type daemon struct {
 	served  chan error
 	stop    context.CancelFunc
 	next    uint64
+	trust   *tls.Config // of who connects over TLS
 }
 
 func (d *daemon) Table(name string) (shm.Table, bool) {
@@ -51,31 +54,52 @@ func (d *daemon) Table(name string) (shm.Table, bool) {
 
 func (d *daemon) Names() []string { return []string{"t"} }
 
+func specOf(t testing.TB, text string) *spec.Spec {
+	t.Helper()
+	s, err := spec.ParseText(text)
+	check(t, err)
+	return s
+}
+
 const (
 	rows    = 2
 	batches = 6
 )
 
-// start serves over a network: tcp, unix, or pipe, which is no socket. The heap stands for tables that cannot be mapped.
+// start serves over a network: tcp, tls, unix, or pipe, which is no socket. The heap stands for tables that cannot be mapped.
 func start(t testing.TB, network, text string, heap bool, cfg Config) *daemon {
 	t.Helper()
+	return setup{network: network, text: text, heap: heap, cfg: cfg}.start(t)
+}
+
+// setup is all that tests choose.
+type setup struct {
+	network, text string
+	heap          bool
+	path          string // of a file for the memory; "": it has none
+	group         sampler.GroupConfig
+	cfg           Config
+}
+
+func (o setup) start(t testing.TB) *daemon {
+	t.Helper()
 	ignore := goleak.IgnoreCurrent()
-	s, err := spec.ParseText(text)
-	check(t, err)
+	network, text, heap, cfg := o.network, o.text, o.heap, o.cfg
+	s := specOf(t, text)
 	d := &daemon{t: t, spec: s, network: network, served: make(chan error, 100)}
 	layout := ring.Layout{BatchSize: rows, Batches: batches, Columns: s.LeafBytes(), Spec: s.JSON(), Fingerprint: s.Fingerprint(), Table: "t", Created: time.Unix(1, 0)}
 	size, err := layout.Bytes()
 	check(t, err)
 	memory := ring.AlignedBytes(size)
 	if !heap {
-		d.memory, err = shm.NewMemory(shm.MemoryConfig{Name: "t", Size: size})
+		d.memory, err = shm.NewMemory(shm.MemoryConfig{Name: "t", Size: size, Path: o.path})
 		check(t, err)
 		memory = d.memory.Bytes()
 	}
 	d.ring, err = ring.Format(memory, layout)
 	check(t, err)
 	d.ring.Poison = true
-	d.fifo, err = sampler.New(d.ring, sampler.Config{}, nil)
+	d.fifo, err = sampler.New(d.ring, sampler.Config{Default: o.group}, nil)
 	check(t, err)
 	d.seats, err = shm.NewServer(shm.ServerConfig{Tables: d})
 	check(t, err)
@@ -91,8 +115,11 @@ func start(t testing.TB, network, text string, heap bool, cfg Config) *daemon {
 		if network == "unix" {
 			d.address = filepath.Join(t.TempDir(), "s")
 		}
-		l, err := net.Listen(network, d.address)
+		l, err := net.Listen(below(network), d.address)
 		check(t, err)
+		if network == "tls" {
+			l = d.secure(l)
+		}
 		d.address, done = l.Addr().String(), func() { l.Close() }
 		all.Go(func() {
 			for {
@@ -121,6 +148,24 @@ func start(t testing.TB, network, text string, heap bool, cfg Config) *daemon {
 	return d
 }
 
+// below is the network that another one goes over.
+func below(network string) string {
+	if network == "tls" {
+		return "tcp"
+	}
+	return network
+}
+
+// secure puts TLS over a listener.
+func (d *daemon) secure(l net.Listener) net.Listener {
+	ca, err := devcert.NewAuthority("test", time.Hour)
+	check(d.t, err)
+	pair, err := ca.NewServer([]string{"127.0.0.1"}, time.Hour)
+	check(d.t, err)
+	d.trust = &tls.Config{RootCAs: ca.Pool(), ServerName: "127.0.0.1", MinVersion: tls.VersionTLS13}
+	return tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{pair.TLS()}, MinVersion: tls.VersionTLS13})
+}
+
 func (d *daemon) serve(ctx context.Context, conn net.Conn) {
 	hello, err := wire.ReadHello(conn)
 	if err != nil {
@@ -134,6 +179,7 @@ func (d *daemon) serve(ctx context.Context, conn net.Conn) {
 // peer is a trainer without a client.
 type peer struct {
 	net.Conn
+	socket   net.Conn // below TLS; nil: none
 	t        testing.TB
 	accepted wire.AcceptedRemoteTrain
 	headers  wire.BatchReader
@@ -147,9 +193,12 @@ func (d *daemon) dial(hello wire.Hello) (*peer, error) {
 		go d.serve(d.t.Context(), theirs)
 		p.Conn = ours
 	} else {
-		conn, err := net.Dial(d.network, d.address)
+		conn, err := net.Dial(below(d.network), d.address)
 		check(d.t, err)
-		p.Conn = conn
+		p.Conn, p.socket = conn, conn
+		if d.network == "tls" {
+			p.Conn = tls.Client(conn, d.trust)
+		}
 	}
 	d.t.Cleanup(func() { p.Close() })
 	hello.Role = wire.RoleTrain
@@ -210,11 +259,11 @@ func (p *peer) answer(numbers ...uint64) {
 // group returns what the group default has.
 func (d *daemon) group() sampler.GroupStats { return d.fifo.Stats().Groups[0] }
 
-// TestPayload: the columns come one after the other, over sockets and what is none, from a memfd and from the heap.
+// TestPayload: the columns come one after the other, over sockets and what is none, from a memfd and from the heap. Large ones go to a socket straight from the memfd.
 func TestPayload(t *testing.T) {
-	for _, network := range []string{"tcp", "unix", "pipe"} {
+	for _, network := range []string{"tcp", "tls", "unix", "pipe"} {
 		for _, heap := range []bool{false, true} {
-			for _, text := range []string{"a:U8", "a:U8[20000],b:U16", "a:U8[3],b:U8[60000],c:U8[40000]"} {
+			for text, large := range map[string]uint64{"a:U8": 0, "a:U8[20000],b:U16": rows * (20000 + 2), "a:U8[3],b:U8[60000],c:U8[40000]": rows * (60000 + 40000)} {
 				d := start(t, network, text, heap, Config{})
 				p := d.attach(wire.Hello{Prefetch: 1})
 				for k := range uint64(3) {
@@ -243,8 +292,12 @@ func TestPayload(t *testing.T) {
 				}
 				p.Close()
 				check(t, <-d.served)
-				if st := d.seats.Stats(); st.Detached+st.Died != 1 || st.GivenBack != 3 && st.Died == 0 || st.Sent == 0 {
-					t.Errorf("%+v", st)
+				inPlace := 3 * large
+				if heap || network == "tls" || network == "pipe" {
+					inPlace = 0
+				}
+				if st := d.seats.Stats(); st.Detached != 1 || st.GivenBack != 3 || st.Sent != 3*uint64(rows*(d.spec.SampleBytes()+24)) || st.SentInPlace != inPlace {
+					t.Errorf("%s, heap %v, %s: %+v", network, heap, text, st)
 				}
 			}
 		}
@@ -253,7 +306,9 @@ func TestPayload(t *testing.T) {
 
 // TestBadAnswers: whoever answers what it does not hold is ended alone, told why, counted, and its batches are offered again.
 func TestBadAnswers(t *testing.T) {
-	for name, numbers := range map[string][]uint64{"not sent": {9}, "twice": {0, 0}, "junk": {1 << 63}, "one too many": {0, 1, 2}} {
+	for name, numbers := range map[string][]uint64{
+		"not sent": {9}, "twice": {0, 0}, "junk": {1 << 62}, "one too many": {0, 1, 2}, "begun more than sent": {1<<63 + 3}, "begun far more": {1<<64 - 1},
+	} {
 		t.Run(name, func(t *testing.T) {
 			d := start(t, "tcp", "a:U8[9]", false, Config{})
 			p := d.attach(wire.Hello{Prefetch: 2})
@@ -339,7 +394,7 @@ func TestStall(t *testing.T) {
 	if n := (*wire.Notice)(nil); !errors.As(<-d.served, &n) || n.Code != wire.CodeStalled {
 		t.Errorf("Serve returned %v", n)
 	}
-	if st := d.seats.Stats(); st.CutOff != 1 || st.Returned != 1 || d.group().Unread != 2 {
+	if st := d.seats.Stats(); st.Stalled != 1 || st.Returned != 1 || d.group().Unread != 2 {
 		t.Errorf("%+v, %+v", st, d.group())
 	}
 	p.Close()
@@ -404,6 +459,7 @@ func TestRefusals(t *testing.T) {
 	for {
 		p, err := d.dial(wire.Hello{Prefetch: 100})
 		if err != nil {
+			p.Close()
 			if refused(err) != wire.CodeTooManyConnections {
 				t.Errorf("%v", err)
 			}
@@ -415,9 +471,12 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("trainers may hold %d batches of %d", granted, batches)
 	}
 	for k := range 70 { // the table's share is used up: groups are not looked at before that
-		if _, err := d.dial(wire.Hello{Group: string(rune('a' + k%26))}); refused(err) != wire.CodeTooManyConnections {
+		p, err := d.dial(wire.Hello{Group: string(rune('a' + k%26))})
+		if refused(err) != wire.CodeTooManyConnections {
 			t.Fatalf("%v", err)
 		}
+		p.Close()
+		<-d.served
 	}
 	if st := d.seats.Stats(); st.Refused[wire.CodeTooManyConnections] != 71 || st.Refused[wire.CodeSpecMismatch] != 1 {
 		t.Errorf("%+v", st.Refused)

@@ -11,7 +11,6 @@ import (
 	"net"
 	"time"
 
-	"github.com/ingestd/ingestd/internal/sendfile"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -78,7 +77,10 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) er
 	var refusal *wire.Refusal
 	if errors.As(err, &refusal) {
 		log.Info("refused", "role", hello.Role, "code", refusal.Code, "reason", refusal.Reason)
-		s.dismiss(ctx, conn, wire.AppendRefusal(nil, refusal))
+		if told := s.cfg.Trainers.Refused(refusal.Code); told != nil {
+			defer told()
+			s.dismiss(ctx, conn, wire.AppendRefusal(nil, refusal))
+		}
 		return refusal
 	}
 	return err
@@ -114,19 +116,27 @@ const lingerBytes = 64 << 10
 // onlyReader hides the connection's other methods, so that the copy goes through a small buffer and no splice.
 type onlyReader struct{ io.Reader }
 
-// dismiss tells the peer why it is ended. What it still sends is read and dropped for a while: closing over unread bytes would reset the connection and take the
-// reason along. The connection is closed by the caller.
-func (s *Server) dismiss(ctx context.Context, conn net.Conn, say []byte) {
+// lastWords is how long peers may take to read why they are ended once the daemon waits for nobody any more.
+const lastWords = 500 * time.Millisecond
+
+// say tells the peer why it is ended, and reports whether it can read that: our side is closed then, and reads have a deadline. The caller reads what the peer still sends, for
+// closing over unread bytes would reset the connection and take the reason along. stop is called when that is done.
+func (s *Server) say(ctx context.Context, conn net.Conn, words []byte) (stop func() bool, ok bool) {
 	_ = conn.SetDeadline(time.Now().Add(s.cfg.LingerTimeout))
-	if _, err := conn.Write(say); err != nil {
-		return
+	if _, err := conn.Write(words); err != nil {
+		return nil, false
 	}
 	half, ok := conn.(interface{ CloseWrite() error })
 	if !ok || half.CloseWrite() != nil {
-		return
+		return nil, false
 	}
-	_, _ = io.CopyN(io.Discard, onlyReader{conn}, lingerBytes)
+	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(lastWords, s.cfg.LingerTimeout))) }), true
 }
 
-// abort ends a connection so that nothing more is sent of memory that others get now.
-func abort(conn net.Conn) { _ = sendfile.Abort(conn) }
+// dismiss is say, and drops what the peer still sends. The connection is closed by the caller.
+func (s *Server) dismiss(ctx context.Context, conn net.Conn, words []byte) {
+	if stop, ok := s.say(ctx, conn, words); ok {
+		defer stop()
+		_, _ = io.CopyN(io.Discard, onlyReader{conn}, lingerBytes)
+	}
+}

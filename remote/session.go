@@ -9,10 +9,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ingestd/ingestd/internal/park"
 	"github.com/ingestd/ingestd/internal/sendfile"
@@ -37,25 +40,34 @@ type session struct {
 	inside bool // a batch was begun and not all of it was written
 	over   bool // the end of the stream was told
 	buf    []byte
+	copied int64 // bytes of batches in buf
 	spans  []ring.Span
 	lost   sampler.LostError // not told yet
 
 	mu     sync.Mutex
 	held   []lent // oldest first
-	ending bool   // both goroutines are done with the connection: deadlines are those of its last words
+	count  uint64 // batches that were sent, or begun to be
+	begun  uint64 // of those, how many the trainer may have begun to read: all, unless it says so as it leaves
+	ending bool   // nothing more is written but last words: deadlines are theirs
 }
 
 // lent is a batch that the trainer was sent.
 type lent struct {
 	batch    ring.Batch
-	whole    bool // all of it was handed to the kernel
-	answered bool // before that: then it is given back once it is whole
+	at       uint64 // how many were sent before it
+	whole    bool   // all of it was handed to the kernel
+	answered bool   // before that: then it is given back once it is whole
 }
 
-// nextError is why there is no next batch: nothing that the trainer did.
-type nextError struct{ err error }
+// ownError is why there is no next batch, or why it cannot be read: nothing that the trainer did.
+type ownError struct {
+	what string
+	err  error
+}
 
-func (e *nextError) Error() string { return fmt.Sprintf("the next batch: %v", e.err) }
+func (e *ownError) Error() string { return fmt.Sprintf("%s: %v", e.what, e.err) }
+
+func (e *ownError) Unwrap() error { return e.err }
 
 // errLeft is the cause when the trainer's side of the connection ended.
 var errLeft = errors.New("the trainer's connection ended")
@@ -63,8 +75,10 @@ var errLeft = errors.New("the trainer's connection ended")
 func newSession(s *Server, conn net.Conn, seat *shm.Seat, log *slog.Logger) *session {
 	x := &session{
 		server: s, conn: conn, seat: seat, log: log, room: make(chan struct{}, 1), fd: -1,
-		out: sendfile.Sender{Conn: conn, Stall: s.cfg.StallTimeout}, held: make([]lent, 0, seat.Prefetch),
+		out: sendfile.Sender{Conn: conn, Stall: s.cfg.StallTimeout}, held: make([]lent, 0, seat.Prefetch), begun: math.MaxUint64,
 	}
+	sendfile.SetPatience(conn, s.cfg.StallTimeout)
+	sendfile.ResetAtEnd(conn) // if this process dies, too: a successor may give the memory of a segment that is kept to others
 	if m := seat.Table.Memory; m != nil && x.out.Socket() {
 		x.fd = m.Descriptor()
 	}
@@ -79,7 +93,7 @@ func (x *session) serve(ctx context.Context) error {
 	defer func() { x.seat.Leave(how) }()
 	defer context.AfterFunc(running, x.interrupt)()
 	if err := x.accept(running); err != nil {
-		abort(x.conn)
+		_ = sendfile.Abort(x.conn)
 		x.log.Info("the trainer did not take the reply", "err", err)
 		return nil
 	}
@@ -91,25 +105,20 @@ func (x *session) serve(ctx context.Context) error {
 		<-running.Done()
 	}
 	cancel(err) // the first cause counts
-	x.interrupt()
-	listening.Wait()
-	x.mu.Lock()
-	x.ending = true
-	x.mu.Unlock()
-	how, err = x.end(ctx, context.Cause(running))
+	how, err = x.end(ctx, context.Cause(running), &listening)
 	return err
 }
 
-// interrupt makes both goroutines return from the connection, unless they have.
+// interrupt makes what is being written fail.
 func (x *session) interrupt() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if !x.ending {
-		_ = x.conn.SetDeadline(past)
+		_ = x.conn.SetWriteDeadline(past)
 	}
 }
 
-// past is a deadline that makes a blocked read or write return.
+// past is a deadline that makes a blocked write return.
 var past = time.Unix(1, 0)
 
 func (x *session) accept(ctx context.Context) error {
@@ -117,6 +126,7 @@ func (x *session) accept(ctx context.Context) error {
 	reply, err := wire.AppendAccepted(nil, &wire.AcceptedRemoteTrain{
 		Table: t.Name, Spec: t.Spec, Fingerprint: t.Spec.Fingerprint(), Trainer: x.seat.ID, Group: x.seat.Member.Group(),
 		BatchSize: int64(t.View.BatchSize()), Prefetch: int64(x.seat.Prefetch),
+		Created: t.View.Layout().Created.UnixNano(),
 	})
 	if err != nil {
 		return err
@@ -143,7 +153,7 @@ func (x *session) send(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		default:
-			return &nextError{err}
+			return &ownError{"the next batch", err}
 		}
 	}
 }
@@ -204,7 +214,8 @@ func (x *session) header(b ring.Batch) {
 
 func (x *session) sendBatch(ctx context.Context, b ring.Batch) error {
 	x.mu.Lock()
-	x.held = append(x.held, lent{batch: b})
+	x.held = append(x.held, lent{batch: b, at: x.count})
+	x.count++
 	x.mu.Unlock()
 	x.seat.Delivered()
 	x.header(b)
@@ -218,7 +229,7 @@ func (x *session) sendBatch(ctx context.Context, b ring.Batch) error {
 				}
 			}
 			x.buf = append(x.buf, b.Bytes(s)...)
-			x.seat.Sent(s.Bytes)
+			x.copied += s.Bytes
 			continue
 		}
 		if err := x.flush(ctx, true); err != nil {
@@ -238,21 +249,36 @@ func (x *session) sendBatch(ctx context.Context, b ring.Batch) error {
 
 // flush writes what was put into the buffer.
 func (x *session) flush(ctx context.Context, more bool) error {
-	b := x.buf
-	x.buf = b[:0]
+	b, n := x.buf, x.copied
+	x.buf, x.copied = b[:0], 0
+	write := x.out.Write
 	if more {
-		return x.out.WriteMore(ctx, b)
+		write = x.out.WriteMore
 	}
-	return x.out.Write(ctx, b)
+	if err := write(ctx, b); err != nil {
+		return err
+	}
+	x.seat.Sent(n, false)
+	return nil
 }
 
 // sendSpan sends a run of columns from where it lies.
 func (x *session) sendSpan(ctx context.Context, b ring.Batch, s ring.Span) error {
-	x.seat.Sent(s.Bytes)
 	if x.fd < 0 {
-		return x.out.Write(ctx, b.Bytes(s))
+		if err := x.out.Write(ctx, b.Bytes(s)); err != nil {
+			return err
+		}
+		x.seat.Sent(s.Bytes, false)
+		return nil
 	}
-	return x.out.File(ctx, x.fd, s.Offset, s.Bytes, nil)
+	err := x.out.File(ctx, x.fd, s.Offset, s.Bytes, nil)
+	switch {
+	case errors.Is(err, unix.EIO): // of the file: sockets have none
+		return &ownError{fmt.Sprintf("batch %d cannot be read", b.Number), err}
+	case err == nil:
+		x.seat.Sent(s.Bytes, true)
+	}
+	return err
 }
 
 // sent says that the newest batch is all with the kernel.
@@ -294,14 +320,23 @@ func (x *session) listen(gone context.CancelCauseFunc) {
 		have += n
 		at := 0
 		for ; have-at >= wire.AnswerBytes; at += wire.AnswerBytes {
-			if number := binary.LittleEndian.Uint64(buf[at:]); !x.answer(number) {
+			number := binary.LittleEndian.Uint64(buf[at:])
+			switch begun := number &^ wire.AnswerLeaves; {
+			case begun == number && x.answer(number):
+			case begun == number:
 				gone(notice(wire.CodeBadPeer, "the answer is for batch %d, which this trainer was not sent, or has answered before", number))
+				return
+			case x.leaves(begun):
+				gone(errLeft)
+				return
+			default:
+				gone(notice(wire.CodeBadPeer, "the trainer leaves and says that it has begun %d batches, which is more than it was sent", begun))
 				return
 			}
 		}
 		have = copy(buf[:], buf[at:have])
 		if err != nil {
-			gone(errLeft)
+			gone(fmt.Errorf("%w: %w", errLeft, err))
 			return
 		}
 	}
@@ -349,58 +384,101 @@ func (x *session) giveBack(b ring.Batch) {
 	}
 }
 
-// end tells the trainer why it is ended if there is somebody to tell, gives back what it still holds, and says what Serve returns. Both goroutines are done with the
-// connection but for this one.
-func (x *session) end(ctx context.Context, cause error) (shm.Outcome, error) {
-	how, say := x.judge(ctx, cause)
-	if say != nil && !x.inside && !x.over && !errors.Is(cause, os.ErrDeadlineExceeded) {
-		x.server.dismiss(ctx, x.conn, wire.AppendNotice(nil, say))
+// leaves notes that the trainer has begun so many batches and will begin no other, and reports false if it was sent fewer.
+func (x *session) leaves(begun uint64) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if begun > x.count {
+		return false
 	}
-	abort(x.conn) // first: the memory of what was not answered goes to others now
+	x.begun = begun
+	return true
+}
+
+// answersTimeout is how long answers of a trainer that cannot be told anything any more are waited for. They lie in the socket mostly: it ends at once.
+const answersTimeout = 200 * time.Millisecond
+
+// end tells the trainer why it is ended if there is somebody to tell, takes the answers that are still on their way, gives back what it holds, and says what Serve returns.
+// Nothing is sent any more.
+func (x *session) end(ctx context.Context, cause error, listening *sync.WaitGroup) (shm.Outcome, error) {
+	x.mu.Lock()
+	x.ending = true
+	x.mu.Unlock()
+	how, words := x.judge(ctx, cause)
+	x.part(ctx, how, words, listening)
+	_ = sendfile.Abort(x.conn) // first: the memory of what was not answered goes to others now
+	listening.Wait()
 	x.mu.Lock()
 	held := x.held
 	x.held = nil
 	x.mu.Unlock()
 	x.seat.Returned(len(held))
+	begun := 0
 	for _, h := range held {
-		if !h.whole || how == shm.OutcomeCutOff {
-			x.seat.Member.Offer(h.batch) // it cannot have begun to read it, or it was us who ended it
-		} else {
-			x.seat.Member.Return(h.batch)
+		if h.whole && h.at < x.begun {
+			begun++
 		}
 	}
-	log := x.log.With("returned", len(held))
-	if say == nil {
-		log.Info("trainer ended", "died", how == shm.OutcomeDied)
-		return how, nil
+	if how == shm.OutcomeDied && begun == 0 {
+		how = shm.OutcomeDetached
 	}
-	log.Warn("trainer cut off", "code", say.Code, "reason", say.Reason, "err", cause)
-	if say.Code == wire.CodeInternal {
-		return how, fmt.Errorf("table %q: trainer %d: %w", x.seat.Table.Name, x.seat.ID, cause)
+	for _, h := range held {
+		if h.whole && h.at < x.begun && (how == shm.OutcomeDied || how == shm.OutcomeBadPeer) {
+			x.seat.Member.Return(h.batch)
+		} else {
+			x.seat.Member.Offer(h.batch) // it cannot have begun to read it, or it was us who ended it
+		}
 	}
-	return how, say
+	return how, x.report(how, words, cause, len(held))
+}
+
+// part says the last words and takes the last answers.
+func (x *session) part(ctx context.Context, how shm.Outcome, words *wire.Notice, listening *sync.WaitGroup) {
+	switch {
+	case how == shm.OutcomeStalled:
+	case how == shm.OutcomeBadPeer && !x.inside && !x.over:
+		x.server.dismiss(ctx, x.conn, wire.AppendNotice(nil, words))
+	case how == shm.OutcomeBadPeer:
+	case words != nil && !x.inside && !x.over:
+		if stop, ok := x.server.say(ctx, x.conn, wire.AppendNotice(nil, words)); ok {
+			listening.Wait()
+			stop()
+		}
+	default:
+		_ = x.conn.SetReadDeadline(time.Now().Add(answersTimeout))
+		listening.Wait()
+	}
 }
 
 // judge says how a trainer ended, and in what words it is told; nil: it is gone.
 func (x *session) judge(ctx context.Context, cause error) (shm.Outcome, *wire.Notice) {
-	x.mu.Lock()
-	holds := len(x.held) > 0
-	x.mu.Unlock()
 	var said *wire.Notice
-	var failed *nextError
+	var failed *ownError
 	switch {
 	case errors.As(cause, &said):
 		return shm.OutcomeBadPeer, said
-	case errors.Is(cause, errLeft) && !holds:
-		return shm.OutcomeDetached, nil
 	case errors.Is(cause, errLeft):
 		return shm.OutcomeDied, nil
 	case ctx.Err() != nil:
 		return shm.OutcomeCutOff, notice(wire.CodeShuttingDown, "the daemon is stopping")
 	case errors.Is(cause, os.ErrDeadlineExceeded):
-		return shm.OutcomeCutOff, notice(wire.CodeStalled, "the trainer took nothing of a batch for %v", x.server.cfg.StallTimeout)
+		return shm.OutcomeStalled, notice(wire.CodeStalled, "the trainer took nothing of a batch for %v", x.server.cfg.StallTimeout)
 	case errors.As(cause, &failed):
-		return shm.OutcomeCutOff, notice(wire.CodeInternal, "the daemon failed; its log says why")
+		return shm.OutcomeFailed, notice(wire.CodeInternal, "the daemon failed; its log says why")
 	}
 	return shm.OutcomeDied, nil // a write failed
+}
+
+// report logs how a trainer ended, and makes of it what Serve returns.
+func (x *session) report(how shm.Outcome, words *wire.Notice, cause error, returned int) error {
+	log := x.log.With("returned", returned)
+	if words == nil {
+		log.Info("trainer ended", "died", how == shm.OutcomeDied, "err", cause)
+		return nil
+	}
+	log.Warn("trainer cut off", "code", words.Code, "reason", words.Reason, "err", cause)
+	if how == shm.OutcomeFailed {
+		return fmt.Errorf("table %q: trainer %d: %w", x.seat.Table.Name, x.seat.ID, cause)
+	}
+	return words
 }

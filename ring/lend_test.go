@@ -193,9 +193,17 @@ func TestSessions(t *testing.T) {
 		t.Fatalf("a session was forgotten too early: %v", err)
 	}
 	now = now.Add(1)
+	if name, ok := r.SessionOf(1); !ok || name != "a" {
+		t.Errorf("stream 1 is %q's, %v", name, ok)
+	}
 	c, err := open("c") // a is forgotten; b, as old, is open
 	if err != nil || c.Held() != 0 || c.Stream() != 3 {
 		t.Fatalf("%v", err)
+	}
+	for stream, want := range map[uint64]string{0: "", 1: "", 2: "b", 3: "c", 4: ""} {
+		if name, ok := r.SessionOf(stream); name != want || ok != (want != "") {
+			t.Errorf("stream %d is %q's, %v; want %q", stream, name, ok, want)
+		}
 	}
 	if s := fmt.Sprint(r.Sessions()[0].Name, r.Sessions()[1].Name, len(r.Sessions())); s != "cb2" && s != "c b 2" {
 		t.Fatalf("sessions %s", s)

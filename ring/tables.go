@@ -168,6 +168,17 @@ func (v *View) Sessions() []SessionInfo {
 	return all
 }
 
+// SessionOf returns the name of the session that has a stream, or false.
+func (v *View) SessionOf(stream uint64) (name string, ok bool) {
+	for i := range v.layout.Sessions {
+		if e := v.session(i); e.used() && e.word(entryStream).Load() == stream {
+			name = e.name()
+			return name, e.used() && e.word(entryStream).Load() == stream // it may have been forgotten meanwhile, and others have come
+		}
+	}
+	return "", false
+}
+
 // AllGroups as a mask of groups means every group there is or will be.
 const AllGroups = ^uint64(0)
 

@@ -20,9 +20,11 @@ type Outcome int
 // The outcomes.
 const (
 	OutcomeAttached Outcome = iota // it has not
-	OutcomeDetached                // by the trainer's will, holding nothing
+	OutcomeDetached                // by the trainer's will, holding nothing that it had begun to read
 	OutcomeDied                    // its socket ended while it held batches
-	OutcomeCutOff                  // by the daemon, at its end or as the trainer took nothing for too long
+	OutcomeCutOff                  // by the daemon, at its end
+	OutcomeStalled                 // by the daemon: over a connection, it took nothing for too long
+	OutcomeFailed                  // by the daemon, whose own trouble it was
 	OutcomeBadPeer                 // it broke the rules
 )
 
@@ -52,22 +54,13 @@ type Seat struct {
 	returned   uint64
 	lost       uint64
 	sent       uint64
+	inPlace    uint64
 	outcome    Outcome
 }
 
 // Seat admits a trainer that the caller serves, by the same rules as one that attaches here, but that its table need not be mapped by others. peer is where
-// it comes from. The error is a *wire.Refusal, which was counted, or the daemon's own trouble. The caller calls Leave.
+// it comes from. The error is a *wire.Refusal, which the caller passes to Refused, or the daemon's own trouble. The caller calls Leave.
 func (s *Server) Seat(hello *wire.Hello, peer string) (*Seat, error) {
-	seat, err := s.seat(hello, peer)
-	if refusal := (*wire.Refusal)(nil); errors.As(err, &refusal) {
-		s.mu.Lock()
-		s.total.Refused[refusal.Code]++
-		s.mu.Unlock()
-	}
-	return seat, err
-}
-
-func (s *Server) seat(hello *wire.Hello, peer string) (*Seat, error) {
 	table, err := s.find(hello)
 	if err != nil {
 		return nil, err
@@ -125,8 +118,15 @@ func (t *Seat) Returned(n int) { t.count(&t.returned, uint64(n)) }
 // Lost counts batches that the trainer was told its group lost.
 func (t *Seat) Lost(n int) { t.count(&t.lost, uint64(n)) }
 
-// Sent counts bytes of batches.
-func (t *Seat) Sent(n int64) { t.count(&t.sent, uint64(n)) }
+// Sent counts bytes of batches that the kernel has; inPlace: straight from the segment, without a copy.
+func (t *Seat) Sent(n int64, inPlace bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sent += uint64(n)
+	if inPlace {
+		t.inPlace += uint64(n)
+	}
+}
 
 func (t *Seat) count(what *uint64, n uint64) {
 	t.mu.Lock()
@@ -154,7 +154,7 @@ func (t *Seat) stats() TrainerStats {
 	return TrainerStats{
 		ID: t.ID, Table: t.Table.Name, Group: group, Client: t.client, Peer: t.peer, Since: t.since, Prefetch: t.Prefetch,
 		Held: held, State: t.state, StateSince: t.stateSince, Sleeping: t.state == StateWaiting && len(held) == 0,
-		Delivered: t.delivered, GivenBack: t.givenBack, Lost: t.lost, Sent: t.sent,
+		Delivered: t.delivered, GivenBack: t.givenBack, Lost: t.lost, Sent: t.sent, SentInPlace: t.inPlace,
 	}
 }
 
@@ -163,6 +163,7 @@ func (t *Seat) addTo(s *Stats) {
 	defer t.mu.Unlock()
 	s.add(t.delivered, t.givenBack, t.returned, t.lost, t.outcome)
 	s.Sent += t.sent
+	s.SentInPlace += t.inPlace
 }
 
 // add adds what a trainer did.
@@ -178,6 +179,10 @@ func (s *Stats) add(delivered, givenBack, returned, lost uint64, how Outcome) {
 		s.Died++
 	case OutcomeCutOff:
 		s.CutOff++
+	case OutcomeStalled:
+		s.Stalled++
+	case OutcomeFailed:
+		s.Failed++
 	case OutcomeBadPeer:
 		s.BadPeers++
 	}

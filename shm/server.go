@@ -132,6 +132,7 @@ type Server struct {
 	granted  map[string]int // per table, the batches that its trainers may hold together
 	lastID   uint64
 	total    Stats // of attachments that have ended; Trainers is nil
+	refusing int   // peers that are being told why they are refused
 	filling  filling
 }
 
@@ -160,14 +161,34 @@ func (s *Server) Serve(ctx context.Context, conn *net.UnixConn, hello *wire.Hell
 	err := s.serve(ctx, conn, hello, log)
 	var refusal *wire.Refusal
 	if errors.As(err, &refusal) {
-		s.mu.Lock()
-		s.total.Refused[refusal.Code]++
-		s.mu.Unlock()
 		log.Info("refused", "role", hello.Role, "code", refusal.Code, "reason", refusal.Reason)
-		s.refuse(conn, refusal)
+		if told := s.Refused(refusal.Code); told != nil {
+			defer told()
+			s.refuse(conn, refusal)
+		}
 		return refusal
 	}
 	return err
+}
+
+// refusingMax is how many peers are told at a time why they are refused.
+const refusingMax = 64
+
+// Refused counts a peer that is refused here, or that the caller refuses in this server's place. Refused peers are under no other limit, so only so many at a time are told why:
+// where it is nil the connection is closed without a word; else the caller tells the peer, and calls it when that is done.
+func (s *Server) Refused(code wire.Code) (told func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total.Refused[code]++
+	if s.refusing >= refusingMax {
+		return nil
+	}
+	s.refusing++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.refusing--
+	}
 }
 
 func (s *Server) serve(ctx context.Context, conn *net.UnixConn, hello *wire.Hello, log *slog.Logger) error {

@@ -14,9 +14,11 @@ type Stats struct {
 	Attached uint64               // trainers that were accepted
 	Observed uint64               // observers that were served
 	Refused  map[wire.Code]uint64 // peers that were not
-	Detached uint64               // trainers that ended holding nothing
+	Detached uint64               // trainers that ended holding nothing that they had begun to read
 	Died     uint64               // trainers whose socket ended while they held batches
-	CutOff   uint64               // trainers that the daemon cut off at its end, or over a connection, as they took nothing for too long
+	CutOff   uint64               // trainers that the daemon cut off at its end
+	Stalled  uint64               // trainers over connections that took nothing for too long
+	Failed   uint64               // trainers that the daemon's own trouble ended
 	BadPeers uint64               // trainers cut off because they broke the rules of their channel
 
 	Delivered uint64 // batches given to trainers
@@ -24,6 +26,8 @@ type Stats struct {
 	Returned  uint64 // batches taken from trainers that ended, which their groups offer again or drop
 	Lost      uint64 // batches that trainers were told their groups lost; each trainer of a group is told
 	Sent      uint64 // bytes of batches sent to trainers over connections
+
+	SentInPlace uint64 // of those, sent straight from the segment, without a copy
 
 	Trainers []TrainerStats // those attached now, by number
 
@@ -48,6 +52,7 @@ type TrainerStats struct {
 
 	Delivered, GivenBack, Lost uint64
 	Sent                       uint64 // bytes of batches, over a connection
+	SentInPlace                uint64 // of those, straight from the segment
 }
 
 // LeaseStats is a batch in a trainer's hands.

@@ -423,6 +423,7 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 			}
 		}
 	}
+	taken, _ := t.deliver.Taken() // of what makes no sense, the last that did
 	t.mu.Lock()
 	held := t.held
 	t.held = nil
@@ -430,16 +431,18 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 	switch {
 	case notice != nil:
 		t.outcome = OutcomeBadPeer
-	case errors.Is(cause, errSocketEnded) && len(held) == 0:
+	case errors.Is(cause, errSocketEnded) && (len(held) == 0 || held[0].at > taken):
 		t.outcome = OutcomeDetached
 	case errors.Is(cause, errSocketEnded):
 		t.outcome = OutcomeDied
-	default:
+	case ctx.Err() != nil:
 		t.outcome = OutcomeCutOff
+	default:
+		t.outcome = OutcomeFailed
 	}
 	result, log := t.outcome, t.log.With("delivered", t.delivered, "returned", len(held))
 	t.mu.Unlock()
-	t.giveUp(held, result)
+	t.giveUp(held, taken, result)
 	switch {
 	case result == OutcomeDetached:
 		log.Info("trainer detached")
@@ -452,7 +455,7 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 		}
 		return nil
 	case result == OutcomeBadPeer:
-	case ctx.Err() != nil:
+	case result == OutcomeCutOff:
 		notice = wireNotice(wire.CodeShuttingDown, "the daemon is stopping")
 	default:
 		notice = wireNotice(wire.CodeInternal, "the daemon failed; its log says why")
@@ -468,10 +471,9 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 
 // giveUp gives back what the peer held. A batch that it cannot have begun to read, or that we took away, is no reason to drop it, whatever the
 // group's policy; the count by which that is told is the peer's own, which can harm its own group only.
-func (t *trainer) giveUp(all []held, why Outcome) {
-	taken, _ := t.deliver.Taken() // of what makes no sense, the last that did
+func (t *trainer) giveUp(all []held, taken uint64, why Outcome) {
 	for _, h := range all {
-		if why == OutcomeCutOff || h.at > taken {
+		if why == OutcomeCutOff || why == OutcomeFailed || h.at > taken {
 			t.member.Offer(h.batch)
 		} else {
 			t.member.Return(h.batch)

@@ -92,6 +92,9 @@ func (k *Keeper) Manifest(id uint64) (text []byte, ok bool) {
 	return nil, false
 }
 
+// Session returns the name of the producer that has a stream, or had it and was not forgotten.
+func (k *Keeper) Session(stream uint64) (name string, ok bool) { return k.ring.SessionOf(stream) }
+
 // MismatchError says that producers with another manifest are connected.
 type MismatchError struct {
 	Connected int               // how many

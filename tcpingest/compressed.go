@@ -16,9 +16,10 @@ type compressed struct {
 	samples *compress.Reader
 }
 
-// decompress makes all that comes from now on pass a decompressor. Nothing may have been read ahead. The caller closes the Reader.
-func (c *conn) decompress(kind wire.Compression, s *spec.Spec) (*compress.Reader, error) {
-	r, err := compress.NewReader(c.netConn, kind, s)
+// decompress makes all that comes from now on pass a decompressor, which needs no more memory than the window in bytes asks for. Nothing may have been read ahead. The caller
+// closes the Reader.
+func (c *conn) decompress(kind wire.Compression, s *spec.Spec, window int64) (*compress.Reader, error) {
+	r, err := compress.NewReader(c.netConn, kind, s, window)
 	if err != nil {
 		return nil, err
 	}

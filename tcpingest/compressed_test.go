@@ -115,14 +115,17 @@ func newCompressedRig(t *testing.T, offered []wire.Compression) *compressedRig {
 }
 
 // push shakes hands.
-func (r *compressedRig) push(kind wire.Compression) (net.Conn, error) {
+func (r *compressedRig) push(kind wire.Compression) (net.Conn, error) { return r.pushWindow(kind, 0) }
+
+// pushWindow is push that asks for a window in bytes.
+func (r *compressedRig) pushWindow(kind wire.Compression, window int64) (net.Conn, error) {
 	r.t.Helper()
 	c, err := net.Dial("tcp", r.l.Addr().String())
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	r.t.Cleanup(func() { _ = c.Close() })
-	if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: r.table.Spec(), Compression: kind}); err != nil {
+	if err := wire.WriteHello(c, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: r.table.Spec(), Compression: kind, WindowBytes: window}); err != nil {
 		r.t.Fatal(err)
 	}
 	var accepted wire.AcceptedPush

@@ -32,6 +32,7 @@ type conn struct {
 	peer   string
 	opened time.Time
 	visit  *bans.Visit // its handshake, until that has ended
+	meet   func()      // called when it is let in; may be nil
 	token  string      // with which it was let in
 
 	state      atomic.Int64 // state<<56 | low bits of Unix nanoseconds since opened; read by status
@@ -207,8 +208,9 @@ var ackBytes = func() []byte {
 
 // ack writes n acks and returns how many it could not write.
 func (c *conn) ack(n int64) (int64, error) {
-	if now := time.Now(); c.writeUntil.Sub(now) < c.server.cfg.AckTimeout*7/8 {
-		c.allowWrite(now.Add(c.server.cfg.AckTimeout))
+	now, patience := time.Now(), c.server.cfg.AckTimeout
+	if left := c.writeUntil.Sub(now); left < patience*7/8 || left > patience { // more than that was for the handshake
+		c.allowWrite(now.Add(patience))
 	}
 	if err := c.finishNote(); err != nil {
 		return n, err

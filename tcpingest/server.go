@@ -152,11 +152,16 @@ func (s *Server) start(nc net.Conn, serve func(*conn)) {
 }
 
 // ServeStream serves the native protocol on a stream that another transport accepted, until it ends, and closes it. The stream counts as a connection: for limits,
-// Stats and Shutdown.
-func (s *Server) ServeStream(stream Stream) {
-	if run := s.enter(stream, s.serveHello); run != nil {
+// Stats and Shutdown. meet is called if the peer is let in. It returns false if the stream was closed without a word.
+func (s *Server) ServeStream(stream Stream, meet func()) (served bool) {
+	run := s.enter(stream, func(c *conn) {
+		c.meet = meet
+		s.serveHello(c)
+	})
+	if run != nil {
 		run()
 	}
+	return run != nil
 }
 
 // enter notes a new connection and returns what serves it, to its end; nil if it was closed at once.
@@ -266,6 +271,9 @@ func (s *Server) serveHello(c *conn) {
 		return
 	}
 	c.visit.Succeeded()
+	if c.meet != nil {
+		c.meet()
+	}
 	switch hello.Role {
 	case wire.RolePush:
 		s.push(c, hello)
@@ -323,7 +331,7 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	}
 	defer stream.Close()
 	if hello.Compression != wire.CompressionNone {
-		samples, err := c.decompress(hello.Compression, table.Spec())
+		samples, err := c.decompress(hello.Compression, table.Spec(), accepted.WindowBytes)
 		if err != nil {
 			s.refuse(c, wire.Refuse(wire.CodeInternal, "%v", err))
 			return

@@ -192,19 +192,27 @@ var (
 func (r *remote) listen(gone context.CancelCauseFunc) {
 	var b [1]byte
 	for {
-		if n, err := r.conn.Read(b[:]); n == 0 || err != nil {
+		n, err := r.conn.Read(b[:]) // over QUIC the last byte and the end may come together
+		if n > 0 && !r.answer(b[0]) {
+			gone(errTalks)
+		}
+		if n == 0 || err != nil {
 			gone(errPeerLeft)
 			return
 		}
-		if !r.due.Load() {
-			gone(errTalks)
-			continue
-		}
-		select {
-		case r.answers <- b[0]:
-		default:
-			gone(errTalks)
-		}
+	}
+}
+
+// answer takes an answer, if one is due.
+func (r *remote) answer(b byte) bool {
+	if !r.due.Load() {
+		return false
+	}
+	select {
+	case r.answers <- b:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -301,24 +309,27 @@ func (r *remote) give(ctx context.Context, held, base *Held, from int64) (err er
 	r.note(func(st *RemoteStats) { st.Generation, st.Sent, st.Total = a.Generation, from, a.Bytes })
 	defer r.note(func(st *RemoteStats) { st.Generation, st.Sent, st.Total = 0, 0, 0 })
 	answer, err := r.send(ctx, held, a)
-	if err != nil {
-		r.note(func(st *RemoteStats) { st.Broken++ })
-		if r.inside {
-			r.breakOff()
-		}
-		return err
+	if err != nil && r.inside {
+		r.breakOff()
 	}
-	r.took(held, a, answer)
-	return nil
+	if errors.Is(err, errPeerLeft) { // maybe right after its answer
+		select {
+		case answer = <-r.answers:
+		default:
+		}
+	}
+	if answer == answerShown || answer == answerBad {
+		r.took(held, a, answer)
+	} else {
+		r.note(func(st *RemoteStats) { st.Broken++ })
+	}
+	return err
 }
 
 // breakOff closes a connection in the middle of a generation: no reason can be said there, and what was not read yet is not to be read any more.
 func (r *remote) breakOff() {
 	r.torn = true
-	if tcp, ok := r.conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = r.conn.Close()
+	_ = sendfile.Abort(r.conn)
 }
 
 // errNoAnswer is a reader that has all of a generation and says nothing.

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/tensor"
 	"github.com/ingestd/ingestd/wire"
@@ -588,5 +590,46 @@ func TestAnnouncementCheck(t *testing.T) {
 		if err := a.Check(empty); err != nil {
 			t.Errorf("%+v: %v", a, err)
 		}
+	}
+}
+
+// TestRemoteVanished: a reader whose machine is gone pins nothing for longer than StallTimeout, although its socket took all of the generation.
+func TestRemoteVanished(t *testing.T) {
+	d := listenWeights(t, "tcp", ServerConfig{StallTimeout: 300 * time.Millisecond, AnswerTimeout: time.Hour}, StoreConfig{})
+	p := d.publishing(t, manifestOf(t, 1024))
+	d.publish(t, p, only(1))
+	r := must(d.reader(t, wire.Hello{}))(t)
+	a, _ := r.announcement()
+	r.bytes(a, make([]byte, 1024))
+	r.say(answerShown)
+	d.until(t, "shown", func(_ Stats, all ServerStats) bool { return all.Sent.Generations == 1 })
+	drop := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K}
+	raw := must(r.Conn.(*net.TCPConn).SyscallConn())(t)
+	check(t, raw.Control(func(fd uintptr) {
+		check(t, unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &drop}))
+	}))
+	d.publish(t, p, only(2))
+	d.until(t, "unpinned, and counted", func(st Stats, all ServerStats) bool {
+		return unpinned(st, all) && all.Sent.Broken == 1 && len(all.Remote) == 0 && len(st.Readers) == 0
+	})
+}
+
+// TestRefusedThatStay: only so many are told why they are refused at a time, and all are counted.
+func TestRefusedThatStay(t *testing.T) {
+	const all, most = 90, 64
+	d := listenWeights(t, "tcp", ServerConfig{WriteTimeout: time.Minute}, StoreConfig{})
+	told := 0
+	for range all {
+		conn := must(net.Dial(d.network, d.address))(t)
+		defer conn.Close()
+		err := wire.Greet(conn, conn, &wire.Hello{Role: wire.RoleSubscribe, Table: "other"}, nil, new(wire.AcceptedSubscribe))
+		if refusal := (*wire.Refusal)(nil); errors.As(err, &refusal) {
+			told++
+		} else {
+			<-d.ends
+		}
+	}
+	if st := d.server.Stats(); told != most || st.Refused[wire.CodeUnknownTable] != all {
+		t.Errorf("%d of %d were told; %v", told, all, st.Refused)
 	}
 }

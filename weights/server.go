@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ingestd/ingestd/internal/sendfile"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/tensor"
 	"github.com/ingestd/ingestd/wire"
@@ -101,8 +102,9 @@ type Server struct {
 	cfg     ServerConfig
 	remotes remotes
 
-	mu    sync.Mutex
-	total ServerStats
+	mu       sync.Mutex
+	total    ServerStats
+	refusing int // peers that are being told why they are refused
 }
 
 // ServerStats counts peers since the server was made.
@@ -142,13 +144,11 @@ func (s *Server) Stats() ServerStats {
 func (s *Server) Serve(ctx context.Context, conn net.Conn, hello *wire.Hello) error {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Time{}) // that of the handshake is over
+	sendfile.SetPatience(conn, s.cfg.StallTimeout)
 	log := s.cfg.Log.With("component", "weights", "table", hello.Table, "client", hello.Client)
 	err := s.serve(ctx, conn, hello, log)
 	var refusal *wire.Refusal
 	if errors.As(err, &refusal) {
-		s.mu.Lock()
-		s.total.Refused[refusal.Code]++
-		s.mu.Unlock()
 		log.Info("refused", "role", hello.Role, "code", refusal.Code, "reason", refusal.Reason)
 		s.refuse(conn, refusal)
 		return refusal
@@ -207,13 +207,35 @@ func (s *Server) tables() string {
 	return strings.Join(slices.Sorted(maps.Keys(s.cfg.Stores)), ", ")
 }
 
-// refuse sends the refusal, then reads and drops what the peer may still have sent: closing over unread bytes would reset the connection, and the reason
-// would be lost.
+// refusingMax is how many peers are told at a time why they are refused. They are under no other limit.
+const refusingMax = 64
+
+// refuse counts the refusal and sends it, then reads and drops what the peer may still have sent: closing over unread bytes would reset the connection, and the reason
+// would be lost. Where too many are being told already, it says nothing.
 func (s *Server) refuse(conn net.Conn, refusal *wire.Refusal) {
+	if !s.beginRefusing(refusal.Code) {
+		return
+	}
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.refusing--
+	}()
 	_ = conn.SetDeadline(time.Now().Add(s.cfg.WriteTimeout))
 	if wire.WriteRefusal(conn, refusal) == nil {
 		drop(conn)
 	}
+}
+
+func (s *Server) beginRefusing(code wire.Code) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total.Refused[code]++
+	if s.refusing >= refusingMax {
+		return false
+	}
+	s.refusing++
+	return true
 }
 
 // drop reads what still comes until the peer closes or the deadline passes.

@@ -27,12 +27,6 @@ type netConn interface {
 	CloseWrite() error
 }
 
-// stream is a connection that is no socket of the kernel's: TLS, a stream of QUIC. Ready may be false though bytes have come, which are then read later.
-type stream interface {
-	Ready() bool
-	HungUp() bool
-}
-
 // limits is what a connection may take its time for.
 type limits struct {
 	chunkBytes int
@@ -52,6 +46,7 @@ type session struct {
 	place      *Place    // begun and not ended
 	receiver   *receiver // of a streamed publisher; nil: it writes in place
 	given      bool      // a begin was given up because the peer said something: that can only be abort
+	overheard  []byte    // the first byte of that, where it had to be read
 	ctx        context.Context
 	until      time.Time // the read deadline in force
 	patience   time.Duration
@@ -131,6 +126,11 @@ func (x *session) next() error {
 
 // Read reads from the connection; it fails when no byte came in time.
 func (x *session) Read(b []byte) (int, error) {
+	if len(x.overheard) > 0 {
+		n := copy(b, x.overheard)
+		x.overheard = x.overheard[n:]
+		return n, nil
+	}
 	if x.patience == 0 { // no limit
 		x.patience = foreverNearly
 	}
@@ -194,7 +194,7 @@ func (x *session) begin(ask *Ask) error {
 			return x.begun(place, err)
 		}
 		waited := time.Since(began)
-		said, gone := heard(x.conn)
+		said, gone := x.heard()
 		switch {
 		case gone:
 			return io.EOF
@@ -221,13 +221,10 @@ func (x *session) begin(ask *Ask) error {
 }
 
 // heard tells whether a peer that is waited with has said something, and whether it is gone.
-func heard(conn net.Conn) (said, gone bool) {
-	if s, ok := conn.(stream); ok {
-		return s.Ready(), s.HungUp()
-	}
-	socket, ok := conn.(syscall.Conn)
+func (x *session) heard() (said, gone bool) {
+	socket, ok := x.conn.(syscall.Conn)
 	if !ok {
-		return false, false
+		return x.overhear()
 	}
 	raw, err := socket.SyscallConn()
 	if err != nil {
@@ -235,6 +232,19 @@ func heard(conn net.Conn) (said, gone bool) {
 	}
 	revents := pollfd.Conn(raw, unix.POLLIN|unix.POLLRDHUP)
 	return revents&unix.POLLIN != 0, revents&(unix.POLLHUP|unix.POLLERR|unix.POLLRDHUP|unix.POLLNVAL) != 0
+}
+
+// overhearing is how long a read takes that is not meant to wait.
+const overhearing = time.Millisecond
+
+// overhear is heard for TLS and streams of QUIC, of which nobody says what waits in them: it reads a byte.
+func (x *session) overhear() (said, gone bool) {
+	x.until = time.Time{} // of the deadline
+	_ = x.conn.SetReadDeadline(time.Now().Add(overhearing))
+	var first [1]byte
+	n, err := x.conn.Read(first[:])
+	x.overheard = first[:n]
+	return n > 0, n == 0 && err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // begun answers a begin.

@@ -27,6 +27,7 @@ type netDaemon struct {
 	store            *Store
 	server           *Server
 	network, address string
+	dial             func(address string) (net.Conn, error)
 	ends             chan error // what Serve returned
 }
 
@@ -40,8 +41,8 @@ func listenWeights(t testing.TB, network string, cfg ServerConfig, sc StoreConfi
 	if network == "unix" {
 		d.address = filepath.Join(t.TempDir(), "s")
 	}
-	l := must(net.Listen(network, d.address))(t)
-	d.address = l.Addr().String()
+	l, dial := listenAt(t, network, d.address)
+	d.address, d.dial = l.Addr().String(), dial
 	ctx, stop := context.WithCancel(context.Background())
 	var serving sync.WaitGroup
 	serving.Go(func() {
@@ -80,7 +81,7 @@ type rawPublisher struct {
 
 func (d *netDaemon) publisher(t testing.TB, m *tensor.Manifest) *rawPublisher {
 	t.Helper()
-	p := &rawPublisher{t: t, Conn: must(net.Dial(d.network, d.address))(t), m: m}
+	p := &rawPublisher{t: t, Conn: must(d.dial(d.address))(t), m: m}
 	t.Cleanup(func() { p.Close() })
 	check(t, p.SetDeadline(time.Now().Add(30*time.Second)))
 	check(t, wire.WriteHello(p, &wire.Hello{Role: wire.RolePublish, Table: "w", Manifest: m.JSON(), Client: "raw"}))

@@ -4,12 +4,20 @@ package weights
 
 import (
 	"testing"
+
+	"github.com/ingestd/ingestd/wire"
 )
 
 // TestStreamWaits: a publisher that finds all places pinned is told by whom, gets a place when one is let go, gives up at its deadline, and can say so itself.
 func TestStreamWaits(t *testing.T) {
+	for _, network := range []string{"tcp", "unix", "tls", "quic"} {
+		t.Run(network, func(t *testing.T) { streamWaits(t, network) })
+	}
+}
+
+func streamWaits(t *testing.T, network string) {
 	m := manifestOf(t, 1000)
-	d := listenWeights(t, "tcp", ServerConfig{}, StoreConfig{Heap: true, Generations: 2})
+	d := listenWeights(t, network, ServerConfig{}, StoreConfig{Heap: true, Generations: 2})
 	p := d.publisher(t, m)
 	publish := func() {
 		t.Helper()
@@ -34,6 +42,14 @@ func TestStreamWaits(t *testing.T) {
 	if a := p.ask(&Ask{Op: OpAbort}); a.Op != OpAborted {
 		t.Errorf("answer %+v", a)
 	}
+	b := must(wire.AppendMessage(nil, &Ask{Op: OpBegin, DeadlineMS: 60_000}, wire.MessageBytesMax))(t)
+	b = must(wire.AppendMessage(b, &Ask{Op: OpAbort}, wire.MessageBytesMax))(t)
+	if _, err := p.Write(b); err != nil { // at once, in one record of TLS
+		t.Fatal(err)
+	}
+	if a := p.answer(); a.Op != OpAborted {
+		t.Errorf("answer %+v", a)
+	}
 	a = p.ask(&Ask{Op: OpBegin, DeadlineMS: 60_000})
 	if a.Op != OpWaiting {
 		t.Errorf("answer %+v", a)
@@ -47,8 +63,14 @@ func TestStreamWaits(t *testing.T) {
 
 // TestStreamLeavesWhileItWaits: a publisher that dies while it waits for a place has the table no longer.
 func TestStreamLeavesWhileItWaits(t *testing.T) {
+	for _, network := range []string{"tcp", "unix", "tls", "quic"} {
+		t.Run(network, func(t *testing.T) { streamLeavesWhileItWaits(t, network) })
+	}
+}
+
+func streamLeavesWhileItWaits(t *testing.T, network string) {
 	m := manifestOf(t, 1000)
-	d := listenWeights(t, "unix", ServerConfig{}, StoreConfig{Heap: true, Generations: 2})
+	d := listenWeights(t, network, ServerConfig{}, StoreConfig{Heap: true, Generations: 2})
 	p := d.publisher(t, m)
 	r := (*Reader)(nil)
 	for range 2 {

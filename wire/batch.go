@@ -10,6 +10,7 @@ import (
 const (
 	BatchHeaderBytes = 64
 	AnswerBytes      = 8          // the number of a batch that is given back, as a u64
+	AnswerLeaves     = 1 << 63    // set: the trainer leaves, and the rest is how many of the batches of this connection it has begun to read
 	BatchMagic       = 0x48435442 // "BTCH"; its first byte is no NoticeMark
 	BatchOwnColumns  = 3          // stream, number, arrival: a u64 per row each
 )

@@ -65,6 +65,7 @@ const (
 	CodeBadChunk           Code = "bad_chunk"
 	CodeManifestMismatch   Code = "manifest_mismatch"
 	CodeUnknownManifest    Code = "unknown_manifest"
+	CodeUnknownSession     Code = "unknown_session"
 	CodeNoGeneration       Code = "no_generation"
 	CodePublisherActive    Code = "publisher_active"
 	CodeReplaced           Code = "replaced"
@@ -81,7 +82,7 @@ func Codes() []Code {
 		CodeBadMagic, CodeBadVersion, CodeBadHandshake, CodeHandshakeTimeout, CodeUnknownTable, CodeSpecMismatch,
 		CodeBadOption, CodeWrongRole, CodeNotPermitted, CodeTooManyConnections, CodeShuttingDown, CodeIdleTimeout,
 		CodeStalled, CodeCutShort, CodeAckTimeout, CodeBadPeer, CodeSessionTaken,
-		CodeTooManySessions, CodeTooManyGroups, CodeWrongKind, CodeBadChunk, CodeManifestMismatch, CodeUnknownManifest, CodeNoGeneration,
+		CodeTooManySessions, CodeTooManyGroups, CodeWrongKind, CodeBadChunk, CodeManifestMismatch, CodeUnknownManifest, CodeUnknownSession, CodeNoGeneration,
 		CodePublisherActive, CodeReplaced, CodeNotAuthenticated, CodeBanned, CodeEndOfStream, CodeBadCompression,
 		CodeInternal,
 	}

@@ -24,7 +24,7 @@ const (
 	RoleObserve   Role = "observe"   // maps the segment read-only
 	RolePublish   Role = "publish"   // writes generations of weights
 	RoleSubscribe Role = "subscribe" // reads generations of weights
-	RoleManifest  Role = "manifest"  // asks for a manifest
+	RoleManifest  Role = "manifest"  // asks for a manifest, or for the session of a stream
 )
 
 // roles are all of them, for messages.
@@ -89,6 +89,7 @@ type Hello struct {
 
 	Manifest   json.RawMessage // push, fill and publish: the tensors that will come, a JSON object
 	ManifestID string          // manifest: 16 hex digits
+	SessionOf  int64           // manifest: the stream of which the session is asked for, instead of ManifestID
 
 	// Of weights, see docs/weights.md.
 	InPlace      bool             // publish: wants to write into the segment
@@ -118,6 +119,7 @@ type helloBody struct {
 	Notes         bool             `json:"notes,omitempty"`
 	Manifest      json.RawMessage  `json:"manifest,omitempty"`
 	ManifestID    string           `json:"manifest_id,omitempty"`
+	SessionOf     int64            `json:"session_of,omitempty"`
 	InPlace       bool             `json:"in_place,omitempty"`
 	Wait          bool             `json:"wait,omitempty"`
 	Stream        bool             `json:"stream,omitempty"`
@@ -154,7 +156,7 @@ func AppendHello(dst []byte, h *Hello) ([]byte, error) {
 	}
 	body, err := encode(helloBody{
 		h.Role, h.Table, ByteOrder, h.Spec, h.Fingerprint, h.Session, h.Ack, h.WindowSamples, h.WindowBytes, h.Prefetch, h.Group, h.Notes,
-		h.Manifest, h.ManifestID, h.InPlace, h.Wait, h.Stream, h.Delta, h.Have, h.HaveDigest, h.Resume, h.ResumeDigest, h.ResumeOffset, h.Client,
+		h.Manifest, h.ManifestID, h.SessionOf, h.InPlace, h.Wait, h.Stream, h.Delta, h.Have, h.HaveDigest, h.Resume, h.ResumeDigest, h.ResumeOffset, h.Client,
 		h.Compression, h.Token, h.Nonce,
 	})
 	if err != nil {
@@ -188,7 +190,7 @@ func (h *Hello) given() []string {
 		{"spec", h.Spec != nil}, {"fingerprint", !h.Fingerprint.IsZero()}, {"session", h.Session != ""}, {"ack", h.Ack != ""},
 		{"window_samples", h.WindowSamples != 0}, {"window_bytes", h.WindowBytes != 0}, {"prefetch", h.Prefetch != 0},
 		{"group", h.Group != ""}, {"notes", h.Notes}, {"compression", h.Compression != ""},
-		{"manifest", h.Manifest != nil}, {"manifest_id", h.ManifestID != ""}, {"in_place", h.InPlace},
+		{"manifest", h.Manifest != nil}, {"manifest_id", h.ManifestID != ""}, {"session_of", h.SessionOf != 0}, {"in_place", h.InPlace},
 		{"wait", h.Wait}, {"stream", h.Stream}, {"delta", h.Delta}, {"have", h.Have != 0}, {"have_digest", !h.HaveDigest.IsZero()},
 		{"resume", h.Resume != 0}, {"resume_digest", !h.ResumeDigest.IsZero()}, {"resume_offset", h.ResumeOffset != 0},
 	} {
@@ -204,7 +206,7 @@ var rolesOf = map[string][]Role{
 	"spec": {RolePush, RoleFill, RoleTrain}, "fingerprint": {RolePush, RoleFill, RoleTrain},
 	"session": {RolePush, RoleFill}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
 	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill}, "compression": {RolePush},
-	"manifest": {RolePush, RoleFill, RolePublish}, "manifest_id": {RoleManifest}, "in_place": {RolePublish},
+	"manifest": {RolePush, RoleFill, RolePublish}, "manifest_id": {RoleManifest}, "session_of": {RoleManifest}, "in_place": {RolePublish},
 	"wait": {RoleSubscribe}, "stream": {RoleSubscribe, RoleTrain}, "delta": {RoleSubscribe}, "have": {RoleSubscribe}, "have_digest": {RoleSubscribe},
 	"resume": {RoleSubscribe}, "resume_digest": {RoleSubscribe}, "resume_offset": {RoleSubscribe},
 }
@@ -236,7 +238,7 @@ func (h *Hello) check(given []string) *Refusal {
 		value int64
 	}{
 		{"window_samples", h.WindowSamples}, {"window_bytes", h.WindowBytes}, {"prefetch", h.Prefetch},
-		{"have", h.Have}, {"resume", h.Resume}, {"resume_offset", h.ResumeOffset},
+		{"have", h.Have}, {"resume", h.Resume}, {"resume_offset", h.ResumeOffset}, {"session_of", h.SessionOf},
 	} {
 		if f.value < 0 {
 			return Refuse(CodeBadOption, "the field %q is %d; it must not be negative", f.name, f.value)
@@ -273,7 +275,9 @@ func (h *Hello) checkTensors() *Refusal {
 		return Refuse(CodeBadHandshake, `the field "manifest" is not a JSON object`)
 	case h.Role == RolePublish && h.Manifest == nil:
 		return Refuse(CodeBadHandshake, "a publisher must give the manifest of its tensors")
-	case h.Role == RoleManifest && !isManifestID(h.ManifestID):
+	case h.SessionOf != 0 && h.ManifestID != "":
+		return Refuse(CodeBadHandshake, `the fields "manifest_id" and "session_of" do not go together: ask for one, then for the other`)
+	case h.Role == RoleManifest && h.SessionOf == 0 && !isManifestID(h.ManifestID):
 		return Refuse(CodeBadOption, "the field \"manifest_id\" is %s; it is 16 hex digits, 0 to 9 and a to f", short(h.ManifestID))
 	case (h.Have != 0) != !h.HaveDigest.IsZero():
 		return Refuse(CodeBadHandshake, `the fields "have" and "have_digest" go together`)

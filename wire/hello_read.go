@@ -189,6 +189,8 @@ func (h *Hello) tensorsTarget(name string) any {
 		return &h.Manifest
 	case "manifest_id":
 		return &h.ManifestID
+	case "session_of":
+		return &h.SessionOf
 	case "in_place":
 		return &h.InPlace
 	case "wait":

@@ -73,7 +73,8 @@ type AcceptedRemoteTrain struct {
 	Trainer     uint64           `json:"trainer"` // number of the trainer in this daemon's life
 	Group       string           `json:"group"`   // the trainers of a group share the batches
 	BatchSize   int64            `json:"batch_size"`
-	Prefetch    int64            `json:"prefetch"` // most batches without an answer
+	Prefetch    int64            `json:"prefetch"`          // most batches without an answer
+	Created     int64            `json:"created,omitempty"` // Unix nanoseconds: when the ring was made; with another one, all numbers begin anew
 }
 
 // AcceptedObserve answers role observe. Its first byte carries one descriptor, the segment.
@@ -105,10 +106,11 @@ type AcceptedSubscribe struct {
 	Manifest     json.RawMessage `json:"manifest,omitempty"`
 }
 
-// AcceptedManifest answers role manifest.
+// AcceptedManifest answers role manifest: with the one of both that was asked for.
 type AcceptedManifest struct {
 	Table    string          `json:"table"`
-	Manifest json.RawMessage `json:"manifest"`
+	Manifest json.RawMessage `json:"manifest,omitempty"`
+	Session  string          `json:"session,omitempty"`
 }
 
 func (a *AcceptedPublish) check() error {
@@ -126,8 +128,14 @@ func (a *AcceptedSubscribe) check() error {
 }
 
 func (a *AcceptedManifest) check() error {
-	if len(a.Manifest) == 0 || a.Manifest[0] != '{' {
-		return fmt.Errorf("the manifest is missing or not an object")
+	if a.Session != "" && len(a.Manifest) == 0 {
+		if err := checkText(a.Session); err != nil {
+			return fmt.Errorf("the session %w", err)
+		}
+		return nil
+	}
+	if len(a.Manifest) == 0 || a.Manifest[0] != '{' || a.Session != "" {
+		return fmt.Errorf("it must have either a manifest, which is an object, or a session")
 	}
 	return nil
 }

@@ -23,7 +23,7 @@ func replies(t testing.TB) []Accepted {
 			ChannelBytes: 4096, Prefetch: 2},
 		&AcceptedObserve{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), BatchSize: 32, Batches: 8, SegmentBytes: 1 << 20},
 		&AcceptedPush{Table: "digits", Fingerprint: s.Fingerprint(), Ack: AckQueued, WindowSamples: 1, WindowBytes: 1, Compression: CompressionS2},
-		&AcceptedRemoteTrain{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 2, Group: "g", BatchSize: 32, Prefetch: 2},
+		&AcceptedRemoteTrain{Table: "digits", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 2, Group: "g", BatchSize: 32, Prefetch: 2, Created: 1_700_000_000_000_000_000},
 	}
 }
 

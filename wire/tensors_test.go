@@ -21,6 +21,7 @@ func TestHelloOfTensorsRoundTrip(t *testing.T) {
 		{VersionMin: 1, VersionMax: 1, Role: RoleFill, Table: "grads", Session: "w1", Manifest: manifest},
 		{VersionMin: 1, VersionMax: 1, Role: RolePublish, Table: "weights", Manifest: manifest, InPlace: true},
 		{VersionMin: 1, VersionMax: 1, Role: RoleManifest, Table: "grads", ManifestID: "0123456789abcdef"},
+		{VersionMin: 1, VersionMax: 1, Role: RoleManifest, Table: "grads", SessionOf: 1<<63 - 1},
 		{VersionMin: 1, VersionMax: 1, Role: RoleSubscribe, Table: "weights"},
 		{VersionMin: 1, VersionMax: 1, Role: RoleSubscribe, Table: "weights", Wait: true, Stream: true, Delta: true, Have: 8, HaveDigest: digest, Resume: 9,
 			ResumeDigest: digest, ResumeOffset: 1 << 40, Client: "c"},
@@ -53,6 +54,11 @@ func TestHelloOfTensorsRefused(t *testing.T) {
 		body("manifest", ""):                                                    {CodeBadOption, "16 hex digits"},
 		body("manifest", `,"manifest_id":"0123456789ABCDEF"`):                   {CodeBadOption, "16 hex digits"},
 		body("manifest", `,"manifest_id":"0123456789abcde"`):                    {CodeBadOption, "16 hex digits"},
+		body("manifest", `,"session_of":0`):                                     {CodeBadOption, "16 hex digits"},
+		body("manifest", `,"session_of":-1`):                                    {CodeBadOption, `"session_of" is -1`},
+		body("manifest", `,"session_of":9223372036854775808`):                   {CodeBadHandshake, `"session_of" must be a whole number`},
+		body("manifest", `,"session_of":1,"manifest_id":"0123456789abcdef"`):    {CodeBadHandshake, "do not go together"},
+		body("train", `,"session_of":1`):                                        {CodeBadOption, `"session_of" is not for the role train`},
 		body("subscribe", `,"have":1`):                                          {CodeBadHandshake, `"have" and "have_digest" go together`},
 		body("subscribe", `,"have_digest":"`+digest+`"`):                        {CodeBadHandshake, `"have" and "have_digest" go together`},
 		body("subscribe", `,"have":-1,"have_digest":"`+digest+`"`):              {CodeBadOption, `"have" is -1`},
@@ -73,6 +79,7 @@ func TestAcceptedOfTensors(t *testing.T) {
 		&AcceptedSubscribe{Table: "w", Reader: 3, Newest: 8, SegmentBytes: 1 << 30},
 		&AcceptedSubscribe{Table: "w", Reader: 3, Newest: 8, Manifest: []byte(`{"tensors":[]}`)},
 		&AcceptedManifest{Table: "g", Manifest: []byte(`{}`)},
+		&AcceptedManifest{Table: "g", Session: strings.Repeat("w", NameBytesMax)},
 	} {
 		b, err := AppendAccepted(nil, want)
 		if err != nil {
@@ -85,6 +92,7 @@ func TestAcceptedOfTensors(t *testing.T) {
 	}
 	for _, bad := range []Accepted{
 		&AcceptedPublish{}, &AcceptedPublish{ChunkBytes: 1, SegmentBytes: -1}, &AcceptedSubscribe{}, &AcceptedManifest{}, &AcceptedManifest{Manifest: []byte("1")},
+		&AcceptedManifest{Manifest: []byte("{}"), Session: "w"}, &AcceptedManifest{Session: strings.Repeat("w", NameBytesMax+1)}, &AcceptedManifest{Session: "a\nb"},
 		&AcceptedSubscribe{SegmentBytes: 1, Manifest: []byte("{}")}, &AcceptedSubscribe{SegmentBytes: -1, Manifest: []byte("{}")},
 	} {
 		if b, err := AppendAccepted(nil, bad); err == nil || len(b) > 0 {

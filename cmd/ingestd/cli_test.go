@@ -305,7 +305,7 @@ func TestEveryServeFlagCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	values := map[string]string{
-		"tokens": file, "bans": "false", "bans-loopback": "true", "compression": "s2,zstd+shuffle", "tls-cert": file, "tls-key": file, "tls-client-ca": file, "half-open": "99", "half-open-per-address": "9",
+		"tokens": file, "bans": "false", "bans-loopback": "true", "bans-kernel": "false", "compression": "s2,zstd+shuffle", "tls-cert": file, "tls-key": file, "tls-client-ca": file, "half-open": "99", "half-open-per-address": "9",
 		"segment-dir": dir, "discard-segments": "true", "ack": "committed", "sessions": "9", "session-ttl": "9s", "table": "other", "spec": "y:U8", "batch-size": "7", "batches": "9", "capacity": "1MiB", "linger": "9ms", "huge-pages": "true",
 		"listen": "tcp://127.0.0.1:9", "admin": "off", "insecure": "true", "drainers": "3", "drain-timeout": "9s", "ready-file": "/x", "log-level": "debug",
 		"log-format": "json", "max-connections": "9", "window-samples": "9", "window-bytes": "9KiB", "window-bytes-max": "99MiB", "handshake-timeout": "9s", "idle-timeout": "9s",

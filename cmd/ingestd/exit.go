@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -41,7 +42,7 @@ var exitCodes = []struct {
 	{exitOK, "done"},
 	{exitFailure, "failed for a reason that has no code of its own"},
 	{exitUsage, "the command line or the configuration is wrong"},
-	{exitRefused, "the daemon refused the connection, or ended it with a reason"},
+	{exitRefused, "the daemon refused the connection, or ended it with a reason, or is not the one that it should be"},
 	{exitUnreachable, "no daemon answered, or it went away without a reason"},
 	{exitTimeout, "a time that was given ran out"},
 	{exitData, "a file, a segment or a sample is not what it should be, or samples were lost"},
@@ -86,7 +87,8 @@ func exitCode(err error) int {
 		return exitInterrupted
 	case is[*daemon.ConfigError](err):
 		return exitUsage
-	case is[*wire.Refusal](err), is[*wire.Notice](err), errors.Is(err, client.ErrNotChallenged), errors.Is(err, client.ErrDaemonUnproven):
+	case is[*wire.Refusal](err), is[*wire.Notice](err), errors.Is(err, client.ErrNotChallenged), errors.Is(err, client.ErrDaemonUnproven),
+		is[*client.TLSRefusedError](err), is[*tls.CertificateVerificationError](err):
 		return exitRefused
 	case is[*tensorfile.FormatError](err), is[*ring.FormatError](err), is[*spec.MismatchError](err), is[*daemon.UnreadError](err), is[*daemon.SegmentError](err),
 		is[*safetensors.FormatError](err), is[*client.BadSumError](err):
@@ -120,6 +122,10 @@ func advice(err error) string {
 		return "the table's spec is " + cut(refusal.Spec.Text(), 400)
 	case errors.As(err, &refusal) && weightsAdvice(refusal) != "":
 		return weightsAdvice(refusal)
+	case is[*client.TLSRefusedError](err):
+		return "--tls-cert and --tls-key name the certificate of this client"
+	case is[*tls.CertificateVerificationError](err):
+		return "--tls-ca names the authorities that are believed, --tls-name the name that the daemon's certificate must have"
 	case errors.Is(err, fs.ErrNotExist) && exitCode(err) == exitUnreachable:
 		return "no socket is there: is the daemon running, and with this --listen?"
 	}

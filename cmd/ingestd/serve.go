@@ -80,6 +80,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.StringVar(&c.Tokens, "tokens", "", "file of tokens, one of which clients must prove to have (ingestd token new); default: everybody who reaches a listener is let in")
 	f.BoolVar(&c.Bans.Enabled, "bans", c.Bans.Enabled, "slow addresses from which handshakes fail, and ban them for 5 minutes from the fifth on")
 	f.BoolVar(&c.Bans.Loopback, "bans-loopback", false, "bans concern addresses of this machine, too")
+	f.BoolVar(&c.Bans.Kernel, "bans-kernel", c.Bans.Kernel, "have the kernel drop what banned addresses send to connect; without, they are answered, and closed")
 	f.StringVar(&c.TLS.Cert, "tls-cert", "", "file with the daemon's certificate (PEM), for tls:// and quic:// listeners")
 	f.StringVar(&c.TLS.Key, "tls-key", "", "file with its key")
 	f.StringVar(&c.TLS.ClientCA, "tls-client-ca", "", "file with authorities; clients at tls:// and quic:// must have a certificate of one of them")
@@ -130,6 +131,7 @@ func (o *serveOptions) config(flags *pflag.FlagSet) (daemon.Config, error) {
 		"tokens":                func() { to.Tokens = from.Tokens },
 		"bans":                  func() { to.Bans.Enabled = from.Bans.Enabled },
 		"bans-loopback":         func() { to.Bans.Loopback = from.Bans.Loopback },
+		"bans-kernel":           func() { to.Bans.Kernel = from.Bans.Kernel },
 		"tls-cert":              func() { to.TLS.Cert = from.TLS.Cert },
 		"tls-key":               func() { to.TLS.Key = from.TLS.Key },
 		"tls-client-ca":         func() { to.TLS.ClientCA = from.TLS.ClientCA },

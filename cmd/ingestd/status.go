@@ -100,6 +100,9 @@ func accessText(b *strings.Builder, a *daemon.AccessStatus) {
 	}
 	if bans := a.Bans; bans != nil && bans.Addresses > 0 {
 		fmt.Fprintf(b, "%d addresses from which handshakes failed, %d of them banned: ingestd bans ls\n", bans.Addresses, bans.Banned)
+		if k := bans.Kernel; k != nil && k.Addresses > 0 {
+			fmt.Fprintf(b, "  the kernel turns %d of those away, and has dropped %d SYNs and %d datagrams\n", k.Addresses, k.DroppedTCP, k.DroppedQUIC)
+		}
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -83,7 +82,7 @@ func randomHellos(t *testing.T, start Start) {
 		_ = c.Close()
 	}
 	for r.transport.Stats().Open > 0 {
-		runtime.Gosched()
+		pause(t)
 	}
 	st, counted := r.transport.Stats(), uint64(0)
 	for _, n := range st.Ended {

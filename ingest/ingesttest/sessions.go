@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
-	"runtime"
 	"testing"
 	"time"
 
@@ -124,7 +123,7 @@ func takeover(t *testing.T, start Start) {
 			}
 			first.wantAcks(tc.acks)
 			for tc.full && r.waitingForSlot() == 0 {
-				runtime.Gosched()
+				pause(t)
 			}
 			second := r.join(1, inSession("s"))
 			if second.accepted.Stream != first.accepted.Stream || second.accepted.Held != uint64(tc.acks) {
@@ -242,7 +241,7 @@ func notes(t *testing.T, start Start) {
 	}
 	plain.wantAcks(slots)
 	for r.waitingForSlot() == 0 {
-		runtime.Gosched()
+		pause(t)
 	}
 	noted := r.join(2, func(h *wire.Hello) { h.Notes = true })
 	if err := noted.send(samples, 0); err != nil {
@@ -265,7 +264,7 @@ func notes(t *testing.T, start Start) {
 		last = now
 	}
 	for r.transport.Stats().Notes < 2 { // counted after they were sent
-		runtime.Gosched()
+		pause(t)
 	}
 	r.train()
 	plain.wantAcks(samples - slots)
@@ -285,7 +284,7 @@ func goneWhileWaiting(t *testing.T, start Start) {
 		t.Fatal(err)
 	}
 	for r.waitingForSlot() == 0 {
-		runtime.Gosched()
+		pause(t)
 	}
 	_ = c.Close() // its acks are unread, as when its process is killed: over TCP a reset
 	for r.transport.Stats().Open > 0 {

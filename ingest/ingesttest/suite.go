@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -15,57 +14,48 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// Run runs the suite.
-func Run(t *testing.T, start Start) {
-	for _, tc := range []struct {
-		name string
-		f    func(*testing.T, Start)
-	}{
-		{"SamplesOfEveryShape", samplesOfEveryShape},
-		{"CommittedAcks", committedAcks},
-		{"Refusals", refusals},
-		{"RandomHellos", randomHellos},
-		{"SlowHandshake", slowHandshake},
-		{"CutShort", cutShort},
-		{"Stalled", stalled},
-		{"Dribbled", dribbled},
-		{"Idle", idle},
-		{"AcksNotRead", acksNotRead},
-		{"Backpressure", backpressure},
-		{"ConnectionLimit", connectionLimit},
-		{"ShutdownUnderLoad", shutdownUnderLoad},
-		{"ShutdownWhenFull", shutdownWhenFull},
-		{"SmallWindowIsNeverStuck", smallWindow},
-		{"SessionsGoOn", sessionsGoOn},
-		{"SessionsSurviveBrokenConnections", brokenConnections},
-		{"SessionIsTakenOver", takeover},
-		{"TooManySessions", tooManySessions},
-		{"TableWithCommittedAcks", committedTable},
-		{"Notes", notes},
-		{"GoneWhileWaiting", goneWhileWaiting},
-	} {
-		t.Run(tc.name, func(t *testing.T) { tc.f(t, start) })
-	}
+// needs are what a test of the suite needs from the network between client and daemon.
+type needs int
+
+const (
+	quick    needs = 1 << iota // round trips are so short that there can be hundreds, one after the other
+	lossless                   // what is sent arrives, and soon: a reset; notes that are a second apart
+	near                       // much is sent, or many connections are made, for what no network changes
+)
+
+// suite is all tests, in the order in which they run.
+var suite = []struct {
+	name  string
+	f     func(*testing.T, Start)
+	needs needs
+}{
+	{"SamplesOfEveryShape", samplesOfEveryShape, near},
+	{"CommittedAcks", committedAcks, 0},
+	{"Refusals", refusals, 0},
+	{"RandomHellos", randomHellos, near},
+	{"SlowHandshake", slowHandshake, 0},
+	{"CutShort", cutShort, 0},
+	{"Stalled", stalled, 0},
+	{"Dribbled", dribbled, 0},
+	{"Idle", idle, 0},
+	{"AcksNotRead", acksNotRead, near},
+	{"Backpressure", backpressure, 0},
+	{"ConnectionLimit", connectionLimit, 0},
+	{"ShutdownUnderLoad", shutdownUnderLoad, 0},
+	{"ShutdownWhenFull", shutdownWhenFull, 0},
+	{"SmallWindowIsNeverStuck", smallWindow, quick},
+	{"SessionsGoOn", sessionsGoOn, 0},
+	{"SessionsSurviveBrokenConnections", brokenConnections, quick},
+	{"SessionIsTakenOver", takeover, 0},
+	{"TooManySessions", tooManySessions, 0},
+	{"TableWithCommittedAcks", committedTable, 0},
+	{"Notes", notes, lossless},
+	{"GoneWhileWaiting", goneWhileWaiting, lossless},
 }
 
-// RunSlow runs those tests of the suite that hold however long a byte is on its way, over a network that is slow and loses some: for transports that make up for that themselves.
-func RunSlow(t *testing.T, start Start) {
-	for _, tc := range []struct {
-		name string
-		f    func(*testing.T, Start)
-	}{
-		{"SamplesOfSomeShapes", samplesOfSomeShapes},
-		{"CommittedAcks", committedAcks},
-		{"Refusals", refusals},
-		{"CutShort", cutShort},
-		{"Backpressure", backpressure},
-		{"ShutdownUnderLoad", shutdownUnderLoad},
-		{"ShutdownWhenFull", shutdownWhenFull},
-		{"SessionsGoOn", sessionsGoOn},
-		{"SessionIsTakenOver", takeover},
-		{"TooManySessions", tooManySessions},
-		{"TableWithCommittedAcks", committedTable},
-	} {
+// Run runs the suite.
+func Run(t *testing.T, start Start) {
+	for _, tc := range suite {
 		t.Run(tc.name, func(t *testing.T) { tc.f(t, start) })
 	}
 }
@@ -73,19 +63,6 @@ func RunSlow(t *testing.T, start Start) {
 // RunPush has three clients push so many samples of a spec each.
 func RunPush(t *testing.T, start Start, spec string, samples int) {
 	samplesOf(t, start, shape{name: spec, spec: spec, samples: samples, batch: 8})
-}
-
-// slowBytes is what each client sends at most over a slow network.
-const slowBytes = 512 << 10
-
-// samplesOfSomeShapes is samplesOfEveryShape with less to send.
-func samplesOfSomeShapes(t *testing.T, start Start) {
-	for _, sh := range shapes {
-		if size := int(mustSpec(t, sh.spec).SampleBytes()); size <= slowBytes/4 {
-			sh.samples = min(sh.samples, slowBytes/size)
-			t.Run(sh.name, func(t *testing.T) { samplesOf(t, start, sh) })
-		}
-	}
 }
 
 // shapes reach every way of receiving, on both sides of each of its limits.
@@ -410,7 +387,7 @@ func backpressure(t *testing.T, start Start) {
 	c.wantAcks(slots)
 	// The daemon now waits for a slot, and says so.
 	for r.waitingForSlot() == 0 {
-		runtime.Gosched()
+		pause(t)
 		if r.table.Stats().Pushed > slots {
 			t.Fatal("more samples taken than there are slots")
 		}
@@ -464,7 +441,7 @@ func connectionLimit(t *testing.T, start Start) {
 	}
 	_, _ = a.Close(), refused.Close()
 	for r.transport.Stats().Open > 1 { // until the daemon has seen both closes
-		runtime.Gosched()
+		pause(t)
 	}
 	d := r.join(3, nil)
 	_ = d.Close()
@@ -497,7 +474,7 @@ func shutdownUnderLoad(t *testing.T, start Start) {
 				})
 			}
 			for r.table.Stats().Committed*uint64(r.table.Spec().SampleBytes()) < 4<<20 {
-				runtime.Gosched()
+				pause(t)
 			}
 			r.finish()
 			wg.Wait()
@@ -523,7 +500,7 @@ func shutdownWhenFull(t *testing.T, start Start) {
 		}
 	}
 	for r.waitingForSlot() < clients {
-		runtime.Gosched()
+		pause(t)
 	}
 	over, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -2,9 +2,11 @@ package daemon
 
 import (
 	"log/slog"
+	"net"
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/bans/sockfilter"
 	"github.com/ingestd/ingestd/internal/metrics"
 )
 
@@ -12,13 +14,15 @@ import (
 type Bans struct {
 	Enabled  bool `yaml:"enabled"`
 	Loopback bool `yaml:"loopback"` // addresses of this machine, too, which all of its users share; bounds their half-open handshakes, too
+	Kernel   bool `yaml:"kernel"`   // the kernel drops what banned addresses send to begin a connection; else it is closed here
 }
 
 // access is who may come in: tokens, bans, and how many handshakes may be under way.
 type access struct {
-	tokens *auth.Tokens // nil: everybody may
-	gate   *auth.Gate   // nil without tokens
-	door   *bans.Door   // nil where the configuration has switched bans off
+	tokens *auth.Tokens       // nil: everybody may
+	gate   *auth.Gate         // nil without tokens
+	door   *bans.Door         // nil where the configuration has switched bans off
+	filter *sockfilter.Filter // nil without bans, or where they are not the kernel's
 }
 
 // newAccess reads the tokens. What is wrong with their file is an error of the configuration.
@@ -31,6 +35,9 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 				Max: p.Limits.HalfOpen, MaxPerAddress: p.Limits.HalfOpenPerAddress, Loopback: p.Bans.Loopback,
 			}),
 		}
+	}
+	if p.Bans.Enabled && p.Bans.Kernel {
+		a.filter = sockfilter.New(sockfilter.Config{Table: a.door.Table, Log: log})
 	}
 	if p.Tokens == "" {
 		return a, nil
@@ -45,6 +52,25 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 	}
 	a.tokens, a.gate = tokens, auth.NewGate(auth.GateConfig{Tokens: tokens, Users: users})
 	return a, nil
+}
+
+// guard has the kernel drop what banned addresses send to a listener, where it is asked to.
+func (a *access) guard(l *listener) error {
+	if a.filter == nil {
+		return nil
+	}
+	if socket, ok := l.socket.(*net.UDPConn); ok {
+		return a.filter.GuardQUIC(socket)
+	}
+	tcp, ok := l.Listener.(*net.TCPListener)
+	if !ok {
+		return nil
+	}
+	guarded, err := a.filter.Guard(tcp)
+	if err == nil {
+		l.Listener = guarded
+	}
+	return err
 }
 
 // AccessStatus is who was let in, and who was not.
@@ -77,6 +103,16 @@ type BansStatus struct {
 	Slowed    uint64 `json:"slowed"`
 	Forgotten uint64 `json:"forgotten"` // to make room for others
 	Cleared   uint64 `json:"cleared"`
+
+	Kernel *KernelStatus `json:"kernel,omitempty"` // none: it drops nothing
+}
+
+// KernelStatus is what the kernel drops at the daemon's listening sockets.
+type KernelStatus struct {
+	Addresses   int    `json:"addresses"` // banned ones, the newest; where fewer than are banned, the daemon turns the rest away
+	Failures    uint64 `json:"failures"`  // times it took no filter
+	DroppedTCP  uint64 `json:"dropped_tcp"`
+	DroppedQUIC uint64 `json:"dropped_quic"` // both: of banned addresses, and what found the socket's queue full
 }
 
 // HalfOpenStatus is how many handshakes are under way.
@@ -100,9 +136,13 @@ func (a *access) status() AccessStatus {
 	}
 	if a.door != nil {
 		b := a.door.Table.Stats()
-		s.Bans = &BansStatus{b.Addresses, b.Banned, b.Failures, b.Bans, b.Refused, b.Slowed, b.Forgotten, b.Cleared}
+		s.Bans = &BansStatus{b.Addresses, b.Banned, b.Failures, b.Bans, b.Refused, b.Slowed, b.Forgotten, b.Cleared, nil}
 		open, addresses, refused := a.door.HalfOpen.Stats()
 		s.HalfOpen = &HalfOpenStatus{open, addresses, refused}
+	}
+	if a.filter != nil {
+		k := KernelStatus(a.filter.Stats())
+		s.Bans.Kernel = &k
 	}
 	return s
 }
@@ -115,6 +155,9 @@ func (a *access) sources() metrics.Access {
 	}
 	if a.door != nil {
 		m.Bans, m.HalfOpen = a.door.Table.Stats, a.door.HalfOpen.Stats
+	}
+	if a.filter != nil {
+		m.Kernel = a.filter.Stats
 	}
 	return m
 }

@@ -135,7 +135,7 @@ func DefaultConfig() Config {
 
 			HalfOpen: 128, HalfOpenPerAddress: 16,
 		},
-		Bans: Bans{Enabled: true},
+		Bans: Bans{Enabled: true, Kernel: true},
 	}
 }
 

@@ -108,6 +108,9 @@ func (d *Daemon) open(log *slog.Logger) error {
 			return err
 		}
 		d.listeners = append(d.listeners, l)
+		if err := d.access.guard(&d.listeners[len(d.listeners)-1]); err != nil {
+			return err
+		}
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -305,6 +308,11 @@ func (r ingestTables) Lookup(name string) (ingest.Table, bool) {
 func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	if !d.enter() {
 		defer conn.Close()
+		told := d.trainers.Refused(wire.CodeShuttingDown)
+		if told == nil {
+			return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping, and too many are told so")
+		}
+		defer told()
 		_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
 		return wire.WriteRefusal(conn, wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping"))
 	}
@@ -398,6 +406,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	if d.access.tokens != nil {
 		group.Go(func() { _ = d.access.tokens.Run(running) })
+	}
+	if d.access.filter != nil {
+		group.Go(func() { _ = d.access.filter.Run(running) })
 	}
 	failed := make(chan error, len(d.listeners)+1)
 	for _, l := range d.listeners {

@@ -164,6 +164,7 @@ type TrainerStatus struct {
 	GivenBack  uint64        `json:"batches_given_back"`
 	Lost       uint64        `json:"batches_lost"`
 	Sent       uint64        `json:"bytes_sent,omitempty"`
+	InPlace    uint64        `json:"bytes_sent_in_place,omitempty"` // of those, straight from the segment
 	Waits      *Waits        `json:"waits,omitempty"`
 }
 
@@ -332,7 +333,7 @@ func trainerStatus(t *shm.TrainerStats) TrainerStatus {
 	s := TrainerStatus{
 		ID: t.ID, Table: t.Table, Group: t.Group, Client: t.Client, Peer: t.Peer, PID: t.PID, UID: t.UID, Since: t.Since, Prefetch: t.Prefetch,
 		State: string(t.State), StateSince: t.StateSince,
-		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost, Sent: t.Sent,
+		Sleeping: t.Sleeping, Held: []LeaseStatus{}, Delivered: t.Delivered, GivenBack: t.GivenBack, Lost: t.Lost, Sent: t.Sent, InPlace: t.SentInPlace,
 	}
 	for _, l := range t.Held {
 		s.Held = append(s.Held, LeaseStatus{l.Number, l.Since})

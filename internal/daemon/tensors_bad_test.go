@@ -43,6 +43,8 @@ func TestKindsAndRoles(t *testing.T) {
 		"no session in place":   {wire.Hello{Role: wire.RoleFill, Table: "grads", Manifest: m.JSON()}, wire.CodeBadHandshake, `"session"`},
 		"no such table":         {wire.Hello{Role: wire.RoleManifest, Table: "none", ManifestID: id}, wire.CodeUnknownTable, "model"},
 		"unknown manifest":      {wire.Hello{Role: wire.RoleManifest, Table: "grads", ManifestID: id}, wire.CodeUnknownManifest, id},
+		"unknown session":       {wire.Hello{Role: wire.RoleManifest, Table: "grads", SessionOf: 99}, wire.CodeUnknownSession, "stream 99"},
+		"session of samples":    {wire.Hello{Role: wire.RoleManifest, Table: "a", SessionOf: 1}, wire.CodeWrongKind, "use one of kind tensors: grads"},
 		"malformed manifest":    {wire.Hello{Role: wire.RolePush, Table: "grads", Session: "w", Manifest: []byte(`{"tensors":[]}`)}, wire.CodeBadOption, "manifest"},
 		"malformed in place":    {wire.Hello{Role: wire.RoleFill, Table: "grads", Session: "w", Manifest: []byte(`{"tensors":7}`)}, wire.CodeBadOption, "manifest"},
 		"spec of other samples": {wire.Hello{Role: wire.RolePush, Table: "grads", Session: "w", Manifest: m.JSON(), Spec: samples}, wire.CodeSpecMismatch, "spec"},

@@ -237,7 +237,7 @@ func wantStory(t testing.TB, got []string, want ...string) {
 	}
 }
 
-// TestTensorsOverSockets: chunks land in order between what the herald says of their producer, over TCP and unix sockets, and its manifest can be asked for.
+// TestTensorsOverSockets: chunks land in order between what the herald says of their producer, over TCP and unix sockets, and its manifest and name can be asked for.
 func TestTensorsOverSockets(t *testing.T) {
 	r := start(t, tensorsConfig(t))
 	reader := r.reader(t)
@@ -256,6 +256,10 @@ func TestTensorsOverSockets(t *testing.T) {
 		}
 		if got, err := tensor.ParseManifest(known.Manifest); err != nil || !got.Equal(m) {
 			t.Errorf("manifest %s, %v", known.Manifest, err)
+		}
+		var named wire.AcceptedManifest
+		if refusal := greet(t, r.dial(t, addr), &wire.Hello{Role: wire.RoleManifest, Table: "grads", SessionOf: int64(w.accepted.Stream)}, &named); refusal != nil || named.Session != name {
+			t.Errorf("stream %d is of %q, %v", w.accepted.Stream, named.Session, refusal)
 		}
 		if end := w.leave(); end.acks != 0 || end.notice != "" {
 			t.Errorf("ended with %+v", end)

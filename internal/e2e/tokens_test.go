@@ -237,7 +237,7 @@ func TestBans(t *testing.T) {
 	t.Parallel()
 	k := newKeyring(t)
 	k.add("worker", "push", small.name)
-	d := serve(t, []table{small}, "--tokens", k.path(), "--bans-loopback", "--bans=true")
+	d := serve(t, []table{small}, "--tokens", k.path(), "--bans-loopback", "--bans=true", "--bans-kernel=false")
 	beside := d.push(small.name, endless, 1000, "--token-file", k.file("worker"))
 	d.pull(small.name)
 	d.moves(small.name, 1)

@@ -5,6 +5,7 @@ import (
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/bans/sockfilter"
 )
 
 // Access is where the counts of tokens, bans and handshakes come from. Both functions of a pair are nil where the daemon has no tokens, or bans are off.
@@ -13,6 +14,7 @@ type Access struct {
 	Tokens   func() auth.Stats
 	Bans     func() bans.Stats
 	HalfOpen func() (open, addresses int, refused uint64)
+	Kernel   func() sockfilter.Stats // nil where it drops nothing
 }
 
 var (
@@ -31,13 +33,16 @@ var (
 	bansForgotten = desc("bans_forgotten_total", "Addresses that were forgotten early to make room.")
 	bansCleared   = desc("bans_cleared_total", "Addresses cleared by a success, or by hand.")
 	halfOpen      = desc("half_open_handshakes", "Handshakes under way, of addresses that are not exempt.")
+	kernelBanned  = desc("kernel_banned_addresses", "Banned addresses whose packets the kernel drops.")
+	kernelFailed  = desc("kernel_filter_failures_total", "Times that the kernel took no filter of banned addresses.")
+	kernelDropped = desc("kernel_dropped_total", "SYNs and datagrams that the kernel dropped at listening sockets: of banned addresses, and what found the queue full.", "transport")
 	halfRefused   = desc("half_open_refused_total", "Connections closed because too many handshakes were under way.")
 )
 
 func describeAccess() []*prometheus.Desc {
 	return []*prometheus.Desc{
 		tokens, tokensReloads, tokensFailed, tokensStale, handshakes,
-		banned, remembered, failures, bansTotal, bansRefused, bansSlowed, bansForgotten, bansCleared, halfOpen, halfRefused,
+		banned, remembered, failures, bansTotal, bansRefused, bansSlowed, bansForgotten, bansCleared, kernelBanned, kernelFailed, kernelDropped, halfOpen, halfRefused,
 	}
 }
 
@@ -67,6 +72,13 @@ func (a *Access) collect(ch out) {
 		failures: b.Failures, bansTotal: b.Bans, bansRefused: b.Refused, bansSlowed: b.Slowed, bansForgotten: b.Forgotten, bansCleared: b.Cleared,
 	} {
 		ch.counter(d, n)
+	}
+	if a.Kernel != nil {
+		k := a.Kernel()
+		ch.gauge(kernelBanned, float64(k.Addresses))
+		ch.counter(kernelFailed, k.Failures)
+		ch.counter(kernelDropped, k.DroppedTCP, "tcp")
+		ch.counter(kernelDropped, k.DroppedQUIC, "quic")
 	}
 	open, _, refused := a.HalfOpen()
 	ch.gauge(halfOpen, float64(open))

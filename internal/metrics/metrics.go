@@ -92,8 +92,8 @@ var (
 	attached        = desc("trainers_attached_total", "Trainers that attached.")
 	observed        = desc("observers_total", "Observers that were served.")
 	trainersEnded   = desc("trainers_ended_total", "Trainers that ended, by reason.", "reason")
-	sentBytes       = desc("trainer_sent_bytes_total", "Bytes of batches sent to trainers over connections.")
-	trainersReasons = []string{"detached", "died", "cut_off", "bad_peer"}
+	sentBytes       = desc("trainer_sent_bytes_total", "Bytes of batches sent to trainers over connections, by whether they were copied on their way to the socket.", "way")
+	trainersReasons = []string{"detached", "died", "cut_off", "bad_peer", "stalled", "failed"}
 )
 
 // Describe implements prometheus.Collector.
@@ -265,8 +265,9 @@ func (c *Collector) trainers(ch out, tables []engine.Stats) {
 	c.fillers(ch, &st.Fill, tables)
 	ch.counter(attached, st.Attached)
 	ch.counter(observed, st.Observed)
-	ch.counter(sentBytes, st.Sent)
-	for i, v := range []uint64{st.Detached, st.Died, st.CutOff, st.BadPeers} {
+	ch.counter(sentBytes, st.SentInPlace, "in_place")
+	ch.counter(sentBytes, st.Sent-st.SentInPlace, "copied")
+	for i, v := range []uint64{st.Detached, st.Died, st.CutOff, st.BadPeers, st.Stalled, st.Failed} {
 		ch.counter(trainersEnded, v, trainersReasons[i])
 	}
 	for _, code := range wire.Codes() {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/bans/sockfilter"
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest"
@@ -79,6 +80,9 @@ func collector() *Collector {
 				return bans.Stats{Addresses: 9, Banned: 8, Failures: 70, Bans: 11, Refused: 12, Slowed: 13, Forgotten: 14, Cleared: 15}
 			},
 			HalfOpen: func() (open, addresses int, refused uint64) { return 6, 2, 17 },
+			Kernel: func() sockfilter.Stats {
+				return sockfilter.Stats{Addresses: 31, Failures: 32, DroppedTCP: 33, DroppedQUIC: 34}
+			},
 		},
 	})
 }
@@ -108,6 +112,10 @@ func TestValues(t *testing.T) {
 		"ingestd_build_info v1":                             1,
 		"ingestd_tokens":                                    3,
 		"ingestd_tokens_stale":                              1,
+		"ingestd_kernel_banned_addresses":                   31,
+		"ingestd_kernel_filter_failures_total":              32,
+		"ingestd_kernel_dropped_total tcp":                  33,
+		"ingestd_kernel_dropped_total quic":                 34,
 		"ingestd_tokens_reloads_total":                      5,
 		"ingestd_tokens_reload_failures_total":              4,
 		"ingestd_authentications_total token":               21,

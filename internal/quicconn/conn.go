@@ -5,7 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
-	"sync/atomic"
+	"sync"
 
 	"github.com/quic-go/quic-go"
 )
@@ -22,8 +22,13 @@ const (
 // Conn is one stream.
 type Conn struct {
 	*quic.Stream
-	of          *quic.Conn
-	closedWrite atomic.Bool
+	of *quic.Conn
+
+	mu      sync.Mutex
+	writing int  // writes under way
+	written bool // something was
+	short   bool // a write did not take all
+	ended   bool // by CloseWrite or Close
 }
 
 // New returns the stream as a connection.
@@ -47,16 +52,56 @@ func plain(err error) error {
 	return err
 }
 
+// Write implements net.Conn.
+func (c *Conn) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	c.writing++
+	c.mu.Unlock()
+	n, err := c.Stream.Write(b)
+	c.wrote(n, err)
+	return n, err
+}
+
+func (c *Conn) wrote(n int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.writing--
+	c.written = c.written || n > 0
+	c.short = c.short || err != nil
+}
+
+// Offer writes b if that goes without waiting for the peer, else nothing.
+func (c *Conn) Offer(b []byte) int {
+	if c.TryWriteAll(b) != nil {
+		return 0
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.written = true
+	return len(b)
+}
+
 // CloseWrite tells the peer that nothing more comes. What was written still arrives.
 func (c *Conn) CloseWrite() error {
-	c.closedWrite.Store(true)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ended = true
 	return c.Stream.Close()
 }
 
-// Close ends both directions. The peer is told to send no more, and unless CloseWrite was called before, that what it got is not all.
+// Close ends both directions. The peer is told to send no more. As of a socket, what was written still arrives; but if a write did not take all of its bytes, or waits
+// just now, or there was none, the peer is told that this is not all, and may not get what was written either.
 func (c *Conn) Close() error {
 	c.CancelRead(CodeStopped)
-	if !c.closedWrite.Swap(true) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.ended:
+	case c.written && !c.short && c.writing == 0:
+		c.ended = true
+		_ = c.Stream.Close()
+	default:
+		c.ended = true
 		c.CancelWrite(CodeStopped)
 	}
 	return nil
@@ -76,13 +121,7 @@ func (c *Conn) Ready() bool { return false }
 
 // HungUp tells whether nothing that is written will arrive any more: the peer wants no more of this stream, or its connection is over.
 func (c *Conn) HungUp() bool {
-	return !c.closedWrite.Load() && c.Context().Err() != nil
-}
-
-// Offer writes b if that goes without waiting for the peer, else nothing.
-func (c *Conn) Offer(b []byte) int {
-	if c.TryWriteAll(b) != nil {
-		return 0
-	}
-	return len(b)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.ended && c.Context().Err() != nil
 }

@@ -1,7 +1,7 @@
 // Package sendfile writes to peers, from this process's memory and from that of a memfd, and gives up on those that take nothing.
 //
 // It leaves to its callers what is sent, and who may change the memory meanwhile: what File has written is not copied, so that the pages of the file are read
-// again whenever the kernel sends them. They belong to the peer until it says that it has them, or its connection is gone (Abort).
+// again whenever the kernel sends them. They belong to the peer until it says that it has them, or its connection is gone (Abort, ResetAtEnd).
 //
 // A Sender is used by one goroutine. What the context's end does is the caller's: it must set a write deadline in the past (context.AfterFunc), and Sender sees to it
 // that none it sets later undoes that.

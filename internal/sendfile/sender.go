@@ -147,11 +147,3 @@ func (s *Sender) tryFile(socket uintptr) bool {
 		}
 	}
 }
-
-// Abort closes a connection, and what was not sent yet never is: the memory that it would have been sent from may change.
-func Abort(conn net.Conn) error {
-	if tcp, ok := conn.(interface{ SetLinger(sec int) error }); ok {
-		_ = tcp.SetLinger(0)
-	}
-	return conn.Close()
-}

@@ -122,12 +122,3 @@ func TestFileEnds(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
-
-// TestAbort: what the peer has not read by then may be gone, and the connection is.
-func TestAbort(t *testing.T) {
-	ours, theirs := pair(t, "tcp")
-	check(t, Abort(ours))
-	if _, err := theirs.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("the peer reads %v", err)
-	}
-}

@@ -46,8 +46,8 @@ _ACCEPTED, _REFUSED, _CHALLENGE = 0, 1, 2  # status of a reply
 _HEAD = struct.Struct("<8sHHI")
 _FIELDS = (
     "role", "table", "byte_order", "spec", "fingerprint", "session", "ack", "window_samples", "window_bytes",
-    "prefetch", "group", "notes", "manifest", "manifest_id", "in_place", "wait", "stream", "delta", "have",
-    "have_digest", "resume", "resume_digest", "resume_offset", "token", "nonce", "client",
+    "prefetch", "group", "notes", "manifest", "manifest_id", "session_of", "in_place", "wait", "stream", "delta",
+    "have", "have_digest", "resume", "resume_digest", "resume_offset", "token", "nonce", "client",
 )  # fmt: skip
 
 

@@ -1,0 +1,128 @@
+//go:build linux && !race
+
+package e2e
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/quic-go/quic-go"
+
+	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/internal/daemon"
+	"github.com/ingestd/ingestd/wire"
+)
+
+// another is an address of this machine that only strangers have.
+var another = net.IPv4(127, 0, 0, 2)
+
+// TestKernelBans: the kernel drops what a banned address sends to connect over TCP, TLS and QUIC, and counts it; who was connected and who comes from elsewhere is not
+// disturbed; when the ban is cleared, the same attempts to connect succeed.
+func TestKernelBans(t *testing.T) {
+	t.Parallel()
+	certs := filepath.Join(t.TempDir(), "certs")
+	certify(t, certs)
+	d := serve(t, []table{small}, "--listen", "tls://127.0.0.1:0", "--listen", "quic://127.0.0.1:0", "--bans-loopback",
+		"--tls-cert", filepath.Join(certs, "server.pem"), "--tls-key", filepath.Join(certs, "server.key"))
+	secure := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1", NextProtos: []string{wire.ALPN}}
+	text, err := os.ReadFile(filepath.Join(certs, "ca.pem"))
+	check(t, err)
+	secure.RootCAs.AppendCertsFromPEM(text)
+	d.pull(small.name)
+	beside := d.push(small.name, endless, 1000)
+
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: another}, Timeout: patience}
+	dial := func(address string) (*producer, error) {
+		_, hostPort, _ := strings.Cut(address, "://")
+		c, err := from.DialContext(t.Context(), "tcp", hostPort)
+		if err == nil {
+			t.Cleanup(func() { _ = c.Close() })
+		}
+		return &producer{Conn: c, t: t, layout: small.layout(t)}, err
+	}
+	var early []*producer // all of them are there before the first fails, so that none has to wait
+	for range bans.FailuresMax + 1 {
+		c, err := dial(d.TCP)
+		check(t, err)
+		early = append(early, c)
+	}
+	there := early[0]
+	check(t, wire.Greet(there, there, d.hello(small), nil, &there.accepted))
+	for _, c := range early[1:] {
+		c.write([]byte("this is no hello"))
+	}
+	d.await("the kernel knows of the ban", func(s *status) bool { return s.Access.Bans.Kernel != nil && s.Access.Bans.Kernel.Addresses == 1 })
+
+	came := map[string]chan error{"tcp": make(chan error, 1), "tls": make(chan error, 1), "quic": make(chan error, 1)}
+	for scheme, address := range map[string]string{"tcp": d.TCP, "tls": d.TLS} {
+		go func() {
+			_, err := dial(address)
+			came[scheme] <- err
+		}()
+	}
+	go func() { came["quic"] <- shakeQUIC(t.Context(), strings.TrimPrefix(d.QUIC, "quic://"), secure) }()
+	d.await("packets are dropped", func(s *status) bool {
+		return s.Access.Bans.Kernel.DroppedTCP >= 2 && s.Access.Bans.Kernel.DroppedQUIC >= 1
+	})
+	d.push(small.name, 3, 0).ends(exitOK) // of who is not banned
+	there.write(there.samples(2))
+	if _, err := io.ReadFull(there, make([]byte, 2)); err != nil { // its acks
+		t.Errorf("who was connected before: %v", err)
+	}
+	d.moves(small.name, 1)
+	if !beside.running() {
+		t.Error("the producer that was there is gone")
+	}
+	for scheme, result := range came {
+		select {
+		case err := <-result:
+			t.Errorf("%s: who is banned hears of it: %v", scheme, err)
+		default:
+		}
+	}
+	seen := start(t, "status", "--addr", d.Admin)
+	seen.ends(exitOK)
+	says(t, seen.out.String(), "1 of them banned", "the kernel turns 1 of those away")
+	if n := d.metric(`ingestd_kernel_dropped_total{transport="tcp"}`); n < 2 {
+		t.Errorf("%v dropped", n)
+	}
+
+	p := start(t, "bans", "clear", "127.0.0.2", "--json", "--addr", d.Admin)
+	p.ends(exitOK)
+	if n := result[daemon.BansCleared](p).Cleared; n != 1 {
+		t.Errorf("%d cleared", n)
+	}
+	for scheme, result := range came {
+		if err := <-result; err != nil {
+			t.Errorf("%s, after the ban: %v", scheme, err)
+		}
+	}
+	d.await("the kernel drops nothing", func(s *status) bool { return s.Access.Bans.Kernel.Addresses == 0 })
+}
+
+// shakeQUIC makes a connection from the other address and closes it.
+func shakeQUIC(ctx context.Context, to string, secure *tls.Config) error {
+	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: another})
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	addr, err := net.ResolveUDPAddr("udp", to)
+	if err != nil {
+		return err
+	}
+	tr := &quic.Transport{Conn: socket}
+	defer tr.Close()
+	c, err := tr.Dial(ctx, addr, secure, &quic.Config{HandshakeIdleTimeout: patience})
+	if err != nil {
+		return err
+	}
+	return c.CloseWithError(0, "")
+}
