@@ -127,7 +127,7 @@ $(VENV)/.ready: python/pyproject.toml python/setup.py python/ingestd/_native.c M
 	@echo "making $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "$(PYTHON) is older than 3.9: give another one with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
-	@$(IN_VENV)/pip install --quiet --disable-pip-version-check $(PYTHON_TOOLS) -e 'python[quic]'
+	@$(IN_VENV)/pip install --quiet --disable-pip-version-check $(PYTHON_TOOLS) -e 'python[quic,compression]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.ready

@@ -17,10 +17,11 @@ from .errors import Error, PeerClosed, Timeout
 from .tls import TLS
 
 if TYPE_CHECKING:
+    from .compression import CompressedSocket
     from .quic_socket import QuicSocket
     from .tls_socket import TLSSocket
 
-    Conn = Union[socket.socket, TLSSocket, QuicSocket]
+    Conn = Union[socket.socket, TLSSocket, QuicSocket, CompressedSocket]
 
 #: Seconds that the end of a daemon's socket is waited for when what it delivered is not so in the segment: where it
 #: has died, its successor may have given the place to others before this side saw the end.
@@ -53,15 +54,22 @@ os.register_at_fork(after_in_child=_after_fork)
 _ending: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+#: Seconds that the end of the process may wait for connections to end well, all of them together.
+EXIT_S = 3.0
+
+
 def finish_at_exit(owner: Any) -> None:
-    """Has ``owner.finish()`` called at the end of the process, after all that was never closed was aborted."""
+    """Has ``owner.leave()`` and ``owner.finish(deadline)`` called at the end of the process, after every abort."""
     _ending.add(owner)
 
 
 @atexit.register
 def _finish_all() -> None:
-    for owner in list(_ending):
-        owner.finish()
+    owners, until = list(_ending), Deadline(EXIT_S)
+    for owner in owners:
+        owner.leave()
+    for owner in owners:
+        owner.finish(until)
 
 
 class Bell:
@@ -233,7 +241,8 @@ def _timeout(deadline: Deadline) -> float | None:
 
 
 def unsent(sock: Conn) -> int:
-    """Bytes that the socket has taken and the system not yet: TLS encrypts before it knows whether there is room.
+    """Bytes that the socket has taken and the system not yet: TLS encrypts, and a compressed stream shrinks, before it
+    is known whether there is room.
 
     Whoever sends goes on with :func:`send_all`, or sends nothing, until there are none.
     """

@@ -152,12 +152,16 @@ class QuicSocket:
         if self._forks != _io.forks():
             self._carrier.close()
 
-    def finish(self) -> None:
-        """Ends the connection, and waits until it has ended: the process is about to."""
+    def leave(self) -> None:
+        """Ends the connection, though nobody has closed it: the process is about to end."""
         if self._forks == _io.forks():
             with contextlib.suppress(OSError):
                 self._end.shutdown(socket.SHUT_RDWR)
-            self._carrier.join(LINGER_S + 1)
+
+    def finish(self, deadline: Deadline) -> None:
+        """Waits until it has ended."""
+        if self._forks == _io.forks():
+            self._carrier.join(deadline.left())
 
 
 class _Carrier(threading.Thread):
@@ -205,7 +209,9 @@ class _Carrier(threading.Thread):
         self._udp.close()
 
     def _over(self) -> bool:
-        if self._gone_at is not None and (self.ending is not None or time.monotonic() >= self._gone_at + LINGER_S):
+        if self._gone_at is not None and (
+            self.ending or not self._open or time.monotonic() >= self._gone_at + LINGER_S
+        ):
             return True
         return not self._in and (self.ending is not None or (self._open and self.connection.finished))
 
