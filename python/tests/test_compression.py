@@ -160,7 +160,7 @@ def test_a_session_begins_a_new_stream(socket_path: str) -> None:
         assert peer.accept(ack="committed", compression="zstd")["compression"] == "zstd"
         assert samples_of(peer, stream, 1) == encoded(0)
         peer.ack(1)
-        assert samples_of(peer, stream, 1) == encoded(1)  # and dies of it
+        assert samples_of(peer, stream, 1).startswith(encoded(1))  # and dies of it
 
     def second(peer: Peer) -> None:
         stream = zstandard.ZstdDecompressor().decompressobj()
