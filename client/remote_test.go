@@ -172,6 +172,7 @@ func replyBytes(t *testing.T, d *table) int64 {
 	s := d.server.Stats()
 	b, err := wire.AppendAccepted(nil, &wire.AcceptedRemoteTrain{
 		Table: "t", Spec: d.spec, Fingerprint: d.spec.Fingerprint(), Trainer: s.Attached + 1, Group: "cut", BatchSize: trainerBatchSize, Prefetch: 2,
+		Created: d.ring.Layout().Created.UnixNano(),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -66,8 +66,9 @@ class Reader:
         tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
-        reconnect: over TCP, seconds without a connection after which the reader gives up; None never does. Batches that
-            were not released when a connection broke are delivered again: ``batch.seq`` tells.
+        reconnect: over TCP, seconds without a connection, in all since the last batch, after which the reader gives up;
+            None never does. Batches that were not released when a connection broke are delivered again: ``batch.seq``
+            tells.
         memory: over TCP, most bytes for batches that were received and not released.
 
     Raises:
