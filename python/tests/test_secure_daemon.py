@@ -278,13 +278,14 @@ def test_weights_over_it(secure: Secure) -> None:
     weights(address, address, tls=TLS(ca=certs.ca))
 
 
-def test_gradients_over_it(secure: Secure) -> None:
-    d, address, certs = secure(TENSORS)
-    with GradReader(d.unix, "t", deadline=PATIENCE) as reader:
-        with StepProducer(address, "t", "a", ARRAYS, tls=TLS(ca=certs.ca), deadline=PATIENCE) as p:
+def test_gradients_over_it(secure: Secure, tokens: Path) -> None:
+    _, address, certs = secure(TENSORS, tokens=str(tokens))
+    tls = TLS(ca=certs.ca)
+    with GradReader(address, "t", tls=tls, token=TOKENS["read"], deadline=PATIENCE) as reader:
+        with StepProducer(address, "t", "a", ARRAYS, tls=tls, token=TOKENS["push"], deadline=PATIENCE) as p:
             p.send(1, ARRAYS, deadline=PATIENCE)
         with reader.step(1, quorum=1, deadline=PATIENCE) as step:
-            assert np.array_equal(step.sum()["w"], ARRAYS["w"])
+            assert step.have == ["a"] and np.array_equal(step.sum()["w"], ARRAYS["w"])
 
 
 def test_tokens_over_it(secure: Secure, tokens: Path) -> None:

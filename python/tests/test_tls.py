@@ -12,7 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -577,14 +577,13 @@ def test_options_of_tls_need_tls(socket_path: str) -> None:
         lambda a: StepProducer(a, "t", "w", ARRAYS, tls=TLS()),
         lambda a: Publisher(a, "t", ARRAYS, tls=TLS()),
         lambda a: Subscription(a, "t", tls=TLS()),
+        lambda a: GradReader(a, "t", tls=TLS()),
     ):
         for address in ("tcp://127.0.0.1:1", f"unix://{socket_path}"):
             with pytest.raises(ValueError, match="tls://host:port and quic://host:port"):
                 make(address)
-    local: list[Callable[[str], Any]] = [lambda a: GradReader(a, "t"), lambda a: FillProducer(a, "t")]
-    for attach in local:
-        with pytest.raises(ValueError, match="unix://"):
-            attach("tls://127.0.0.1:1")
+    with pytest.raises(ValueError, match="unix://"):
+        FillProducer("tls://127.0.0.1:1", "t")
     for address in ("tls://[::1]:80", "quic://[::1]:80", "quic://host:1"):
         assert str(parse_address(address, tls=TLS())) == address
 
