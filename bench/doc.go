@@ -15,7 +15,8 @@
 // that lies in the ring, beside a plain loop and numpy; weights published in place, beside one copy, and streamed, beside a bare sendfile loop; CRC-32C beside
 // copy; and the memory of the daemon. A case's figures, ours and the baselines', go into one table, which names for each ratio what it is a ratio to.
 //
-// `ingestd bench access` measures handshakes with tokens beside those of a daemon without, and a producer alone and beside a banned address that connects all the time.
+// `ingestd bench access` measures handshakes with tokens beside those of a daemon without, and a producer alone and beside a banned address that connects all the time, to the daemon and
+// to a listener that nobody serves, whose kernel drops the same: what that takes is what connecting takes. The parent connects, and so does not sleep then.
 //
 // It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
 //
