@@ -14,8 +14,8 @@ type Door struct {
 	HalfOpen *HalfOpen
 }
 
-// Visit is one connection's handshake. Its methods are those of one goroutine, and may be called on a nil Visit. Whoever entered calls Leave when the connection is over, however that
-// came: until then, or until Succeeded, it takes the place of a handshake that is under way, also while the peer is only told why it is refused.
+// Visit is one connection's handshake. Its methods are those of one goroutine, and may be called on a nil Visit. Whoever entered calls Leave when the connection is over, however
+// that came: until then, or until Succeeded, it takes the place of a handshake that is under way, also while the peer is only told why it is refused.
 type Visit struct {
 	// Wait is how long the peer waits before anything of it is read.
 	Wait time.Duration
