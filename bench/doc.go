@@ -7,6 +7,9 @@
 //
 // `ingestd bench secure` does so over TLS and QUIC: the bare loops are of crypto/tls and quic-go.
 //
+// `ingestd bench link` has TCP, TLS and QUIC push over links that lose, delay and reorder packets, beside the same bare loops over the same links; sender and daemon are in
+// network namespaces (internal/lossynet), which needs root.
+//
 // `ingestd bench shm` does the same for producers that fill places of the ring themselves: rates in place and written, beside a bare queue of descriptors
 // between two processes, shmipc-go (bench/shmipc, a module of its own) and plain memory writes; latency beside one bare eventfd; and what faults cost: a daemon
 // killed under load, a large ring taken up again, a trainer killed with leases.
