@@ -239,7 +239,8 @@ func TestStrangersLeave(t *testing.T) {
 	})
 }
 
-// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address that was verified.
+// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address
+// that was verified.
 func TestFailedHandshakes(t *testing.T) {
 	strangers := ingesttest.NewCertificates(t)
 	for name, tc := range map[string]struct {

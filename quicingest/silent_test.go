@@ -95,7 +95,8 @@ func (s *site) retried(t *testing.T) bool {
 	return sniff.retries.Load() > 0
 }
 
-// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are ended and counted.
+// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are
+// ended and counted.
 func TestRetryUnderLoad(t *testing.T) {
 	const above = 5
 	s := newSite(t, func(c *Config) { c.RetryAbove = above })
