@@ -56,7 +56,10 @@ func (c Config) check() error {
 }
 
 // Server serves trainers over connections.
-type Server struct{ cfg Config }
+type Server struct {
+	cfg       Config
+	lastWords time.Duration // that of the constant
+}
 
 // NewServer returns a server, or an error for a configuration that cannot be.
 func NewServer(cfg Config) (*Server, error) {
@@ -64,7 +67,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg}, nil
+	return &Server{cfg, lastWords}, nil
 }
 
 // Serve answers a hello of role train and sends batches, until the trainer or ctx ends. It owns conn and closes it. When it returns the trainer holds nothing any
@@ -130,7 +133,7 @@ func (s *Server) say(ctx context.Context, conn net.Conn, words []byte) (stop fun
 	if !ok || half.CloseWrite() != nil {
 		return nil, false
 	}
-	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(lastWords, s.cfg.LingerTimeout))) }), true
+	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(s.lastWords, s.cfg.LingerTimeout))) }), true
 }
 
 // dismiss is say, and drops what the peer still sends. The connection is closed by the caller.
