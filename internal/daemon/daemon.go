@@ -391,7 +391,7 @@ func (d *Daemon) Addresses() Addresses {
 		}
 	}
 	if d.admin != nil {
-		a.Admin = "http://" + d.admin.listener.Addr().String()
+		a.Admin = d.admin.url()
 	}
 	return a
 }

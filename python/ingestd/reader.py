@@ -306,6 +306,7 @@ class Reader:
             self._closed = True
             for batch in list(self._held.values()):
                 batch._lose(why)
+            self._channel.leave()
             self._sock.close()
             _io.close_fds(self._fds)
 
