@@ -143,8 +143,8 @@ func TestLastAnswers(t *testing.T) {
 	}
 	d.push(3)
 	check(t, d.server.Serve(t.Context(), conn, &hello))
-	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Detached != 1 || g.Dropped != 0 || g.Unread != 1 {
-		t.Errorf("given back %d, detached %d; %+v", st.GivenBack, st.Detached, g)
+	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Died != 1 || g.Dropped != 0 || g.Unread != 1 {
+		t.Errorf("given back %d, died %d; %+v", st.GivenBack, st.Died, g)
 	}
 }
 
