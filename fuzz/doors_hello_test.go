@@ -74,7 +74,8 @@ func FuzzHandshake(f *testing.F) {
 			h.hear(v)
 		}
 		h.check(err)
-		if wait := d.bans.Check(v.from).Wait; len(said) > 0 && (wait > 0) != (h.refusal != nil && bans.Failure(h.refusal.Code)) {
+		failed := err != nil || h.refusal != nil && bans.Failure(h.refusal.Code) // whatever the hello's fault is: nothing is known of its peer
+		if wait := d.bans.Check(v.from).Wait; !h.nothing && (wait > 0) != failed {
 			t.Fatalf("told %v, and its address waits %v next time", h.refusal, wait)
 		}
 		v.leave()
