@@ -57,6 +57,17 @@ func (d *Door) Failed(peer net.Addr) {
 	}
 }
 
+// passersMax is how many handshakes an address may have under way, and yet is taken for one that only passes by.
+const passersMax = 2
+
+// Passed notes that the peer went away without a byte, after so long. Checks of a port do that, a few at a time and at once, and nothing is remembered of them; others hold places of
+// handshakes, and failed.
+func (v *Visit) Passed(after, atOnce time.Duration) {
+	if v != nil && v.leave != nil && (after > atOnce || v.door.HalfOpen.of(v.from) > passersMax) {
+		v.Failed()
+	}
+}
+
 // Leave gives the place back. It may be called more than once.
 func (v *Visit) Leave() {
 	if v != nil && v.leave != nil {

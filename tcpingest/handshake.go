@@ -71,7 +71,9 @@ func (r *counting) Read(b []byte) (int, error) {
 
 // unheard ends a handshake whose peer went away, by err. Not to come to the end of it is a failure, but of those who only passed by.
 func (s *Server) unheard(c *conn, err error, silent bool, began time.Time) {
-	if !silent || time.Since(began) > s.cfg.passingBy {
+	if silent {
+		c.visit.Passed(time.Since(began), s.cfg.passingBy)
+	} else {
 		c.visit.Failed()
 	}
 	if err == io.EOF {
