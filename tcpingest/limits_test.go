@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -282,5 +283,34 @@ func TestAbortOfTLS(t *testing.T) {
 	<-full
 	if _, err := io.Copy(io.Discard, plain); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("its end is %v, want a reset", err)
+	}
+}
+
+// TestCameTooLate: who connects to a server that is stopping is counted as that, not as one too many.
+func TestCameTooLate(t *testing.T) {
+	tables, _ := numbers(t)
+	s, err := New(Config{Tables: tables})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c := connect(t, l)
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.start(accepted, s.serveHello)
+	if text, err := io.ReadAll(c); len(text) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it hears %q, %v", text, err)
+	}
+	if st := s.Stats(); st.Refused[string(wire.CodeShuttingDown)] != 1 || st.Refused[string(wire.CodeTooManyConnections)] != 0 || st.Open != 0 {
+		t.Errorf("%+v", st)
 	}
 }
