@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -101,6 +102,8 @@ func TestSlowloris(t *testing.T) {
 	text, err := wire.AppendHello(nil, hello)
 	check(t, err)
 	large := append(bytes.Clone(text[:12]), 0, 0, 32, 0) // a body of 2 MiB
+	proof := wire.AppendProof(nil, wire.Proof{})
+	binary.LittleEndian.PutUint32(proof[12:], wire.ProofBytesMax) // so that it takes long enough
 	const late, stalled = string(wire.CodeHandshakeTimeout), string(wire.CodeStalled)
 	refused := func(s *status) uint64 { return s.Producers.Refused[late] }
 	for _, tc := range []struct {
@@ -113,7 +116,7 @@ func TestSlowloris(t *testing.T) {
 		{"tcp: silence", func(s *slow) *producer { return s.dial(s.TCP) }, nil, refused, true},
 		{"tcp: a hello", func(s *slow) *producer { return s.dial(s.TCP) }, text, refused, true},
 		{"tcp: a large hello", func(s *slow) *producer { return s.dial(s.TCP) }, large, refused, true},
-		{"tcp: a proof", func(s *slow) *producer { return s.challenged() }, wire.AppendProof(nil, wire.Proof{}), refused, true},
+		{"tcp: a proof", func(s *slow) *producer { return s.challenged() }, proof, refused, true},
 		{"tcp: no proof", func(s *slow) *producer { return s.challenged() }, nil, refused, true},
 		{"unix: silence", func(s *slow) *producer { return s.dial(s.Unix) }, nil, refused, false},
 		{"tls: silence", func(s *slow) *producer { return s.dial(s.TLS) }, nil, refused, true},
