@@ -68,9 +68,15 @@ class RemoteReader(Reader):
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0
         body = hello(
-            "train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client,
-            session=secrets.token_hex(16),  # who comes again is not served beside what is left of it
-        )  # fmt: skip
+            "train",
+            table,
+            want,
+            group=group,
+            prefetch=prefetch or 0,
+            session=secrets.token_hex(16),  # the daemon takes back what an earlier connection of this reader holds
+            token=self.address.token,
+            client=client,
+        )
         if self.address.kind == "unix":
             body["stream"] = True
         self._receiver = Receiver(self.address, body, _io.deadline_of(deadline), reconnect, memory)
