@@ -36,7 +36,7 @@ type Verdict struct {
 	Wait   time.Duration // not banned: how long to wait before its hello is read
 }
 
-// Table remembers from which addresses handshakes failed. Its methods may be called from any goroutine.
+// Table remembers from which addresses handshakes failed. Its methods may be called from any goroutine; a nil Table remembers nothing.
 type Table struct {
 	loopback bool
 	size     atomic.Int64 // of entries: with none, Check takes no lock
@@ -75,10 +75,10 @@ func New(cfg Config) *Table {
 }
 
 // Failure says whether a refusal is a failure of the address it goes to: what is no handshake of ours, is not completed, or does not prove what it should. A spec that differs, a
-// right that a token lacks, a daemon that is full are none: who meets them is no stranger, or not to blame.
+// right that a token lacks, a daemon that is full are none: who meets them is no stranger, or not to blame. A version that is not spoken is one: whoever says so is known by nothing.
 func Failure(code wire.Code) bool {
 	switch code {
-	case wire.CodeBadMagic, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated:
+	case wire.CodeBadMagic, wire.CodeBadVersion, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated:
 		return true
 	}
 	return false
@@ -95,14 +95,23 @@ func Address(a net.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// key is what an address is remembered as: itself, or of IPv6 its /64. ok is false if it is exempt.
-func (t *Table) key(a netip.Addr) (key netip.Prefix, ok bool) {
+// keyOf is what an address is remembered as: itself, or of IPv6 its /64. ok is false if it is exempt.
+func keyOf(a netip.Addr, loopback bool) (key netip.Prefix, ok bool) {
 	a = a.Unmap().WithZone("")
-	if !a.IsValid() || a.IsLoopback() && !t.loopback {
+	if !a.IsValid() || a.IsLoopback() && !loopback {
 		return key, false
 	}
 	key, err := a.Prefix(keyBits(a))
 	return key, err == nil
+}
+
+// counts says whether an address is not exempt; a nil Table exempts none.
+func (t *Table) counts(a netip.Addr) bool {
+	if t == nil {
+		return true
+	}
+	_, ok := keyOf(a, t.loopback)
+	return ok
 }
 
 func keyBits(a netip.Addr) int {
@@ -122,10 +131,10 @@ func slowed(failures int) time.Duration {
 
 // Check says what to do with a connection that has just come from an address. One that is banned costs a lookup.
 func (t *Table) Check(a netip.Addr) Verdict {
-	if t.size.Load() == 0 {
+	if t == nil || t.size.Load() == 0 {
 		return Verdict{}
 	}
-	key, ok := t.key(a)
+	key, ok := keyOf(a, t.loopback)
 	if !ok {
 		return Verdict{}
 	}
@@ -154,7 +163,10 @@ func (t *Table) Check(a netip.Addr) Verdict {
 
 // Failed notes that a handshake from an address failed, and returns what that means for the next.
 func (t *Table) Failed(a netip.Addr) Verdict {
-	key, ok := t.key(a)
+	if t == nil {
+		return Verdict{}
+	}
+	key, ok := keyOf(a, t.loopback)
 	if !ok {
 		return Verdict{}
 	}
@@ -191,10 +203,10 @@ func (t *Table) Failed(a netip.Addr) Verdict {
 
 // Succeeded forgets what an address did before. A ban that began while its handshake was under way ends too.
 func (t *Table) Succeeded(a netip.Addr) {
-	if t.size.Load() == 0 {
+	if t == nil || t.size.Load() == 0 {
 		return
 	}
-	if key, ok := t.key(a); ok {
+	if key, ok := keyOf(a, t.loopback); ok {
 		t.clear(key)
 	}
 }
@@ -277,15 +289,27 @@ type Entry struct {
 
 // Ls lists what is remembered, the latest failure first.
 func (t *Table) Ls() []Entry {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.expire(time.Now())
-	list := make([]Entry, 0, len(t.entries))
-	for el := t.order.Back(); el != nil; el = el.Prev() {
-		e := el.Value.(*entry)
+	found := t.copied()
+	list := make([]Entry, 0, len(found))
+	for _, e := range found {
 		list = append(list, Entry{text(e.prefix), e.failures, e.last, e.ban != nil, e.last.Add(BanFor), e.refused})
 	}
 	return list
+}
+
+// copied is what is remembered, the latest failure first; text is made of it when those who come wait for it no longer.
+func (t *Table) copied() []entry {
+	if t == nil {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.expire(time.Now())
+	found := make([]entry, 0, len(t.entries))
+	for el := t.order.Back(); el != nil; el = el.Prev() {
+		found = append(found, *el.Value.(*entry))
+	}
+	return found
 }
 
 func text(p netip.Prefix) string {

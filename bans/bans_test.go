@@ -219,6 +219,18 @@ func TestLsAndClear(t *testing.T) {
 	})
 }
 
+// TestNoTable: where bans are switched off nobody is slowed, and nothing is remembered.
+func TestNoTable(t *testing.T) {
+	var none *Table
+	for range FailuresMax {
+		none.Failed(stranger)
+	}
+	none.Succeeded(stranger)
+	if v := none.Check(stranger); v != (Verdict{}) || len(none.Ls()) != 0 {
+		t.Errorf("%+v", v)
+	}
+}
+
 // TestExpiredAreNotListed: what is over is neither shown nor kept.
 func TestExpiredAreNotListed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -239,7 +251,7 @@ func TestBanned(t *testing.T) {
 			for range FailuresMax {
 				table.Failed(a)
 			}
-			key, _ := table.key(a)
+			key, _ := keyOf(a, false)
 			<-time.After(time.Second)
 			return Ban{key, time.Now().Add(BanFor - time.Second)}
 		}
@@ -336,7 +348,7 @@ func testChanged(t *testing.T) {
 }
 
 func TestFailure(t *testing.T) {
-	failures := []wire.Code{wire.CodeBadMagic, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated}
+	failures := []wire.Code{wire.CodeBadMagic, wire.CodeBadVersion, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated}
 	for _, code := range wire.Codes() {
 		if Failure(code) != slices.Contains(failures, code) {
 			t.Errorf("%s: %v", code, Failure(code))
@@ -390,7 +402,7 @@ func TestModel(t *testing.T) {
 				}
 				for a, p := range model {
 					want := p.failures >= 5 && time.Since(p.last) < 5*time.Minute
-					if key, _ := table.key(a); banned[key] != want {
+					if key, _ := keyOf(a, false); banned[key] != want {
 						t.Fatalf("seed %d, step %d: %v banned: %v", seed, step, a, banned[key])
 					}
 				}

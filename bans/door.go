@@ -10,11 +10,12 @@ import (
 
 // Door is a Table and a HalfOpen before all of a daemon's listeners. Its methods may be called from any goroutine; a nil Door is open to everybody.
 type Door struct {
-	Table    *Table
+	Table    *Table // nil: nobody is slowed or banned
 	HalfOpen *HalfOpen
 }
 
-// Visit is one connection's handshake. Each of its ends counts once; the methods are those of one goroutine, and may be called on a nil Visit.
+// Visit is one connection's handshake. Its methods are those of one goroutine, and may be called on a nil Visit. Whoever entered calls Leave when the connection is over, however that
+// came: until then, or until Succeeded, it takes the place of a handshake that is under way, also while the peer is only told why it is refused.
 type Visit struct {
 	// Wait is how long the peer waits before anything of it is read.
 	Wait time.Duration
@@ -22,6 +23,7 @@ type Visit struct {
 	door  *Door
 	from  netip.Addr
 	leave func()
+	blame bool // it was counted as a failure
 }
 
 // Enter is called for each connection that has come. If code is not empty it is closed without a word, and code counted: CodeBanned, or CodeTooManyConnections if too many
@@ -31,7 +33,7 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 		return nil, ""
 	}
 	from := Address(peer)
-	if _, counted := d.Table.key(from); !counted {
+	if !d.HalfOpen.counts(from) || !d.Table.counts(from) {
 		return nil, ""
 	}
 	verdict := d.Table.Check(from)
@@ -45,48 +47,51 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 	return &Visit{Wait: verdict.Wait, door: d, from: from, leave: leave}, ""
 }
 
-// Banned says whether a peer is turned away before anything else is done for it. For transports whose peers' addresses are not verified yet: nothing is counted against them.
+// Banned says whether a peer is turned away before anything else is done for it, and counts that it was. It is for transports whose peers' addresses are not verified yet.
 func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Address(peer)).Banned }
 
-// Failed notes that a handshake failed whose peer has shown to be at its address only then, so that it did not Enter.
+// Failed notes that a handshake failed for which nobody entered.
 func (d *Door) Failed(peer net.Addr) {
 	if d != nil {
 		d.Table.Failed(Address(peer))
 	}
 }
 
-// end says that the handshake is over, and whether it was before.
-func (v *Visit) end() bool {
-	if v == nil || v.leave == nil {
-		return false
+// Leave gives the place back. It may be called more than once.
+func (v *Visit) Leave() {
+	if v != nil && v.leave != nil {
+		v.leave()
+		v.leave = nil
 	}
-	v.leave()
-	v.leave = nil
-	return true
 }
 
-// Leave ends a visit of which nothing is to be remembered.
-func (v *Visit) Leave() { v.end() }
-
-// Failed ends a visit whose handshake failed.
+// Failed notes, once, that the handshake failed. The place is kept until Leave.
 func (v *Visit) Failed() {
-	if v.end() {
+	if v != nil && v.leave != nil && !v.blame {
+		v.blame = true
 		v.door.Table.Failed(v.from)
 	}
 }
 
-// Refused ends a visit that was refused with a code; it is a failure if Failure says so.
+// Refused notes that the peer was refused with a code: Failed, if Failure says so.
 func (v *Visit) Refused(code wire.Code) {
 	if Failure(code) {
 		v.Failed()
-	} else {
-		v.Leave()
 	}
 }
 
 // Succeeded ends the visit of a peer that was let in.
 func (v *Visit) Succeeded() {
-	if v.end() {
+	if v != nil && v.leave != nil {
+		v.Leave()
 		v.door.Table.Succeeded(v.from)
 	}
+}
+
+// Beside returns a door with the same table, and bounds of its own that are as large.
+func (d *Door) Beside() *Door {
+	if d == nil {
+		return nil
+	}
+	return &Door{Table: d.Table, HalfOpen: NewHalfOpen(d.HalfOpen.cfg)}
 }

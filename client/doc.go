@@ -89,7 +89,8 @@
 // Config.BufferBytes, and the rest of one sample when a context ends in the middle of writing it; with a session instead the bytes of the
 // window (Stats.KeptBytes), which are at most Config.WindowBytes, or where that is 0, 64 MiB, and always room for one sample (two where it is 0).
 //
-// Proof: trainer_test.go (trainers that map and such as are sent to, alike), remote_test.go (byte for byte, cut after each byte, hostile daemons, patience), producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
+// Proof: trainer_test.go (trainers that map and such as are sent to, alike), remote_test.go (byte for byte, cut after each byte, hostile daemons, patience),
+// remote_ends_test.go (who leaves last, answers that are cut, daemons that break each connection), producer_test.go (delivery, both windows, coalescing, interruption half-way, over TCP and unix sockets),
 // producer_alloc_test.go (no allocation), producer_errors_test.go (each error, and no other), producer_session_test.go (a model:
 // random cuts of connections against a daemon that keeps the session, with and without loss), producer_reconnect_test.go (pauses,
 // patience, takeover, loss), and the conformance suite of the transports. BenchmarkPush sets the rates beside bare writes. Of steps: step_test.go (a model: random tensors in random

@@ -54,6 +54,7 @@ type remoteTrainer struct {
 	err        error // why the trainer has ended
 	closed     bool
 	stats      RemoteTrainerStats
+	parting    time.Duration // partingTimeout
 }
 
 // arrival is a batch, or the news of a loss.
@@ -64,7 +65,10 @@ type arrival struct {
 
 // openRemoteTrainer joins a table over a connection. ctx bounds that only.
 func openRemoteTrainer(ctx context.Context, addr, network, address string, cfg TrainerConfig) (*remoteTrainer, error) {
-	r := &remoteTrainer{addr: addr, network: network, address: address, cfg: cfg, session: newTrainerSession(), ended: make(chan struct{}), wake: make(chan struct{}, 1)}
+	r := &remoteTrainer{
+		addr: addr, network: network, address: address, cfg: cfg, session: newTrainerSession(),
+		ended: make(chan struct{}), wake: make(chan struct{}, 1), parting: partingTimeout,
+	}
 	conn, accepted, err := r.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", err)
@@ -484,7 +488,7 @@ func (r *remoteTrainer) close() error {
 	r.mu.Unlock()
 	if link != nil {
 		link.leave(begun)
-		timer := time.NewTimer(partingTimeout)
+		timer := time.NewTimer(r.parting)
 		defer timer.Stop()
 		select {
 		case <-r.ended:

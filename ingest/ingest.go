@@ -164,9 +164,16 @@ const (
 
 // What is counted as refused though nothing could be told; the other reasons are wire codes.
 const (
-	RefusedTLS      = "bad_tls"      // the handshake of TLS failed
-	RefusedDatagram = "bad_datagram" // a datagram belonged to no connection and began none
+	RefusedTLS         = "bad_tls"         // the handshake of TLS failed, for another reason than the next two: no TLS 1.3, not this protocol, no certificate
+	RefusedCertificate = "bad_certificate" // the peer's certificate is not one that is taken: of another authority, expired, for something else
+	RefusedByPeer      = "tls_alert"       // the peer ended the handshake of TLS, most likely since it does not take our certificate
+	RefusedDatagram    = "bad_datagram"    // a datagram belonged to no connection and began none
 )
+
+// RefusedUntold lists them, for counters with a fixed set of labels.
+func RefusedUntold() []string {
+	return []string{RefusedTLS, RefusedCertificate, RefusedByPeer, RefusedDatagram}
+}
 
 // Stats is a snapshot of a transport.
 type Stats struct {

@@ -65,18 +65,15 @@ func (a *ahead) read(b []byte) (int, error) {
 }
 
 // atHand implements source. It takes in what has come, so that many samples are acked at once. A record of TLS of which only a part has come is waited for, since its
-// sender is about to send the rest.
+// sender is about to send the rest; if it does not, or what came holds nothing of ours, that is no sample that stands still: 0, and whoever asked waits as for the next one.
 func (a *ahead) atHand() (int, error) {
 	for a.err == nil && len(a.buf) < aheadBytes && a.stream.Ready() {
 		a.conn.allowRead(a.conn.server.cfg.StallTimeout)
 		if err := a.fill(); errors.Is(err, os.ErrDeadlineExceeded) {
-			switch {
-			case len(a.buf) > 0:
-				return len(a.buf), nil
-			case a.conn.stopping.Load(), a.conn.taken.Load():
+			if len(a.buf) == 0 && (a.conn.stopping.Load() || a.conn.taken.Load()) {
 				return 0, err
 			}
-			return 0, errStalled
+			return len(a.buf), nil
 		}
 	}
 	if len(a.buf) == 0 {

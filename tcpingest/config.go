@@ -44,6 +44,8 @@ type Config struct {
 	StagingBuffers int   // of readBytes each, shared by all connections; default 4 per processor
 
 	Log *slog.Logger // default: none
+
+	passingBy time.Duration // default passingBy; another in tests
 }
 
 // WithDefaults returns the configuration with every field that is zero filled in, or what is wrong with it.
@@ -102,6 +104,9 @@ func (c Config) WithDefaults() (Config, error) {
 	}
 	if out.StagingBuffers == 0 {
 		out.StagingBuffers = 4 * runtime.GOMAXPROCS(0)
+	}
+	if out.passingBy == 0 {
+		out.passingBy = passingBy
 	}
 	if out.Transport == "" {
 		out.Transport = "tcp"

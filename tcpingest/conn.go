@@ -31,7 +31,8 @@ type conn struct {
 	id     uint64
 	peer   string
 	opened time.Time
-	visit  *bans.Visit // its handshake, until that has ended
+	visit  *bans.Visit // its handshake
+	large  bool        // it has a place of largeHellos
 	meet   func()      // called when it is let in; may be nil
 	token  string      // with which it was let in
 
@@ -239,24 +240,27 @@ func (c *conn) allowWrite(until time.Time) {
 // dismiss tells the peer why it is ended, or nothing if say is empty, and closes so that the peer can read it: our side first, then
 // what it still sends is read and dropped for a while, since closing over unread bytes would reset the connection and take the reason along.
 func (c *conn) dismiss(ctx context.Context, say []byte) {
-	c.setState(stateClosing)
 	defer c.Close()
-	cfg := &c.server.cfg
-	until := time.Now().Add(cfg.LingerTimeout)
-	_ = c.SetDeadline(until)
-	if err := c.finishNote(); err != nil {
-		return
-	}
-	if len(say) > 0 {
-		if _, err := c.Write(say); err != nil {
-			return
-		}
-	}
-	if err := c.CloseWrite(); err != nil {
+	if !c.tell(say) {
 		return
 	}
 	defer context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })()
 	_, _ = io.CopyN(io.Discard, onlyReader{c.netConn}, lingerBytes)
+}
+
+// tell writes the last that the peer is told, and ends our side.
+func (c *conn) tell(say []byte) bool {
+	c.setState(stateClosing)
+	_ = c.SetDeadline(time.Now().Add(c.server.cfg.LingerTimeout))
+	if err := c.finishNote(); err != nil {
+		return false
+	}
+	if len(say) > 0 {
+		if _, err := c.Write(say); err != nil {
+			return false
+		}
+	}
+	return c.CloseWrite() == nil
 }
 
 // lingerBytes is the most that is read and dropped while a peer reads why it was ended.

@@ -9,7 +9,7 @@
 //
 // A connection's bytes come from a source, of which there are two. A socket (socket.go) says how much it holds. Of TLS and of other transports' streams
 // nobody says it, so that up to 64 KiB are read ahead of them (ahead.go); the rest of a large sample is read straight into its columns. Acks and notes are writes of the
-// stream's own. TLS is 1.3 only (tls.go): a handshake that fails is counted as bad_tls, and nothing but TLS's own alert is said. A write of TLS that a
+// stream's own. TLS is 1.3 only (tls.go): a handshake that fails is counted by what was wrong (RefusedTLS), and nothing but TLS's own alert is said. A write of TLS that a
 // deadline cut short cannot be followed by another, so that such a peer is closed without a reason.
 //
 // Of tables of tensors the samples are chunks, whose headers the stream's checker sees when they are pushed: at the first bad one the connection ends with

@@ -1,18 +1,21 @@
 package tcpingest
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"testing"
 	"time"
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -41,6 +44,14 @@ func numbers(t *testing.T) (ingesttest.Tables, *wire.Hello) {
 	return tables, &wire.Hello{Role: wire.RolePush, Table: "t", Spec: tables["t"].Spec()}
 }
 
+// How a peer of TestDoor goes.
+const (
+	ends   = 0         // it ends its side
+	dies   = 1 << iota // its connection is reset
+	late               // after more than passing by takes
+	shakes             // it says what it says when TLS is done
+)
+
 // TestDoor: what is a failed handshake of an address and what is not, and that no place stays taken.
 func TestDoor(t *testing.T) {
 	certs := ingesttest.NewCertificates(t)
@@ -55,29 +66,60 @@ func TestDoor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	newer := append([]byte(nil), text...)
+	newer[8], newer[10] = 9, 9 // the versions that it speaks
 	for _, c := range []struct {
 		name   string
 		secure *ingesttest.Certificates
 		said   []byte
+		how    int
 		failed uint64
 	}{
-		{"nothing", nil, nil, 0},
-		{"half a hello", nil, text[:len(text)/2], 1},
-		{"HTTP", nil, []byte("GET / HTTP/1.1\r\n\r\n"), 1},
-		{"a table that there is not", nil, elsewhere, 0},
-		{"a hello", nil, text, 0},
-		{"TLS: nothing", certs, nil, 0},
-		{"TLS: a hello in the clear", certs, text, 1},
-		{"TLS: its first message", certs, firstOfTLS(t, certs.Client), 1},
+		{"nothing", nil, nil, ends, 0},
+		{"nothing, and a reset", nil, nil, dies, 0},
+		{"nothing, and goes late", nil, nil, ends | late, 1},
+		{"nothing, and a reset late", nil, nil, dies | late, 1},
+		{"half a hello", nil, text[:len(text)/2], ends, 1},
+		{"half a hello, and a reset", nil, text[:len(text)/2], dies, 1},
+		{"HTTP", nil, []byte("GET / HTTP/1.1\r\n\r\n"), ends, 1},
+		{"another version", nil, newer, ends, 1},
+		{"a role that there is not", nil, bytes.Replace(text, []byte(`"push"`), []byte(`"pusk"`), 1), ends, 1},
+		{"a table that there is not", nil, elsewhere, ends, 0},
+		{"a hello", nil, text, ends, 0},
+		{"TLS: nothing", certs, nil, ends, 0},
+		{"TLS: nothing, and goes late", certs, nil, ends | late, 1},
+		{"TLS: a hello in the clear", certs, text, ends, 1},
+		{"TLS: its first message", certs, firstOfTLS(t, certs.Client), ends, 1},
+		{"TLS: a handshake, and no hello", certs, nil, ends | shakes, 1},
+		{"TLS: a handshake, and a reset", certs, nil, dies | shakes, 1},
+		{"TLS: a handshake, and half a hello", certs, text[:len(text)/2], ends | shakes, 1},
+		{"TLS: a handshake, and a hello", certs, text, ends | shakes, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			door := doorTo()
-			s, l := serveOn(t, "tcp", Config{Tables: tables, Door: door}, c.secure)
-			conn := connect(t, l)
+			cfg := Config{Tables: tables, Door: door, passingBy: time.Hour}
+			if c.how&late != 0 {
+				cfg.passingBy = 1
+			}
+			s, l := serveOn(t, "tcp", cfg, c.secure)
+			plain := connect(t, l)
+			conn := plain.(ingesttest.Conn)
+			if c.how&shakes != 0 {
+				client := tls.Client(plain, c.secure.Client)
+				if err := client.Handshake(); err != nil {
+					t.Fatal(err)
+				}
+				conn = client
+			}
 			if _, err := conn.Write(c.said); err != nil {
 				t.Fatal(err)
 			}
-			if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			if c.how&dies != 0 {
+				eventually(t, "it was accepted", s, func(st ingest.Stats) bool { return st.Accepted == 1 })
+				_ = plain.(*net.TCPConn).SetLinger(0)
+				_ = plain.Close()
+				eventually(t, "its end was seen", s, func(st ingest.Stats) bool { return st.Open == 0 })
+			} else if err := conn.CloseWrite(); err != nil {
 				t.Fatal(err)
 			}
 			_, _ = io.Copy(io.Discard, conn)
@@ -122,6 +164,20 @@ func TestSuccessClears(t *testing.T) {
 	}
 }
 
+// turnedAway fails the test unless a connection is closed without a word.
+func turnedAway(t *testing.T, l net.Listener) {
+	t.Helper()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return // it was reset before it was there
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	if text, err := io.ReadAll(c); len(text) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it hears %q, %v", text, err)
+	}
+}
+
 // TestTurnedAway: a banned address is closed without a word, and counted.
 func TestTurnedAway(t *testing.T) {
 	tables, _ := numbers(t)
@@ -132,13 +188,7 @@ func TestTurnedAway(t *testing.T) {
 	for name, secure := range map[string]*ingesttest.Certificates{"tcp": nil, "tls": ingesttest.NewCertificates(t)} {
 		t.Run(name, func(t *testing.T) {
 			s, l := serveOn(t, "tcp", Config{Tables: tables, Door: door}, secure)
-			if c, err := net.Dial("tcp", l.Addr().String()); err == nil { // else it was reset before it was there
-				_ = c.SetDeadline(time.Now().Add(time.Minute))
-				if text, _ := io.ReadAll(c); len(text) > 0 {
-					t.Errorf("it hears %q", text)
-				}
-				_ = c.Close()
-			}
+			turnedAway(t, l)
 			if st := s.Stats(); st.Refused[string(wire.CodeBanned)] != 1 || st.Open != 0 {
 				t.Errorf("%+v", st)
 			}

@@ -5,13 +5,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -33,11 +31,13 @@ type Server struct {
 	// halt is closed when Shutdown begins: nobody is kept waiting before its handshake any more.
 	halt chan struct{}
 
+	large chan struct{} // holds one for each large hello that is being read, see largeHellos
+
 	mu        sync.Mutex
 	stopping  bool
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
-	refusing  int            // of conns, those that are only told why they are refused
+	refusing  int            // of conns, those that are only told why they are refused; at most refusingMax
 	running   sync.WaitGroup // one per connection
 }
 
@@ -51,6 +51,7 @@ func New(cfg Config) (*Server, error) {
 		cfg:       full,
 		staging:   newStaging(full.StagingBuffers),
 		halt:      make(chan struct{}),
+		large:     make(chan struct{}, largeHellos),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
 	}
@@ -180,8 +181,9 @@ func (s *Server) enter(nc netConn, serve func(*conn)) func() {
 		return nil
 	}
 	c.visit = visit
-	full, ok := s.add(c)
-	if !ok {
+	full, code := s.add(c)
+	if code != "" {
+		s.counters.Refused.Add(string(code))
 		visit.Leave()
 		c.endWait()
 		_ = nc.Close()
@@ -189,7 +191,6 @@ func (s *Server) enter(nc netConn, serve func(*conn)) func() {
 	}
 	return func() {
 		defer s.remove(c)
-		defer visit.Leave()
 		if full {
 			s.refuse(c, wire.Refuse(wire.CodeTooManyConnections, "this daemon serves at most %d connections at once; try again later", s.cfg.MaxConnections))
 			return
@@ -209,27 +210,40 @@ func hangUp(nc net.Conn) {
 	_ = nc.Close()
 }
 
-// refusingMax is how many connections above the limit are told so at a time; more are closed without a word.
+// refusingMax is how many peers are waited for at a time until they have read why they are refused. They take nobody's place. Others are told, and closed at once, or, above the limit of
+// connections, closed without a word.
 const refusingMax = 64
 
-// add notes the connection. It tells whether the limit is reached, and false if there is not even room to say so. A connection that is being told why it is
-// refused takes nobody's place.
-func (s *Server) add(c *conn) (full, ok bool) {
+// add notes the connection. It tells whether the limit is reached, or why there is not even room to say so.
+func (s *Server) add(c *conn) (full bool, code wire.Code) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.stopping || len(s.conns) >= s.cfg.MaxConnections+refusingMax {
-		s.counters.Refused.Add(string(wire.CodeTooManyConnections))
-		return false, false
-	}
 	full = len(s.conns)-s.refusing >= s.cfg.MaxConnections
+	switch {
+	case s.stopping:
+		return false, wire.CodeShuttingDown
+	case full && !s.mayLinger(c):
+		return false, wire.CodeTooManyConnections
+	}
 	s.conns[c] = struct{}{}
 	s.running.Add(1)
-	return full, true
+	return full, ""
+}
+
+// mayLinger counts a connection as one that is being refused, if there is room for one more. It wants mu.
+func (s *Server) mayLinger(c *conn) bool {
+	if !c.refused && s.refusing < refusingMax {
+		c.refused = true
+		s.refusing++
+	}
+	return c.refused
 }
 
 func (s *Server) remove(c *conn) {
 	_ = c.Close()
 	c.endWait()
+	c.readLarge(false)
+	c.visit.Leave() // not before: who is refused and stays keeps its place among the handshakes
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, ok := s.conns[c]; ok {
@@ -244,30 +258,8 @@ func (s *Server) remove(c *conn) {
 // serveHello serves one connection of the native protocol.
 func (s *Server) serveHello(c *conn) {
 	s.slow(c)
-	_ = c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
-	if c.stopping.Load() {
-		_ = c.SetReadDeadline(time.Unix(1, 0))
-	}
-	if secure, ok := c.netConn.(*tlsConn); ok && !s.secure(c, secure) {
-		return
-	}
-	hello, frame, err := wire.ReadHelloFrame(c.netConn)
-	var refusal *wire.Refusal
-	switch {
-	case errors.As(err, &refusal):
-		if c.stopping.Load() {
-			refusal = wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
-		}
-		s.refuse(c, refusal)
-		return
-	case err == io.EOF:
-		s.counters.Ended.Add(ingest.EndClean)
-		return
-	case err != nil:
-		s.counters.Ended.Add(ingest.EndReset)
-		return
-	}
-	if !s.admit(c, hello, frame) {
+	hello := s.greet(c)
+	if hello == nil {
 		return
 	}
 	c.visit.Succeeded()
@@ -282,38 +274,6 @@ func (s *Server) serveHello(c *conn) {
 	default:
 		s.attach(c, hello)
 	}
-}
-
-// slow lets a peer wait from whose address handshakes failed, before anything of it is read.
-func (s *Server) slow(c *conn) {
-	if c.visit == nil || c.visit.Wait <= 0 {
-		return
-	}
-	over := time.NewTimer(c.visit.Wait)
-	defer over.Stop()
-	select {
-	case <-over.C:
-	case <-s.halt:
-	}
-}
-
-// admit asks the peer who it is, and tells it if that is not enough.
-func (s *Server) admit(c *conn, hello *wire.Hello, frame []byte) bool {
-	peer, err := auth.PeerOf(c.netConn)
-	if err != nil {
-		s.refuse(c, wire.Refuse(wire.CodeInternal, "this connection's TLS says nothing that a token can be bound to"))
-		return false
-	}
-	id, refusal := s.cfg.Gate.Admit(c.netConn, hello, frame, peer)
-	if refusal != nil {
-		if refusal.Code == wire.CodeHandshakeTimeout && c.stopping.Load() {
-			refusal = wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
-		}
-		s.refuse(c, refusal)
-		return false
-	}
-	c.token = id.Token
-	return true
 }
 
 // push serves a producer.
@@ -352,8 +312,14 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
-	if _, ok := c.netConn.(Stream); reason == ingest.EndReset || ok && reason == string(wire.CodeAckTimeout) {
+	if _, ok := c.netConn.(Stream); ok && reason == string(wire.CodeAckTimeout) {
 		return // at once: in a stream, acks that nobody reads would stay in the way of what others on its connection are sent
+	}
+	if reason == ingest.EndReset {
+		if ses.unacked == 0 {
+			_ = c.CloseWrite() // the peer may read on, and a stream that is closed without it takes the acks along
+		}
+		return
 	}
 	var say []byte
 	if notice != nil {
@@ -407,15 +373,20 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 	}
 }
 
+// refuse tells the peer why, and waits until it has read it, if not too many are waited for already.
 func (s *Server) refuse(c *conn, r *wire.Refusal) {
+	c.readLarge(false)
 	c.visit.Refused(r.Code)
 	s.counters.Refused.Add(string(r.Code))
 	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
 	s.mu.Lock()
-	c.refused = true
-	s.refusing++
+	linger := s.mayLinger(c)
 	s.mu.Unlock()
-	c.dismiss(s.cut, wire.AppendRefusal(nil, r))
+	if linger {
+		c.dismiss(s.cut, wire.AppendRefusal(nil, r))
+	} else {
+		c.tell(wire.AppendRefusal(nil, r))
+	}
 }
 
 func (s *Server) ended(c *conn, reason string) {
@@ -463,7 +434,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.stopCut()
 	s.mu.Lock()
 	for c := range s.conns {
-		_ = c.Close()
+		hangUp(c.netConn)
 	}
 	s.mu.Unlock()
 	<-gone

@@ -4,8 +4,9 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
+	"fmt"
 	"net"
+	"os"
 	"syscall"
 	"time"
 
@@ -73,22 +74,60 @@ func (t *tlsConn) Offer(b []byte) int {
 // offerTimeout ends the connection of who let a socket with room stand still.
 const offerTimeout = time.Second
 
-// secure shakes hands, within the deadline in force. A peer that went away before it said anything is not counted as a failure.
-func (s *Server) secure(c *conn, t *tlsConn) bool {
-	err := t.HandshakeContext(c.ctx)
-	if err == nil {
-		return true
+// Close says so to the peer, unless that would have to be waited for: the peer may be one that does not read.
+func (t *tlsConn) Close() error {
+	if pollfd.Conn(t.socket.raw, unix.POLLOUT)&unix.POLLOUT == 0 {
+		return t.NetConn().Close()
 	}
-	if errors.Is(err, io.EOF) && t.ConnectionState().Version == 0 { // which its first message settles
-		s.counters.Ended.Add(ingest.EndClean)
+	return t.Conn.Close()
+}
+
+// SetLinger is that of a TCP socket below: with 0, what was not sent when it is closed never is.
+func (t *tlsConn) SetLinger(sec int) error {
+	if c, ok := t.NetConn().(*net.TCPConn); ok {
+		return c.SetLinger(sec)
+	}
+	return nil
+}
+
+// secure shakes hands, within the deadline in force.
+func (s *Server) secure(c *conn, t *tlsConn, began time.Time) bool {
+	err := t.HandshakeContext(c.ctx)
+	state := t.ConnectionState()
+	switch {
+	case err == nil && state.NegotiatedProtocol == wire.ALPN:
+		return true
+	case err == nil:
+		err = fmt.Errorf("the client does not ask for the protocol %s (ALPN)", wire.ALPN)
+	case wentAway(err) && state.Version == 0: // which its first message settles
+		s.unheard(c, err, true, began)
 		return false
 	}
-	if !c.stopping.Load() { // which ends it, too
+	reason := RefusedTLS(err)
+	if c.stopping.Load() { // which ends it, too
+		reason = string(wire.CodeShuttingDown)
+	} else {
 		c.visit.Failed()
 	}
-	s.counters.Refused.Add(ingest.RefusedTLS)
-	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer, "err", err)
+	s.counters.Refused.Add(reason)
+	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer, "reason", reason, "err", err)
 	return false
+}
+
+// RefusedTLS is as what a handshake of TLS counts that failed with err.
+func RefusedTLS(err error) string {
+	var timeout interface{ Timeout() bool }
+	var certificate *tls.CertificateVerificationError
+	var alert *net.OpError
+	switch {
+	case errors.As(err, &certificate):
+		return ingest.RefusedCertificate
+	case errors.As(err, &alert) && alert.Op == "remote error": // which is what package tls calls alerts of the peer
+		return ingest.RefusedByPeer
+	case errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout():
+		return string(wire.CodeHandshakeTimeout)
+	}
+	return ingest.RefusedTLS
 }
 
 // NewTLSListener makes a listener of TLS for Serve of one of sockets.

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"runtime"
@@ -43,26 +44,28 @@ func TestBadTLS(t *testing.T) {
 		name   string
 		client *tls.Config
 		target any // the client's own error; nil: the daemon's alert
+		reason string
 	}{
-		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil},
+		{"no client certificate", change(func(c *tls.Config) { c.Certificates = nil }), nil, ingest.RefusedTLS},
 		{"client certificate of another CA", change(func(c *tls.Config) {
 			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 				return &strangers.Client.Certificates[0], nil
 			}
-		}), nil},
+		}), nil, ingest.RefusedCertificate},
 		{"expired client certificate", change(func(c *tls.Config) {
 			c.Certificates = []tls.Certificate{ingesttest.Certify(t)(certs.CA.NewClient("late", time.Nanosecond))}
-		}), nil},
+		}), nil, ingest.RefusedCertificate},
 		{"server's certificate for a client", change(func(c *tls.Config) {
 			c.Certificates = []tls.Certificate{ingesttest.Certify(t)(certs.CA.NewServer([]string{"x"}, time.Hour))}
-		}), nil},
-		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h2"} }), nil},
-		{"TLS 1.2", change(func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }), nil},
-		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }), &unknown},
-		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name},
+		}), nil, ingest.RefusedCertificate},
+		{"wrong protocol", change(func(c *tls.Config) { c.NextProtos = []string{"h2"} }), nil, ingest.RefusedTLS},
+		{"no protocol", change(func(c *tls.Config) { c.NextProtos = nil }), nil, ingest.RefusedTLS},
+		{"TLS 1.2", change(func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }), nil, ingest.RefusedTLS},
+		{"wrong CA", change(func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }), &unknown, ingest.RefusedByPeer},
+		{"wrong name", change(func(c *tls.Config) { c.ServerName = "other.test" }), &name, ingest.RefusedByPeer},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			before := s.Stats().Refused[ingest.RefusedTLS]
+			before := s.Stats().Refused[tc.reason]
 			err := push(tc.client)
 			if err == nil {
 				t.Fatal("was let in")
@@ -73,7 +76,7 @@ func TestBadTLS(t *testing.T) {
 			if tc.target != nil && !errors.As(err, tc.target) {
 				t.Errorf("got %v, want a %T", err, tc.target)
 			}
-			awaitRefused(s, before+1)
+			awaitRefused(t, s, tc.reason, before+1)
 			if err := push(certs.Client); err != nil {
 				t.Errorf("a good client after that: %v", err)
 			}
@@ -93,14 +96,23 @@ func TestBadTLS(t *testing.T) {
 		if len(answer) > 7 {
 			t.Errorf("was told %q", answer)
 		}
-		awaitRefused(s, before+1)
+		awaitRefused(t, s, ingest.RefusedTLS, before+1)
 	})
 }
 
-// awaitRefused waits until so many handshakes have failed.
-func awaitRefused(s *Server, n uint64) {
-	for s.Stats().Refused[ingest.RefusedTLS] < n {
-		runtime.Gosched()
+// awaitRefused waits until so many handshakes have been refused for a reason.
+func awaitRefused(t *testing.T, s *Server, reason string, n uint64) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d refused for %s", n, reason), s, func(st ingest.Stats) bool { return st.Refused[reason] >= n })
+}
+
+// eventually waits until the counts are as wanted.
+func eventually(t *testing.T, what string, s *Server, cond func(ingest.Stats) bool) {
+	t.Helper()
+	for patience := time.Now().Add(time.Minute); !cond(s.Stats()); runtime.Gosched() {
+		if time.Now().After(patience) {
+			t.Fatalf("never: %s: %+v", what, s.Stats())
+		}
 	}
 }
 
@@ -118,7 +130,7 @@ func TestSilentTLS(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, _ = io.Copy(io.Discard, c) // until it is closed
-			awaitRefused(s, 1)
+			awaitRefused(t, s, string(wire.CodeHandshakeTimeout), 1)
 		})
 	}
 }

@@ -14,11 +14,12 @@ const Version = 1
 
 // Limits of the handshake.
 const (
-	BodyBytesMax   = 2 << 20  // body of a hello or a reply
-	NoticeBytesMax = 64 << 10 // body of a closing notice or a note
-	NameBytesMax   = 128      // table, session, group, client
-	ReasonBytesMax = 8 << 10  // a reason is cut to this
-	DiffMax        = 64       // differences in a refusal
+	BodyBytesMax    = 2 << 20  // body of a hello or a reply
+	HelloBytesSmall = 64 << 10 // body of a hello that is no large one; specs of many leaves and manifests need more
+	NoticeBytesMax  = 64 << 10 // body of a closing notice or a note
+	NameBytesMax    = 128      // table, session, group, client
+	ReasonBytesMax  = 8 << 10  // a reason is cut to this
+	DiffMax         = 64       // differences in a refusal
 )
 
 // What the daemon sends after its reply: one Ack per sample; NoteMark starts a note, NoticeMark the closing notice.

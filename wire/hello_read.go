@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -25,6 +24,12 @@ func ReadHello(r io.Reader) (*Hello, error) {
 
 // ReadHelloFrame is ReadHello that also returns all bytes of the hello as they came, from which both sides make the Transcript.
 func ReadHelloFrame(r io.Reader) (*Hello, []byte, error) {
+	return ReadHelloFrameAsking(r, nil)
+}
+
+// ReadHelloFrameAsking is ReadHelloFrame for a daemon that does not know yet whom it listens to: before it takes in a body of more than HelloBytesSmall it asks large, which may
+// wait, and a refusal of which it returns. Nil allows all.
+func ReadHelloFrameAsking(r io.Reader, large func(bytes int) *Refusal) (*Hello, []byte, error) {
 	var header [headerBytes]byte
 	n, ok, err := readHeader(r, &header)
 	switch {
@@ -43,6 +48,11 @@ func ReadHelloFrame(r io.Reader) (*Hello, []byte, error) {
 	length := binary.LittleEndian.Uint32(header[12:])
 	if length < bodyBytesMin || length > BodyBytesMax {
 		return nil, nil, Refuse(CodeBadHandshake, "the hello's body has %d bytes; it may have %d to %d", length, bodyBytesMin, BodyBytesMax)
+	}
+	if length > HelloBytesSmall && large != nil {
+		if refusal := large(int(length)); refusal != nil {
+			return nil, nil, refusal
+		}
 	}
 	frame, err := readBody(r, header[:], int(length))
 	if err != nil {
@@ -111,16 +121,16 @@ func (h *Hello) fields(body []byte) (given []string, err error) {
 	if err := json.Unmarshal(body, &nothing); errors.As(err, &syntax) {
 		return nil, fmt.Errorf("not JSON: at byte %d: %w", syntax.Offset, err)
 	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if token, err := dec.Token(); err != nil || token != json.Delim('{') {
+	m, ok := membersOf(body)
+	if !ok {
 		return nil, errors.New("not a JSON object")
 	}
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
+	for m.more() {
+		key, raw := m.next()
+		var name string
+		if err := json.Unmarshal(key, &name); err != nil {
 			return nil, err
 		}
-		name, _ := token.(string)
 		if slices.Contains(given, name) {
 			return nil, fmt.Errorf("the field %q is there twice", name)
 		}
@@ -129,10 +139,6 @@ func (h *Hello) fields(body []byte) (given []string, err error) {
 			return nil, fmt.Errorf("the field %s is not known; take it out", short(name))
 		}
 		given = append(given, name)
-		var raw json.RawMessage
-		if err := dec.Decode(&raw); err != nil {
-			return nil, err
-		}
 		if err := decodeField(name, raw, target); err != nil {
 			return nil, err
 		}

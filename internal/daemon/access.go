@@ -21,20 +21,15 @@ type Bans struct {
 type access struct {
 	tokens *auth.Tokens       // nil: everybody may
 	gate   *auth.Gate         // nil without tokens
-	door   *bans.Door         // nil where the configuration has switched bans off
+	door   *bans.Door         // its Table is nil where the configuration has switched bans off
 	filter *sockfilter.Filter // nil without bans, or where they are not the kernel's
 }
 
 // newAccess reads the tokens. What is wrong with their file is an error of the configuration.
 func newAccess(p *plan, log *slog.Logger) (access, error) {
-	var a access
+	a := access{door: &bans.Door{HalfOpen: p.halfOpen()}}
 	if p.Bans.Enabled {
-		a.door = &bans.Door{
-			Table: bans.New(bans.Config{Loopback: p.Bans.Loopback}),
-			HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{
-				Max: p.Limits.HalfOpen, MaxPerAddress: p.Limits.HalfOpenPerAddress, Loopback: p.Bans.Loopback,
-			}),
-		}
+		a.door.Table = bans.New(bans.Config{Loopback: p.Bans.Loopback})
 	}
 	if p.Bans.Enabled && p.Bans.Kernel {
 		a.filter = sockfilter.New(sockfilter.Config{Table: a.door.Table, Log: log})
@@ -54,30 +49,37 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 	return a, nil
 }
 
-// guard has the kernel drop what banned addresses send to a listener, where it is asked to.
-func (a *access) guard(l *listener) error {
+// guard has the kernel drop what banned addresses send to a listener, where it is asked to and can.
+func (a *access) guard(l listener, log *slog.Logger) listener {
 	if a.filter == nil {
-		return nil
+		return l
 	}
+	var err error
 	if socket, ok := l.socket.(*net.UDPConn); ok {
-		return a.filter.GuardQUIC(socket)
+		err = a.filter.GuardQUIC(socket)
+	} else if tcp, ok := l.Listener.(*net.TCPListener); ok {
+		var guarded net.Listener
+		if guarded, err = a.filter.Guard(tcp); err == nil {
+			l.Listener = guarded
+		}
 	}
-	tcp, ok := l.Listener.(*net.TCPListener)
-	if !ok {
-		return nil
+	if err != nil {
+		log.Warn("the kernel cannot filter for this listener; the daemon turns banned addresses away itself", "component", "daemon", "listener", l.url(), "err", err)
 	}
-	guarded, err := a.filter.Guard(tcp)
-	if err == nil {
-		l.Listener = guarded
-	}
-	return err
+	return l
+}
+
+// halfOpen counts handshakes under way within the limits.
+func (p *plan) halfOpen() *bans.HalfOpen {
+	return bans.NewHalfOpen(bans.HalfOpenConfig{Max: p.Limits.HalfOpen, MaxPerAddress: p.Limits.HalfOpenPerAddress, Loopback: p.Bans.Loopback})
 }
 
 // AccessStatus is who was let in, and who was not.
 type AccessStatus struct {
-	Tokens   *TokensStatus   `json:"tokens,omitempty"` // none: the daemon has none, and everybody is let in
-	Bans     *BansStatus     `json:"bans,omitempty"`   // none: switched off
-	HalfOpen *HalfOpenStatus `json:"half_open,omitempty"`
+	Tokens   *TokensStatus  `json:"tokens,omitempty"` // none: the daemon has none, and everybody is let in
+	Bans     *BansStatus    `json:"bans,omitempty"`   // none: switched off
+	HalfOpen HalfOpenStatus `json:"half_open"`
+	Admin    *AdminStatus   `json:"admin,omitempty"` // none: it is off
 }
 
 // TokensStatus is the file of tokens and what became of those who came.
@@ -115,6 +117,12 @@ type KernelStatus struct {
 	DroppedQUIC uint64 `json:"dropped_quic"` // both: of banned addresses, and what found the socket's queue full
 }
 
+// AdminStatus is the admin endpoint.
+type AdminStatus struct {
+	Open    int64             `json:"open"` // connections
+	Refused map[string]uint64 `json:"refused"`
+}
+
 // HalfOpenStatus is how many handshakes are under way.
 type HalfOpenStatus struct {
 	Open      int    `json:"open"`
@@ -134,27 +142,27 @@ func (a *access) status() AccessStatus {
 			s.Tokens.Broken = t.Broken.Error()
 		}
 	}
-	if a.door != nil {
+	if a.door.Table != nil {
 		b := a.door.Table.Stats()
 		s.Bans = &BansStatus{b.Addresses, b.Banned, b.Failures, b.Bans, b.Refused, b.Slowed, b.Forgotten, b.Cleared, nil}
-		open, addresses, refused := a.door.HalfOpen.Stats()
-		s.HalfOpen = &HalfOpenStatus{open, addresses, refused}
 	}
 	if a.filter != nil {
 		k := KernelStatus(a.filter.Stats())
 		s.Bans.Kernel = &k
 	}
+	open, addresses, refused := a.door.HalfOpen.Stats()
+	s.HalfOpen = HalfOpenStatus{open, addresses, refused}
 	return s
 }
 
 // sources is access as metrics shows it.
 func (a *access) sources() metrics.Access {
-	var m metrics.Access
+	m := metrics.Access{HalfOpen: a.door.HalfOpen.Stats}
 	if a.tokens != nil {
 		m.Gate, m.Tokens = a.gate.Stats, a.tokens.Stats
 	}
-	if a.door != nil {
-		m.Bans, m.HalfOpen = a.door.Table.Stats, a.door.HalfOpen.Stats
+	if a.door.Table != nil {
+		m.Bans = a.door.Table.Stats
 	}
 	if a.filter != nil {
 		m.Kernel = a.filter.Stats

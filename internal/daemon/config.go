@@ -13,6 +13,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/engine"
 )
 
@@ -133,7 +134,7 @@ func DefaultConfig() Config {
 			AckTimeout:       Duration(30 * time.Second),
 			MaxTrainers:      256,
 
-			HalfOpen: 128, HalfOpenPerAddress: 16,
+			HalfOpen: bans.DefaultHalfOpen, HalfOpenPerAddress: bans.DefaultHalfOpenPerAddress,
 		},
 		Bans: Bans{Enabled: true, Kernel: true},
 	}

@@ -107,10 +107,7 @@ func (d *Daemon) open(log *slog.Logger) error {
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, l)
-		if err := d.access.guard(&d.listeners[len(d.listeners)-1]); err != nil {
-			return err
-		}
+		d.listeners = append(d.listeners, d.access.guard(l, log))
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -391,7 +388,7 @@ func (d *Daemon) Addresses() Addresses {
 		}
 	}
 	if d.admin != nil {
-		a.Admin = "http://" + d.admin.listener.Addr().String()
+		a.Admin = d.admin.url()
 	}
 	return a
 }

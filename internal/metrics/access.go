@@ -6,15 +6,17 @@ import (
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/bans/sockfilter"
+	"github.com/ingestd/ingestd/wire"
 )
 
-// Access is where the counts of tokens, bans and handshakes come from. Both functions of a pair are nil where the daemon has no tokens, or bans are off.
+// Access is where the counts of tokens, bans and handshakes come from. Gate and Tokens are nil where the daemon has no tokens, Bans where bans are off.
 type Access struct {
 	Gate     func() auth.GateStats
 	Tokens   func() auth.Stats
 	Bans     func() bans.Stats
 	HalfOpen func() (open, addresses int, refused uint64)
-	Kernel   func() sockfilter.Stats // nil where it drops nothing
+	Kernel   func() sockfilter.Stats  // nil where it drops nothing
+	Admin    func() map[string]uint64 // whom the admin endpoint refused, by reason
 }
 
 var (
@@ -39,6 +41,11 @@ var (
 	halfRefused   = desc("half_open_refused_total", "Connections closed because too many handshakes were under way.")
 )
 
+// adminCodes are what the admin endpoint refuses for.
+var adminCodes = []wire.Code{
+	wire.CodeBanned, wire.CodeTooManyConnections, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated, wire.CodeNotPermitted,
+}
+
 func describeAccess() []*prometheus.Desc {
 	return []*prometheus.Desc{
 		tokens, tokensReloads, tokensFailed, tokensStale, handshakes,
@@ -62,6 +69,13 @@ func (a *Access) collect(ch out) {
 			ch.counter(handshakes, r.n, r.result)
 		}
 	}
+	open, _, turned := a.HalfOpen()
+	ch.gauge(halfOpen, float64(open))
+	ch.counter(halfRefused, turned)
+	untold := a.Admin()
+	for _, code := range adminCodes {
+		ch.counter(refused, untold[string(code)], "admin", string(code))
+	}
 	if a.Bans == nil {
 		return
 	}
@@ -80,7 +94,4 @@ func (a *Access) collect(ch out) {
 		ch.counter(kernelDropped, k.DroppedTCP, "tcp")
 		ch.counter(kernelDropped, k.DroppedQUIC, "quic")
 	}
-	open, _, refused := a.HalfOpen()
-	ch.gauge(halfOpen, float64(open))
-	ch.counter(halfRefused, refused)
 }

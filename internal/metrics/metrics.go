@@ -245,7 +245,7 @@ func transport(ch out, st *ingest.Stats) {
 	for _, code := range wire.Codes() {
 		ch.counter(refused, st.Refused[string(code)], t, string(code))
 	}
-	for _, reason := range []string{ingest.RefusedTLS, ingest.RefusedDatagram} {
+	for _, reason := range ingest.RefusedUntold() {
 		ch.counter(refused, st.Refused[reason], t, reason)
 	}
 }

@@ -67,8 +67,9 @@ class Reader:
         tls: for ``tls://``, how the daemon is believed; see :class:`TLS`.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
-        reconnect: over TCP, seconds without a connection after which the reader gives up; None never does. Batches that
-            were not released when a connection broke are delivered again: ``batch.seq`` tells.
+        reconnect: over TCP, seconds without a connection, in all since the last batch, after which the reader gives up;
+            None never does. Batches that were not released when a connection broke are delivered again: ``batch.seq``
+            tells.
         memory: over TCP, most bytes for batches that were received and not released.
 
     Raises:
@@ -305,6 +306,7 @@ class Reader:
             self._closed = True
             for batch in list(self._held.values()):
                 batch._lose(why)
+            self._channel.leave()
             self._sock.close()
             _io.close_fds(self._fds)
 
