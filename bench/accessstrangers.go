@@ -46,7 +46,7 @@ var stranger = netip.MustParseAddr("127.0.0.2")
 func (r *accessRunner) strangers(ctx context.Context, transport string) (err error) {
 	opt, c := r.options("--bans-loopback", "--log-level", "warn"), accessCase()
 	if transport != transportTCP {
-		if opt.certs, err = makeCertificates(); err != nil {
+		if opt.certs, err = makeCertificates(opt.sites.host()); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, opt.certs.remove()) }()

@@ -66,8 +66,8 @@ type arrival struct {
 // openRemoteTrainer joins a table over a connection. ctx bounds that only.
 func openRemoteTrainer(ctx context.Context, addr, network, address string, cfg TrainerConfig) (*remoteTrainer, error) {
 	r := &remoteTrainer{
-		addr: addr, network: network, address: address, cfg: cfg, session: newTrainerSession(),
-		ended: make(chan struct{}), wake: make(chan struct{}, 1), parting: partingTimeout,
+		addr: addr, network: network, address: address, cfg: cfg,
+		session: newTrainerSession(), ended: make(chan struct{}), wake: make(chan struct{}, 1), parting: partingTimeout,
 	}
 	conn, accepted, err := r.connect(ctx)
 	if err != nil {
