@@ -135,7 +135,7 @@ func TestStrangersPerAddress(t *testing.T) {
 				}
 				strangers = append(strangers, c)
 			}
-			for s.Connections().Strangers < most {
+			for s.connections().Strangers < most {
 				runtime.Gosched()
 			}
 			c, err := s.dialFrom(t, "127.0.0.1", s.certs.Client)
@@ -170,7 +170,7 @@ func TestStrangersPerAddress(t *testing.T) {
 			} else {
 				_ = st.Close()
 			}
-			if n := s.Connections().Strangers; n != most-1 {
+			if n := s.connections().Strangers; n != most-1 {
 				t.Errorf("%d strangers, want %d", n, most-1)
 			}
 			_ = st.Close()
@@ -213,7 +213,7 @@ func TestStrangersLeave(t *testing.T) {
 				t.Errorf("closed with %d", code)
 			}
 			s.await(string(wire.CodeHandshakeTimeout), 1)
-			for s.Connections().Open > 0 {
+			for s.connections().Open > 0 {
 				runtime.Gosched()
 			}
 			if n := s.door.Table.Stats().Failures; tc.failed && n != 1 {
@@ -229,7 +229,7 @@ func TestStrangersLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = c.CloseWithError(quicconn.CodeDone, "")
-		for s.Connections().Ended[ingest.EndClean] == 0 {
+		for s.connections().Ended[ingest.EndClean] == 0 {
 			runtime.Gosched()
 		}
 		if n := s.door.Table.Stats().Failures; n != 1 {
@@ -239,7 +239,8 @@ func TestStrangersLeave(t *testing.T) {
 	})
 }
 
-// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address that was verified.
+// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address
+// that was verified.
 func TestFailedHandshakes(t *testing.T) {
 	strangers := ingesttest.NewCertificates(t)
 	for name, tc := range map[string]struct {
@@ -272,7 +273,7 @@ func TestFailedHandshakes(t *testing.T) {
 				}
 				s.await(tc.reason, n+1)
 			}
-			for s.Connections().HalfOpen > 0 {
+			for s.connections().HalfOpen > 0 {
 				runtime.Gosched()
 			}
 			if n := s.door.Table.Stats().Failures; n != tc.failures {

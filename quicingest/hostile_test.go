@@ -229,7 +229,7 @@ func TestStrayDatagrams(t *testing.T) {
 	if got := s.Stats().Refused[ingest.RefusedDatagram]; got != uint64(len(kinds)*n) {
 		t.Errorf("%d datagrams counted, want %d", got, len(kinds)*n)
 	}
-	if st := s.Connections(); st.HalfOpen != 0 || st.Open != 1 {
+	if st := s.connections(); st.HalfOpen != 0 || st.Open != 1 {
 		t.Errorf("%+v", st)
 	}
 	finish()
@@ -259,7 +259,7 @@ func TestRandomDatagrams(t *testing.T) {
 	}
 	s.await(ingest.RefusedDatagram, 1)
 	finish()
-	if n := s.Connections().HalfOpen; n > 5 {
+	if n := s.connections().HalfOpen; n > 5 {
 		t.Errorf("seed %#x: %d handshakes are half open", seed, n)
 	}
 	s.finish(t)

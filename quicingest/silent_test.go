@@ -95,7 +95,8 @@ func (s *site) retried(t *testing.T) bool {
 	return sniff.retries.Load() > 0
 }
 
-// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are ended and counted.
+// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are
+// ended and counted.
 func TestRetryUnderLoad(t *testing.T) {
 	const above = 5
 	s := newSite(t, func(c *Config) { c.RetryAbove = above })
@@ -103,21 +104,21 @@ func TestRetryUnderLoad(t *testing.T) {
 		t.Error("retried with nobody half-way")
 	}
 	s.initials(t, above-1)
-	for s.Connections().HalfOpen < above-1 {
+	for s.connections().HalfOpen < above-1 {
 		runtime.Gosched()
 	}
 	if s.retried(t) {
 		t.Errorf("retried with %d half-way, want %d", above-1, above)
 	}
 	s.initials(t, 1)
-	for s.Connections().HalfOpen < above {
+	for s.connections().HalfOpen < above {
 		runtime.Gosched()
 	}
 	if !s.retried(t) {
 		t.Errorf("not retried with %d half-way", above)
 	}
 	s.await(string(wire.CodeHandshakeTimeout), above)
-	if n := s.Connections().HalfOpen; n != 0 {
+	if n := s.connections().HalfOpen; n != 0 {
 		t.Errorf("%d half-way", n)
 	}
 	if s.retried(t) {
@@ -132,7 +133,7 @@ func TestFloodOfInitials(t *testing.T) {
 	s := newSite(t, func(c *Config) { c.RetryAbove = above })
 	finish := s.honest(t)
 	s.initials(t, 300)
-	if n := s.Connections().HalfOpen; n > above || n == 0 {
+	if n := s.connections().HalfOpen; n > above || n == 0 {
 		t.Errorf("%d half-way, want 1 to %d", n, above)
 	}
 	st, accepted := s.push(t, s.dial(t))
@@ -160,7 +161,7 @@ func TestClientVanishes(t *testing.T) {
 	st, accepted := s.push(t, c)
 	send(t, st, 100, -1, nil)
 	socket.left.Store(0)
-	for s.Stats().Ended[ingest.EndReset] == 0 || s.Connections().Ended[ingest.EndReset] == 0 {
+	for s.Stats().Ended[ingest.EndReset] == 0 || s.connections().Ended[ingest.EndReset] == 0 {
 		runtime.Gosched()
 	}
 	if st := s.Stats(); st.Open != 0 {
@@ -192,7 +193,7 @@ func TestIdleConnection(t *testing.T) {
 	if code := closedWith(t, c); code != quicconn.CodeIdle {
 		t.Errorf("closed with %d", code)
 	}
-	for s.Connections().Ended[string(wire.CodeIdleTimeout)] == 0 {
+	for s.connections().Ended[string(wire.CodeIdleTimeout)] == 0 {
 		runtime.Gosched()
 	}
 	if got := s.Stats().Refused; got[string(wire.CodeHandshakeTimeout)] != 0 {

@@ -120,6 +120,46 @@ func TestKernelBans(t *testing.T) {
 	d.await("the kernel drops nothing", func(s *status) bool { return s.Access.Bans.Kernel.Addresses == 0 })
 }
 
+// TestKernelBansAdmin: an admin endpoint that others reach is a listener like the others.
+func TestKernelBansAdmin(t *testing.T) {
+	t.Parallel()
+	k := newKeyring(t)
+	k.add("boss", "admin", "*")
+	d := serve(t, []table{small}, "--admin", "0.0.0.0:0", "--tokens", k.path(), "--bans-loopback")
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(d.Admin, "http://"))
+	check(t, err)
+	ask := func(args ...string) *process {
+		p := start(t, append(args, "--json", "--addr", "127.0.0.1:"+port, "--token-file", k.file("boss"))...)
+		p.ends(exitOK)
+		return p
+	}
+	kernel := func() *daemon.KernelStatus { return result[daemon.Status](ask("status")).Access.Bans.Kernel }
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: another}, Timeout: patience}
+	var strangers []net.Conn
+	for range bans.FailuresMax {
+		c, err := from.DialContext(t.Context(), "tcp", strings.TrimPrefix(d.TCP, "tcp://"))
+		check(t, err)
+		defer c.Close()
+		strangers = append(strangers, c)
+	}
+	for _, c := range strangers {
+		_, err := c.Write([]byte("this is no hello"))
+		check(t, err)
+	}
+	eventually(t, "the kernel knows of the ban", func() bool { return kernel().Addresses == 1 })
+	came := make(chan error, 1)
+	go func() {
+		c, err := from.DialContext(t.Context(), "tcp", "127.0.0.1:"+port)
+		if err == nil {
+			err = c.Close()
+		}
+		came <- err
+	}()
+	eventually(t, "a SYN is dropped", func() bool { return kernel().DroppedTCP >= 1 })
+	ask("bans", "clear", "--all")
+	check(t, <-came)
+}
+
 // dialQUIC makes a connection from the other address.
 func dialQUIC(t *testing.T, to string, secure *tls.Config) (*quic.Conn, error) {
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: another})

@@ -52,6 +52,9 @@ func collector() *Collector {
 				Transport: "tcp", Accepted: 7, Open: 2, Samples: 22, Bytes: 374, CutShort: 1, Notes: 11,
 				Ended:   map[string]uint64{ingest.EndClean: 3, string(wire.CodeStalled): 1, "a reason that a peer made up": 9},
 				Refused: map[string]uint64{string(wire.CodeSpecMismatch): 2},
+			}, {
+				Transport: "quic",
+				Carriers:  &ingest.Carriers{Open: 7, Strangers: 3, HalfOpen: 2, Max: 90, Ended: map[string]uint64{ingest.EndReset: 5, "another that a peer made up": 9}},
 			}}
 		},
 		Trainers: func() shm.Stats {
@@ -167,6 +170,12 @@ func TestValues(t *testing.T) {
 		"ingestd_streams_ended_total idle_timeout tcp":      0,
 		"ingestd_refused_total spec_mismatch tcp":           2,
 		"ingestd_refused_total unknown_table shm":           6,
+		"ingestd_quic_connections used":                     4,
+		"ingestd_quic_connections stranger":                 3,
+		"ingestd_quic_connections half_open":                2,
+		"ingestd_quic_connections_max":                      90,
+		"ingestd_quic_connections_ended_total reset":        5,
+		"ingestd_quic_connections_ended_total idle_timeout": 0,
 		"ingestd_trainers a":                                1,
 		"ingestd_trainer_batches_held a":                    2,
 		"ingestd_trainers_ended_total died":                 1,

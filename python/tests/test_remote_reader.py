@@ -134,17 +134,25 @@ def speak() -> Iterator[object]:
     """speak(data): the address of a daemon of a table of SPEC in batches of 4 that accepts and says data.
 
     ``then_end``: it ends each connection then. ``more`` is said once the reader has said its last word, which is put
-    into ``heard``.
+    into ``heard``, and its hellos into ``hellos``.
     """
     listeners = []
 
-    def start(data: bytes, then_end: bool = False, more: bytes = b"", heard: list[bytes] | None = None) -> str:
+    def start(
+        data: bytes,
+        then_end: bool = False,
+        more: bytes = b"",
+        heard: list[bytes] | None = None,
+        hellos: list[dict[str, object]] | None = None,
+    ) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
         listeners.append(listener)
 
         def answer(conn: socket.socket) -> None:
             head = conn.recv(16, socket.MSG_WAITALL)
-            conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            said = conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            if hellos is not None:
+                hellos.append(json.loads(said))
             fields = {"table": "t", "spec": SPEC.to_dict(), "fingerprint": SPEC.fingerprint, "trainer": 1}
             body = json.dumps({**fields, "group": "default", "batch_size": 4, "prefetch": 2}).encode()
             conn.sendall(struct.pack("<8sHHI", b"INGESTD\n", 1, 0, len(body)) + body + data)
@@ -220,9 +228,11 @@ def test_patience_ends(speak) -> None:  # type: ignore[no-untyped-def]
 )
 def test_patience_with_breaks(speak, data: bytes) -> None:  # type: ignore[no-untyped-def]
     """A daemon that accepts and ends each connection is given up as one that is gone is, and costs no memory."""
-    with Reader(speak(data, then_end=True), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
+    hellos: list[dict[str, object]] = []
+    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
         with pytest.raises(PeerClosed):
             r.next(PATIENCE)
+        assert hellos[0]["session"] and all(h == hellos[0] for h in hellos)
         assert r.reconnects > 2 and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
 
 
