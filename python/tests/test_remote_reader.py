@@ -248,7 +248,7 @@ def test_patience_ends(speak) -> None:  # type: ignore[no-untyped-def]
 def test_patience_with_breaks(speak, data: bytes) -> None:  # type: ignore[no-untyped-def]
     """A daemon that accepts and ends each connection is given up as one that is gone is, and costs no memory."""
     hellos: list[dict[str, object]] = []
-    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
+    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.5, on_lost="count") as r:
         with pytest.raises(PeerClosed):
             r.next(PATIENCE)
         assert hellos[0]["session"] and all(h == hellos[0] for h in hellos)
