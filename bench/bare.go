@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -29,6 +31,7 @@ type bareOptions struct {
 	windowSamples int64
 	windowBytes   int64
 	transport     string
+	host          string
 	certs         string
 }
 
@@ -79,6 +82,7 @@ func bareCommand() *cobra.Command {
 	f.Int64Var(&opt.windowSamples, "window-samples", 1<<16, "largest window to grant")
 	f.Int64Var(&opt.windowBytes, "window-bytes", 16*mib, "largest window to grant")
 	f.StringVar(&opt.transport, "transport", transportTCP, "tcp, tls or quic")
+	f.StringVar(&opt.host, "host", "127.0.0.1", "address to listen at")
 	f.StringVar(&opt.certs, "certs", "", "folder of the certificates for tls and quic")
 	return cmd
 }
@@ -107,7 +111,7 @@ func newBareServer(ctx context.Context, opt bareOptions) (*bareServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	listener, err := listenBare(ctx, opt.transport, certificates(opt.certs))
+	listener, err := listenBare(ctx, opt.transport, opt.host, certificates(opt.certs))
 	if err != nil {
 		return nil, fmt.Errorf("listen for the bare loop: %w", err)
 	}
@@ -227,13 +231,20 @@ func (c *bareConn) run(socket uintptr) bool {
 	}
 }
 
-// stream is run for what is no socket of the kernel's. Nobody says whether more has come, so acks wait until there are as many as are worth a write: a sender goes on
-// meanwhile, for it wants a quarter of its window free, no more.
+// stream is run for what is no socket of the kernel's. As in run, acks go out when a quarter of the window is due, or nothing more has come; of QUIC a read takes all that has.
 func (c *bareConn) stream(conn net.Conn) error {
+	more := func() bool { return false }
+	if secure, ok := conn.(*tls.Conn); ok {
+		raw, err := secure.NetConn().(*net.TCPConn).SyscallConn()
+		if err != nil {
+			return err
+		}
+		more = func() bool { return pollfd.Conn(raw, unix.POLLIN)&unix.POLLIN != 0 }
+	}
 	for {
 		n, err := conn.Read(c.memory[c.at:min(c.at+c.server.opt.readBytes, len(c.memory))])
 		c.took(n)
-		if c.owed >= c.ackAt || err != nil {
+		if c.owed > 0 && (c.owed >= c.ackAt || err != nil || !more()) {
 			for c.owed > 0 {
 				k, failed := conn.Write(c.acks[:min(c.owed, len(c.acks))])
 				c.owed -= k

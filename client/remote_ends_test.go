@@ -5,6 +5,7 @@ package client
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math"
@@ -15,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/ingestd/ingestd/internal/pollfd"
 	"github.com/ingestd/ingestd/sampler"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -92,6 +96,54 @@ func TestRemoteLastAnswers(t *testing.T) {
 			t.Fatalf("round %d: %+v", round, g)
 		}
 	}
+}
+
+// TestRemoteGoesLast: a trainer that is closed says what it has begun and waits for the daemon to end the connection, reading and dropping what still comes: closing over that would reset it,
+// and the last answers might never arrive.
+func TestRemoteGoesLast(t *testing.T) {
+	s := specOf(t, "a:U8,b:U16")
+	l := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	defer l.Close()
+	said := make(chan []byte, 1)
+	var all sync.WaitGroup
+	all.Go(func() {
+		defer close(said)
+		conn, err := l.Accept()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		if _, err = wire.ReadHello(conn); err == nil {
+			err = wire.WriteAccepted(conn, &wire.AcceptedRemoteTrain{Table: "t", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 1, Group: "default", BatchSize: 4, Prefetch: 3})
+		}
+		second := frame(1, 4)
+		if err == nil {
+			_, err = conn.Write(append(frame(0, 4), second[:70]...))
+		}
+		var text []byte
+		if err == nil {
+			text, err = io.ReadAll(conn)
+		}
+		if err == nil {
+			_, err = conn.Write(append(second[70:], frame(2, 4)...))
+		}
+		raw, _ := socketOf(conn)
+		if state := pollfd.Conn(raw, unix.POLLRDHUP); err != nil || state != unix.POLLRDHUP {
+			t.Errorf("after the trainer's last word: %v, %#x", err, state)
+		}
+		said <- text
+	})
+	tr := must[*Trainer](t)(Attach(t.Context(), "tcp://"+l.Addr().String(), TrainerConfig{Table: "t", Prefetch: 3}))
+	tr.remote.parting = time.Hour
+	must[*Batch](t)(tr.Next(t.Context())).Release()
+	if err := tr.Close(); err != nil {
+		t.Error(err)
+	}
+	if got, want := <-said, binary.LittleEndian.AppendUint64(make([]byte, 8), wire.AnswerLeaves|1); !bytes.Equal(got, want) {
+		t.Errorf("the trainer said %x, want %x", got, want)
+	}
+	all.Wait()
 }
 
 // TestRemoteAnswersCutAnywhere: the connection is cut after each byte of what the trainer says after its hello. Every batch comes whole, and in the end all are given back.

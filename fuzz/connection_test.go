@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/drainer"
 	"github.com/ingestd/ingestd/engine"
 	"github.com/ingestd/ingestd/ingest/ingesttest"
@@ -48,6 +49,7 @@ const (
 	rawHandshake  = 1 << 2 // what is said begins with whatever the input holds
 	committedAcks = 1 << 3
 	narrowWindow  = 1 << 4
+	withToken     = 1 << 5 // the daemon has tokens, and the peer proves one
 )
 
 // A conversation is cut to what keeps a run short: the input's own bytes, and as many more as two samples have, or a few reads' worth of small ones.
@@ -66,7 +68,8 @@ type conversation struct {
 	peer   *net.UnixConn
 	serve  sync.WaitGroup
 
-	said      []byte // all that the peer wants to say
+	said      []byte // all that the peer wants to say, but for a proof
+	unsaid    []byte // of that, and the proof, what is said after the handshake has begun
 	heard     []byte // all that it was answered
 	delivered []byte // samples as the trainer got them, leaves in order
 	streams   map[uint64]int
@@ -80,6 +83,7 @@ func FuzzConnection(f *testing.F) {
 		for end := range byte(ends) {
 			f.Add(end, byte(shape), []byte{3, 90, 1}, []byte("a few samples of something or other"), uint16(7001))
 			f.Add(end|committedAcks|narrowWindow, byte(shape), []byte{200, 255}, []byte{}, uint16(65535))
+			f.Add(end|withToken, byte(shape), []byte{2, 7, 90}, []byte("a few samples of something or other"), uint16(7001))
 		}
 		f.Add(byte(0), byte(shape), []byte{}, []byte{}, uint16(0))
 	}
@@ -90,6 +94,16 @@ func FuzzConnection(f *testing.F) {
 	f.Add(byte(rawHandshake|endShutdown), byte(0), []byte{9}, hello[:20], uint16(9))
 	f.Add(byte(rawHandshake), byte(0), []byte{}, []byte("GET / HTTP/1.1\r\n\r\n"), uint16(60000))
 	f.Add(byte(rawHandshake), byte(0), []byte{}, []byte{}, uint16(0))
+	f.Add(byte(rawHandshake|withToken), byte(0), []byte{1}, append(hello, "eight by"...), uint16(80)) // of the daemon's own user
+	asking := &wire.Hello{Role: wire.RolePush, Table: connectionTable, Spec: mustSpec(f, connectionShapes[0].spec), Token: "worker", Nonce: wire.Nonce{1}}
+	named := must(wire.AppendHello(nil, asking))
+	for end := range byte(ends) {
+		f.Add(rawHandshake|withToken|end, byte(0), []byte{9}, append(bytes.Clone(named), wire.AppendProof(nil, wire.Proof{1})...), uint16(8))
+		f.Add(rawHandshake|withToken|end, byte(0), []byte{9}, named, uint16(0))
+		f.Add(rawHandshake|end, byte(0), []byte{9}, named, uint16(9))
+	}
+	asking.Token, asking.Nonce, asking.Compression = "", wire.Nonce{}, wire.CompressionZstd
+	f.Add(byte(rawHandshake), byte(0), []byte{9}, must(wire.AppendHello(nil, asking)), uint16(9))
 
 	pool := drainer.NewPool(1)
 	ctx, stop := context.WithCancel(context.Background())
@@ -106,6 +120,10 @@ func FuzzConnection(f *testing.F) {
 		for i := range min(2*int(more), max(conversationMin, 2*int(c.spec.SampleBytes()))) { // more than an input should hold
 			c.said = append(c.said, byte(i^i>>8))
 		}
+		c.unsaid = c.said
+		if how&(rawHandshake|withToken) == withToken {
+			c.authenticate()
+		}
 		c.talk(cuts)
 		c.check()
 	})
@@ -120,7 +138,11 @@ func newConversation(t *testing.T, pool *drainer.Pool, how, shape byte) *convers
 		t.Fatal(err)
 	}
 	c.table.Ring().Poison = true
-	c.server, err = tcpingest.New(tcpingest.Config{Tables: ingesttest.Tables{connectionTable: c.table}, StagingBuffers: 1})
+	var gate *auth.Gate
+	if how&withToken != 0 {
+		gate = auth.NewGate(auth.GateConfig{Tokens: must(auth.Parse([]byte(`tokens: [{name: worker, secret: ` + fuzzSecret + `, rights: [push], tables: ["*"]}]`)))})
+	}
+	c.server, err = tcpingest.New(tcpingest.Config{Tables: ingesttest.Tables{connectionTable: c.table}, StagingBuffers: 1, Gate: gate})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +170,28 @@ func (c *conversation) hello() []byte {
 	if c.how&narrowWindow != 0 {
 		h.WindowSamples = 3
 	}
+	if c.how&withToken != 0 {
+		h.SetToken(fuzzToken())
+		h.Nonce = wire.Nonce{1}
+	}
 	return must(wire.AppendHello(nil, h))
+}
+
+// authenticate says the hello and hears the challenge. The proof is left to be said, in front of the samples.
+func (c *conversation) authenticate() {
+	hello := c.hello()
+	var asked *wire.Challenge
+	if _, err := c.peer.Write(hello); err != nil {
+		c.t.Fatal(err)
+	}
+	if err := wire.ReadReply(c.peer, new(wire.AcceptedPush)); !errors.As(err, &asked) {
+		c.t.Fatalf("no challenge: %v", err)
+	}
+	t := wire.NewTranscript(hello, asked.Nonce, nil)
+	if !asked.Proves(t, fuzzToken().Secret) {
+		c.t.Fatal("the daemon does not know its own token")
+	}
+	c.unsaid = append(wire.AppendProof(nil, t.ClientProof(fuzzToken().Secret)), c.said[len(hello):]...)
 }
 
 // end is how the conversation ends.
@@ -182,7 +225,7 @@ func (c *conversation) talk(cuts []byte) {
 
 // say sends what is to be said, cut as the input wants. Writes fail once the daemon has had enough.
 func (c *conversation) say(cuts []byte) {
-	left := c.said
+	left := c.unsaid
 	for i := 0; len(left) > 0; i++ {
 		if c.end() == endShutdown && i == len(cuts) {
 			// The rest is said while the daemon stops.
@@ -272,8 +315,14 @@ func (c *conversation) understand() (answer, error) {
 	if r.Len() == 0 {
 		return a, nil
 	}
-	accepted := new(wire.AcceptedPush)
-	if err := wire.ReadReply(r, accepted); errors.As(err, &a.refusal) {
+	accepted, asked := new(wire.AcceptedPush), (*wire.Challenge)(nil)
+	err := wire.ReadReply(r, accepted)
+	if errors.As(err, &asked) { // a raw hello with a token; what follows it is no proof
+		if err = wire.ReadReply(r, accepted); err == nil {
+			return a, errors.New("let in without a proof")
+		}
+	}
+	if errors.As(err, &a.refusal) {
 		return a, atEnd(r)
 	} else if err != nil {
 		return a, err
@@ -312,7 +361,8 @@ func (c *conversation) check() {
 	}
 	r := bytes.NewReader(c.said)
 	hello, helloErr := wire.ReadHello(r)
-	welcome := helloErr == nil && hello.Role == wire.RolePush && hello.Table == connectionTable && hello.CheckSpec(c.spec) == nil && hello.Manifest == nil
+	welcome := helloErr == nil && hello.Role == wire.RolePush && hello.Table == connectionTable && hello.CheckSpec(c.spec) == nil && hello.Manifest == nil &&
+		hello.Compression == wire.CompressionNone && (hello.Token == "" || c.how&rawHandshake == 0)
 	samples := c.said[len(c.said)-r.Len():]
 	size := int(c.spec.SampleBytes())
 	whole, got := len(samples)/size, len(c.delivered)/size

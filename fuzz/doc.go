@@ -12,6 +12,12 @@
 //	                                   back what it never got, talks, and leaves
 //	FuzzConnection                     a real connection of tcpingest from its first byte   connection_test.go
 //	                                   to its last: cut anyhow, reset, shut down
+//	FuzzHandshake                      visitors of a daemon with tokens over TCP, TLS and   doors_test.go
+//	                                   QUIC: each field of a hello, proofs, what follows    doors_hello_test.go
+//	FuzzDaemon                         what says it is a daemon, over TLS and QUIC, to      doors_daemon_test.go
+//	                                   clients with a token
+//	FuzzChallenge, FuzzProof,          the exchange alone, and the file of tokens           authentication_test.go
+//	FuzzTokens
 //
 // What must hold is said beside each target. Seeds are in the code. `go test ./fuzz` plays them, with whatever was found and kept under testdata; `make fuzz`
 // searches, or one target alone:

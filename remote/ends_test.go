@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
@@ -77,9 +76,9 @@ func TestLeavingInsideABatch(t *testing.T) {
 type breaking struct {
 	net.Conn
 	answers  []byte
-	whole    int           // bytes that are written before it breaks
-	broken   chan struct{} // closed when a write has failed
-	mu       sync.Mutex
+	replied  bool           // the first write is the reply
+	whole    int            // bytes that are written after that before it breaks
+	broken   chan struct{}  // closed when a write has failed
 	deadline chan time.Time // of reads, when that was set after
 }
 
@@ -88,6 +87,10 @@ func (b *breaking) Write(p []byte) (int, error) {
 	case <-b.broken:
 		return 0, unix.EPIPE
 	default:
+	}
+	if !b.replied {
+		b.replied = true
+		return len(p), nil
 	}
 	if b.whole -= len(p); b.whole >= 0 {
 		return len(p), nil
@@ -131,28 +134,25 @@ func (b *breaking) Read(p []byte) (int, error) {
 func TestLastAnswers(t *testing.T) {
 	d := setup{network: "pipe", text: "a:U8[50000]", group: sampler.GroupConfig{OnDeath: sampler.Drop}}.start(t)
 	hello := wire.Hello{Role: wire.RoleTrain, Table: "t", Prefetch: 3}
-	reply, err := wire.AppendAccepted(nil, &wire.AcceptedRemoteTrain{
-		Table: "t", Spec: d.spec, Fingerprint: d.spec.Fingerprint(), Trainer: 1, Group: "default", BatchSize: rows, Prefetch: 3,
-	})
-	check(t, err)
 	batch := wire.BatchHeaderBytes + rows*(50000+24)
 	ours, theirs := net.Pipe()
 	defer theirs.Close()
 	conn := &breaking{
-		Conn: ours, whole: len(reply) + 2*batch, broken: make(chan struct{}), deadline: make(chan time.Time, 1),
+		Conn: ours, whole: 2 * batch, broken: make(chan struct{}), deadline: make(chan time.Time, 1),
 		answers: binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, 1), 0),
 	}
 	d.push(3)
 	check(t, d.server.Serve(t.Context(), conn, &hello))
-	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Detached != 1 || g.Dropped != 0 || g.Unread != 1 {
-		t.Errorf("given back %d, detached %d; %+v", st.GivenBack, st.Detached, g)
+	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Died != 1 || g.Dropped != 0 || g.Unread != 1 {
+		t.Errorf("given back %d, died %d; %+v", st.GivenBack, st.Died, g)
 	}
 }
 
 // TestStopTakesAnswers: answers of a trainer that is told of the stop count until it closes.
 func TestStopTakesAnswers(t *testing.T) {
 	for _, network := range []string{"tcp", "tls", "unix"} {
-		d := start(t, network, "a:U8[9]", false, Config{LingerTimeout: time.Minute})
+		d := start(t, network, "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+		d.server.lastWords = time.Hour
 		p := d.attach(wire.Hello{Prefetch: 2})
 		d.push(2)
 		p.take()
@@ -205,7 +205,8 @@ func (p *peer) vanish() {
 // TestRefusedThatStay: only so many are told why they are refused at a time; the others are closed without a word, and counted like them.
 func TestRefusedThatStay(t *testing.T) {
 	const all, most = 90, 64
-	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Minute})
+	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+	d.server.lastWords = time.Millisecond
 	told := 0
 	for range all {
 		_, err := d.dial(wire.Hello{Table: "u"})
@@ -222,6 +223,20 @@ func TestRefusedThatStay(t *testing.T) {
 		t.Errorf("%d of %d were told; %+v", told, all, st.Refused)
 	}
 	d.stop() // which waits for none of them for long
+	for range most {
+		<-d.served
+	}
+}
+
+// TestStopWaitsForNobody: a trainer that is told of the stop and does not close is ended.
+func TestStopWaitsForNobody(t *testing.T) {
+	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+	d.server.lastWords = time.Millisecond
+	d.attach(wire.Hello{})
+	d.stop()
+	if n := (*wire.Notice)(nil); !errors.As(<-d.served, &n) || n.Code != wire.CodeShuttingDown {
+		t.Errorf("Serve returned %v", n)
+	}
 }
 
 // TestRefusedHere: what this side refuses by itself is counted, too.

@@ -56,7 +56,11 @@ func (c Config) check() error {
 }
 
 // Server serves trainers over connections.
-type Server struct{ cfg Config }
+type Server struct {
+	cfg       Config
+	lastWords time.Duration // that of the constant
+	known     identities
+}
 
 // NewServer returns a server, or an error for a configuration that cannot be.
 func NewServer(cfg Config) (*Server, error) {
@@ -64,7 +68,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg}, nil
+	return &Server{cfg: cfg, lastWords: lastWords}, nil
 }
 
 // Serve answers a hello of role train and sends batches, until the trainer or ctx ends. It owns conn and closes it. When it returns the trainer holds nothing any
@@ -93,6 +97,11 @@ func (s *Server) serve(ctx context.Context, conn net.Conn, hello *wire.Hello, lo
 	if ctx.Err() != nil {
 		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
 	}
+	ctx, leave, err := s.known.enter(ctx, hello)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	seat, err := s.cfg.Trainers.Seat(hello, peerOf(conn))
 	if err != nil {
 		return err
@@ -130,7 +139,7 @@ func (s *Server) say(ctx context.Context, conn net.Conn, words []byte) (stop fun
 	if !ok || half.CloseWrite() != nil {
 		return nil, false
 	}
-	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(lastWords, s.cfg.LingerTimeout))) }), true
+	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(s.lastWords, s.cfg.LingerTimeout))) }), true
 }
 
 // dismiss is say, and drops what the peer still sends. The connection is closed by the caller.

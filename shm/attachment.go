@@ -205,6 +205,7 @@ func (a *Attachment) Close() error {
 		return nil
 	}
 	a.closed = true
+	a.giveback.Close() // so that we are not taken for dead
 	err := a.conn.Close()
 	a.watching.Wait()
 	a.toUs.signal()

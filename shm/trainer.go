@@ -431,7 +431,7 @@ func (t *trainer) end(ctx context.Context, cause error) error {
 	switch {
 	case notice != nil:
 		t.outcome = OutcomeBadPeer
-	case errors.Is(cause, errSocketEnded) && (len(held) == 0 || held[0].at > taken):
+	case errors.Is(cause, errSocketEnded) && (len(held) == 0 || t.giveback.Closed() && held[0].at > taken): // it left, and had begun none of what it held
 		t.outcome = OutcomeDetached
 	case errors.Is(cause, errSocketEnded):
 		t.outcome = OutcomeDied

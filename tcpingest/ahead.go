@@ -26,6 +26,8 @@ const (
 	aheadBytes = 64 << 10
 	// straightMin is the least place in a column that is read into without a detour.
 	straightMin = 16 << 10
+	// straightLeafMin: samples whose leaves have so many bytes on average are received in place, and no more of them is read ahead than one record of TLS has.
+	straightLeafMin = 32 << 10
 )
 
 // ahead is the source of a Stream: since nobody says how many bytes wait in one, some are read ahead. Its buffer is made at the first read. What large
@@ -33,15 +35,25 @@ const (
 type ahead struct {
 	stream Stream
 	conn   *conn
-	buf    []byte // what was read and not taken; its capacity is aheadBytes
+	most   int    // of the buffer
+	buf    []byte // what was read and not taken
 	room   []byte // all of the buffer
 	err    error  // why there is no more after that
+}
+
+func newAhead(s Stream, c *conn) *ahead { return &ahead{stream: s, conn: c, most: aheadBytes} }
+
+// fit is told what the samples will be like, before the first of them. Large leaves would take a detour over the buffer that costs as much as a tenth of decrypting them.
+func (a *ahead) fit(p *plan) {
+	if p.sample/int64(len(p.leaves)) >= straightLeafMin {
+		p.held, a.most = true, straightMin
+	}
 }
 
 // fill reads once, as much as there is room for. The buffer must not be full.
 func (a *ahead) fill() error {
 	if a.room == nil {
-		a.room = make([]byte, aheadBytes)
+		a.room = make([]byte, a.most)
 	}
 	n := copy(a.room, a.buf)
 	got, err := a.read(a.room[n:])
@@ -67,7 +79,7 @@ func (a *ahead) read(b []byte) (int, error) {
 // atHand implements source. It takes in what has come, so that many samples are acked at once. A record of TLS of which only a part has come is waited for, since its
 // sender is about to send the rest; if it does not, or what came holds nothing of ours, that is no sample that stands still: 0, and whoever asked waits as for the next one.
 func (a *ahead) atHand() (int, error) {
-	for a.err == nil && len(a.buf) < aheadBytes && a.stream.Ready() {
+	for a.err == nil && len(a.buf) < a.most && a.stream.Ready() {
 		a.conn.allowRead(a.conn.server.cfg.StallTimeout)
 		if err := a.fill(); errors.Is(err, os.ErrDeadlineExceeded) {
 			if len(a.buf) == 0 && (a.conn.stopping.Load() || a.conn.taken.Load()) {

@@ -23,7 +23,7 @@ func (c *conn) decompress(kind wire.Compression, s *spec.Spec, window int64) (*c
 	if err != nil {
 		return nil, err
 	}
-	c.from = &ahead{stream: &compressed{c.netConn, c.from, r}, conn: c}
+	c.from = newAhead(&compressed{c.netConn, c.from, r}, c)
 	return r, nil
 }
 

@@ -86,7 +86,7 @@ func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
 	}
 	switch nc := nc.(type) {
 	case Stream:
-		c.from = &ahead{stream: nc, conn: c}
+		c.from = newAhead(nc, c)
 	case syscall.Conn:
 		socket, err := newSocket(nc)
 		if err != nil {

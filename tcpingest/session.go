@@ -35,6 +35,9 @@ type session struct {
 }
 
 func newSession(c *conn, stream *drainer.Stream, p *plan, acc *wire.AcceptedPush) *session {
+	if a, ok := c.from.(*ahead); ok {
+		a.fit(p)
+	}
 	return &session{
 		conn:      c,
 		to:        target{stream: stream, plan: p},

@@ -12,7 +12,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/ingestd/ingestd/client"
 	"github.com/ingestd/ingestd/internal/daemon"
 )
 
@@ -41,8 +40,8 @@ These commands ask the admin endpoint (--admin of ingestd serve).`,
 
 func (o *bansOptions) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
-	f.StringVar(&o.tokenFile, "token-file", "", "file whose one line is NAME:SECRET, for an admin address that asks for it; default: the environment variable "+client.TokenVariable)
+	f.StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, adminAddress)
+	o.tokenFlag(f)
 	f.DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
 	f.BoolVar(&o.json, "json", false, "print the daemon's own JSON")
 }

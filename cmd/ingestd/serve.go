@@ -75,7 +75,7 @@ docs/operations.md describes the file; --print-config writes the settings in for
 	f.StringVar(&c.SegmentDir, "segment-dir", "", "folder, of this daemon alone, in which tables are kept over restarts; default: they lie in memory only")
 	f.BoolVar(&c.DiscardSegments, "discard-segments", false, "overwrite kept segments that cannot be taken up")
 	f.StringArrayVarP(&c.Listen, "listen", "l", c.Listen, "tcp://host:port, tls://host:port, quic://host:port, unix:///path or echo://host:port/table; repeatable")
-	f.StringVar(&c.Admin, "admin", c.Admin, "host:port of the admin HTTP endpoint, or off")
+	f.StringVar(&c.Admin, "admin", c.Admin, "host:port or unix:///path of the admin HTTP endpoint, or off")
 	f.BoolVar(&c.Insecure, "insecure", false, "allow listeners that other machines can reach, though nobody is asked for credentials")
 	f.StringVar(&c.Tokens, "tokens", "", "file of tokens, one of which clients must prove to have (ingestd token new); default: everybody who reaches a listener is let in")
 	f.BoolVar(&c.Bans.Enabled, "bans", c.Bans.Enabled, "slow addresses from which handshakes fail, and ban them for 5 minutes from the fifth on")

@@ -11,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/ingestd/ingestd/client"
 	"github.com/ingestd/ingestd/internal/daemon"
 )
 
@@ -35,8 +34,8 @@ func statusCommand(std streams) *cobra.Command {
 			return o.run(cmd.Context(), std.out)
 		},
 	}
-	cmd.Flags().StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
-	cmd.Flags().StringVar(&o.tokenFile, "token-file", "", "file whose one line is NAME:SECRET, for an admin address that asks for it; default: the environment variable "+client.TokenVariable)
+	cmd.Flags().StringVarP(&o.addr, "addr", "a", "http://"+daemon.DefaultAdmin, adminAddress)
+	o.tokenFlag(cmd.Flags())
 	cmd.Flags().BoolVar(&o.json, "json", false, "print the daemon's own JSON")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
 	return cmd

@@ -32,7 +32,7 @@ func weightsListCommand(std streams) *cobra.Command {
 		Short: "List generations, who holds them, and a table's tensors",
 		Long: `List the tables of weights of a running daemon with their generations, who pins them and since when, who publishes and
 who reads; --table shows that one alone. This asks the admin endpoint (--admin of ingestd serve) and changes nothing.
-With -l list the tensors of --table instead, which asks the daemon at --addr.`,
+If that asks for a token, the one of --token-file is sent there in the clear. With -l list the tensors of --table instead, which asks the daemon at --addr.`,
 		Example: `  ingestd weights ls
   ingestd weights ls -l --table model`,
 		Args: usageArgs(cobra.NoArgs),
@@ -44,7 +44,7 @@ With -l list the tensors of --table instead, which asks the daemon at --addr.`,
 	o.target.flags(cmd, "unix://"+daemon.DefaultSocket())
 	o.tlsFlags(cmd)
 	f := cmd.Flags()
-	f.StringVar(&o.admin, "admin", "http://"+daemon.DefaultAdmin, "admin address of the daemon")
+	f.StringVar(&o.admin, "admin", "http://"+daemon.DefaultAdmin, adminAddress)
 	f.DurationVar(&o.timeout, "timeout", 10*time.Second, "for the daemon to answer (exit code 5)")
 	f.BoolVarP(&o.long, "long", "l", false, "list the tensors of the newest generation of --table")
 	f.BoolVar(&o.json, "json", false, "print JSON")

@@ -72,12 +72,28 @@ func (p *plan) checkListeners() error {
 	if p.Admin == "off" {
 		return nil
 	}
-	admin := address{scheme: "admin", host: strings.TrimPrefix(p.Admin, "http://")}
-	if err := checkHostPort(admin.host); err != nil {
-		return configErrorf("admin", "%v (or off)", err)
+	return p.checkAdmin()
+}
+
+// checkAdmin reads where the admin endpoint listens.
+func (p *plan) checkAdmin() error {
+	if strings.HasPrefix(p.Admin, "unix://") {
+		a, err := parseAddress(p.Admin)
+		switch {
+		case err != nil:
+			return configErrorf("admin", "%v", err)
+		case slices.ContainsFunc(p.listeners, func(b address) bool { return b.scheme == "unix" && a.host == b.host }):
+			return configErrorf("admin", "%v is a listener of producers and trainers: give the admin endpoint another path", a)
+		}
+		p.admin = &a
+		return nil
 	}
-	p.admin = &admin
-	return p.checkLoopback("admin", admin)
+	a := address{scheme: "admin", host: strings.TrimPrefix(p.Admin, "http://")}
+	if err := checkHostPort(a.host); err != nil {
+		return configErrorf("admin", "%v (or unix:///path, or off)", err)
+	}
+	p.admin = &a
+	return p.checkLoopback("admin", a)
 }
 
 func parseAddress(text string) (address, error) {
@@ -269,6 +285,11 @@ type lockedListener struct {
 	lock *os.File
 }
 
+// Close may be called again, also by others at once, as that of any listener.
 func (l *lockedListener) Close() error {
-	return errors.Join(l.Listener.Close(), l.lock.Close())
+	err, lockErr := l.Listener.Close(), l.lock.Close()
+	if errors.Is(lockErr, os.ErrClosed) {
+		lockErr = nil
+	}
+	return errors.Join(err, lockErr)
 }

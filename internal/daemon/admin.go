@@ -8,13 +8,16 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/engine"
+	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/metrics"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/weights"
@@ -27,6 +30,10 @@ type admin struct {
 	server   *http.Server
 	log      *slog.Logger
 
+	door    *bans.Door   // nil on loopback and on a unix socket, so that bans can always be cleared from there
+	open    atomic.Int64 // connections
+	refused ingest.Reasons
+
 	mu     sync.RWMutex // held for reading by handlers that look into the tables
 	closed bool         // the tables are going away; under mu
 }
@@ -35,7 +42,7 @@ const (
 	adminHeaderTimeout = 5 * time.Second
 	adminReadTimeout   = 10 * time.Second
 	adminWriteTimeout  = 2 * time.Minute // a CPU profile takes 30 s unless asked for longer
-	adminIdleTimeout   = time.Minute
+	adminIdleTimeout   = 30 * time.Second
 	adminCloseTimeout  = time.Second
 	adminHeaderMax     = 16 << 10
 )
@@ -55,17 +62,22 @@ func newAdmin(d *Daemon, l net.Listener, log *slog.Logger) *admin {
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
-	if d.access.gate != nil && !d.plan.admin.loopback() {
+	if at := d.plan.admin; at.scheme != "unix" && !at.loopback() {
+		a.door = d.access.door
+		a.listener = d.access.guard(listener{address: *at, Listener: l}, log).Listener
+	}
+	if a.door != nil && d.access.gate != nil {
 		a.log.Warn("the admin endpoint asks for tokens, and their secrets reach it in the clear: let it be asked over a tunnel only, or keep it on 127.0.0.1", "address", l.Addr().String())
 	}
 	a.server = &http.Server{
-		Handler:           local(a.authorized(mux)),
+		Handler:           a.authorized(local(mux)),
 		ReadHeaderTimeout: adminHeaderTimeout,
 		ReadTimeout:       adminReadTimeout,
 		WriteTimeout:      adminWriteTimeout,
 		IdleTimeout:       adminIdleTimeout,
 		MaxHeaderBytes:    adminHeaderMax,
 		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+		ConnContext:       withConn,
 	}
 	return a
 }
@@ -123,6 +135,8 @@ func (a *admin) status(w http.ResponseWriter, _ *http.Request) {
 
 func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 	d := a.daemon
+	access := d.access.sources()
+	access.Admin = a.refused.Snapshot
 	segments := map[string]int64{}
 	for _, t := range d.plan.tables {
 		segments[t.Name] = t.bytes
@@ -138,7 +152,7 @@ func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 			Transports: d.transportStats,
 			Trainers:   func() shm.Stats { return d.trainers.Stats() },
 			Weights:    d.weightsStats,
-			Access:     d.access.sources(),
+			Access:     access,
 			Segments:   segments,
 		}))
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
@@ -161,12 +175,17 @@ func (d *Daemon) weightsStats() (all []weights.Stats, served weights.ServerStats
 	return all, d.weights.Stats()
 }
 
+// url is where it really listens.
+func (a *admin) url() string {
+	return listener{address: *a.daemon.plan.admin, Listener: a.listener}.url()
+}
+
 func (a *admin) serve() error {
-	err := a.server.Serve(a.listener)
+	err := a.server.Serve(&adminListener{a.listener, a})
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
-	return &ListenError{"http://" + a.listener.Addr().String(), "the admin endpoint failed", err}
+	return &ListenError{a.url(), "the admin endpoint failed", err}
 }
 
 // close ends the endpoint; when it returns no handler looks into a table any more.

@@ -2,54 +2,59 @@ package daemon
 
 import (
 	"encoding/json"
-	"net"
 	"net/http"
-	"time"
+	"os"
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
+	"github.com/ingestd/ingestd/wire"
 )
 
 // unauthorized is the same whatever it was.
-const unauthorized = "this address asks for a token with the right admin: Authorization: Bearer NAME:SECRET (--token-file or INGESTD_TOKEN)"
+const unauthorized = "this address asks for a token with the right admin: Authorization: Bearer NAME:SECRET (--token-file)"
 
-// authorized asks for a token where other machines reach the endpoint and the daemon has tokens. Addresses that fail are slowed and banned as by listeners; who is banned hears what
-// everybody hears who has no token.
+// authorized lets requests in: on loopback all; on a unix socket those of the daemon's user and of root; elsewhere, and from other users, those with a token that has the
+// right, if the daemon has tokens. Addresses that fail are slowed and banned as by the other listeners.
 func (a *admin) authorized(next http.Handler) http.Handler {
-	tokens := a.daemon.access.gate.Tokens()
-	if tokens == nil || a.daemon.plan.admin.loopback() {
-		return next
-	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		visit, turnedAway := a.daemon.access.door.Enter(peerOf(r))
-		if turnedAway == "" && visit != nil && visit.Wait > 0 {
-			over := time.NewTimer(visit.Wait)
-			defer over.Stop()
-			select {
-			case <-over.C:
-			case <-r.Context().Done():
-				visit.Leave()
-				return
-			}
+		c := r.Context().Value(adminConnKey{}).(*adminConn)
+		if !c.wait(r.Context()) {
+			return
 		}
-		id, ok := tokens.Bearer(r.Header.Get("Authorization"))
-		if turnedAway != "" || !ok || !id.May(auth.Admin, "") {
-			visit.Failed()
+		proved, code := a.judge(c, r)
+		if code != "" {
+			c.fail(code)
 			w.Header().Set("WWW-Authenticate", "Bearer")
+			w.Header().Set("Connection", "close")
 			say(w, http.StatusUnauthorized, unauthorized)
 			return
 		}
-		visit.Succeeded()
+		c.letIn(proved)
 		next.ServeHTTP(w, r)
 	})
 }
 
-func peerOf(r *http.Request) net.Addr {
-	addr, err := net.ResolveTCPAddr("tcp", r.RemoteAddr) // an IP address and a port: nothing is resolved
-	if err != nil {
-		return nil
+// judge says why a request is not let in, and if it is, whether that is by a token.
+func (a *admin) judge(c *adminConn, r *http.Request) (proved bool, code wire.Code) {
+	tokens, at := a.daemon.access.tokens, a.daemon.plan.admin
+	if at.scheme == "unix" {
+		if user := c.user(); user >= 0 && (user == 0 || user == os.Geteuid()) {
+			return false, ""
+		}
+	} else if tokens == nil || at.loopback() {
+		return false, ""
 	}
-	return addr
+	if tokens == nil {
+		return false, wire.CodeNotAuthenticated
+	}
+	id, ok := tokens.Bearer(r.Header.Get("Authorization"))
+	switch {
+	case !ok:
+		return false, wire.CodeNotAuthenticated
+	case !id.May(auth.Admin, ""):
+		return false, wire.CodeNotPermitted
+	}
+	return true, ""
 }
 
 // BanList is the answer to GET /bans.

@@ -182,6 +182,9 @@ func (d *Daemon) Status() Status {
 		Waits: []Wait{}, Tables: []TableStatus{}, Weights: []WeightsStatus{}, Trainers: []TrainerStatus{},
 		Access: d.access.status(),
 	}
+	if a := d.admin; a != nil {
+		s.Access.Admin = &AdminStatus{a.open.Load(), a.refused.Snapshot()}
+	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
 		s.Tables = append(s.Tables, tableStatus(d.tables[i], &st))

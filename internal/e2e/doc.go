@@ -16,6 +16,8 @@
 //	producers_test.go   handshakes, specs, acks that are not read, half samples, killed producers
 //	trainers_test.go    missing table, wrong spec, killed, stopped, junk descriptors
 //	start_test.go       what serve refuses to start with
+//	compressed_test.go  producers that compress, bombs
+//	flights_test.go     what authentication costs in round trips
 //	limits_test.go      memory, descriptors, 10,000 connects
 //	stop_test.go        SIGTERM under load, and a daemon that is killed
 package e2e

@@ -120,7 +120,14 @@ func (o *output) String() string {
 // start runs the binary. It is killed with the test at the latest.
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
+	return startWith(t, nil, args...)
+}
+
+// startWith is start with more variables in the environment.
+func startWith(t *testing.T, environment []string, args ...string) *process {
+	t.Helper()
 	p := &process{t: t, args: args, cmd: exec.Command(ingestd, args...), done: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), environment...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	check(t, p.cmd.Start())

@@ -6,6 +6,7 @@ import (
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/bans/sockfilter"
+	"github.com/ingestd/ingestd/wire"
 )
 
 // Access is where the counts of tokens, bans and handshakes come from. Gate and Tokens are nil where the daemon has no tokens, Bans where bans are off.
@@ -14,7 +15,8 @@ type Access struct {
 	Tokens   func() auth.Stats
 	Bans     func() bans.Stats
 	HalfOpen func() (open, addresses int, refused uint64)
-	Kernel   func() sockfilter.Stats // nil where it drops nothing
+	Kernel   func() sockfilter.Stats  // nil where it drops nothing
+	Admin    func() map[string]uint64 // whom the admin endpoint refused, by reason
 }
 
 var (
@@ -39,6 +41,11 @@ var (
 	halfRefused   = desc("half_open_refused_total", "Connections closed because too many handshakes were under way.")
 )
 
+// adminCodes are what the admin endpoint refuses for.
+var adminCodes = []wire.Code{
+	wire.CodeBanned, wire.CodeTooManyConnections, wire.CodeBadHandshake, wire.CodeHandshakeTimeout, wire.CodeNotAuthenticated, wire.CodeNotPermitted,
+}
+
 func describeAccess() []*prometheus.Desc {
 	return []*prometheus.Desc{
 		tokens, tokensReloads, tokensFailed, tokensStale, handshakes,
@@ -62,9 +69,13 @@ func (a *Access) collect(ch out) {
 			ch.counter(handshakes, r.n, r.result)
 		}
 	}
-	open, _, refused := a.HalfOpen()
+	open, _, turned := a.HalfOpen()
 	ch.gauge(halfOpen, float64(open))
-	ch.counter(halfRefused, refused)
+	ch.counter(halfRefused, turned)
+	untold := a.Admin()
+	for _, code := range adminCodes {
+		ch.counter(refused, untold[string(code)], "admin", string(code))
+	}
 	if a.Bans == nil {
 		return
 	}

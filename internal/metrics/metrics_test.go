@@ -83,6 +83,7 @@ func collector() *Collector {
 				return bans.Stats{Addresses: 9, Banned: 8, Failures: 70, Bans: 11, Refused: 12, Slowed: 13, Forgotten: 14, Cleared: 15}
 			},
 			HalfOpen: func() (open, addresses int, refused uint64) { return 6, 2, 17 },
+			Admin:    func() map[string]uint64 { return map[string]uint64{string(wire.CodeNotAuthenticated): 41} },
 			Kernel: func() sockfilter.Stats {
 				return sockfilter.Stats{Addresses: 31, Failures: 32, DroppedTCP: 33, DroppedQUIC: 34}
 			},

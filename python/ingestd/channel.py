@@ -123,6 +123,11 @@ class _Queue:
     def closed(self) -> bool:
         return self.halves[_CLOSED // 4] != 0
 
+    def close(self) -> None:
+        """Says that nothing follows what was put, as the producer."""
+        self.fence()  # edge(shared-close): release - produced has its last value before this store is seen
+        self.halves[_CLOSED // 4] = 1
+
     def set_waiting(self, waiting: bool) -> None:
         self.halves[_WAITING // 4] = 1 if waiting else 0
 
@@ -184,6 +189,10 @@ class Channel:
     def taken(self) -> int:
         """How many descriptors the daemon has taken, and done what they say. Raises FormatError."""
         return self._giveback.taken()
+
+    def leave(self) -> None:
+        """Says that nothing follows what was given back, so that this side is not taken for dead."""
+        self._giveback.close()
 
     @property
     def closed(self) -> bool:

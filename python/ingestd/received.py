@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import select
+import socket
 import struct
 import threading
 import time
@@ -18,7 +19,7 @@ from . import _io
 from ._io import Deadline
 from .batch import Window
 from .channel import Descriptor
-from .errors import Ended, EndOfStream, Error, FormatError, PeerClosed
+from .errors import Closed, Ended, EndOfStream, Error, FormatError, PeerClosed
 from .incoming import ended
 from .redial import TRY_S, longest_pause, retried
 from .segment import LEASED, Column
@@ -32,9 +33,14 @@ BATCH_SIZE_MAX, SEGMENT_MAX = 1 << 30, 1 << 46
 _MAGIC = 0x48435442  # BTCH
 _HEADER = struct.Struct("<IIQQQQI20s")
 _ANSWER = struct.Struct("<Q")
+_LEAVES = 1 << 63  # in an answer: the reader leaves, and the rest is how many batches it has begun
+_LOST_MAX = (1 << 63) - 1
 _POISON = 0xCC
+_DROPPED = 1 << 16  # bytes that are read and dropped at once
 #: Seconds that an answer may not get away. The daemon reads them at once, and they are few bytes.
 ANSWER_S = 10.0
+#: Seconds that a daemon which does not end a connection in its turn holds up the end of a reader.
+PARTING_S = 1.0
 
 
 class Places:
@@ -54,6 +60,8 @@ class Places:
         self.columns = self.parts[3:]
         self.memory: list[Any] = []  # arrays of bytes
         self.words: list[int] = []  # state and number of the batch in each place, as in a segment
+        #: when the ring was made that each place's batch is of: with another one, numbers begin anew
+        self.created: list[int] = []
 
     def state_word(self, place: int) -> int:
         return self.words[place]
@@ -64,6 +72,7 @@ class Places:
         skip = -int(raw.ctypes.data) % 64
         self.memory.append(raw[skip : skip + self.bytes])
         self.words.append(0)
+        self.created.append(0)
         return len(self.memory) - 1
 
 
@@ -98,12 +107,17 @@ class Receiver:
         self._over = False
         self._error: Error | None = None  # why it has ended
         self._trouble: Error | None = None  # why there is no connection now
+        self._begun = 0  # batches of this connection that take has given out
+        self._given = False  # one of them was, since the last outage
         self.reconnects = 0
         self.places: Places | None = None
         # Of the thread alone, but for the constructor.
         self._free: list[int] = []
         self._out: dict[int, int] = {}  # place and number of the batches of this connection
+        self._spent = 0.0  # without a connection since the last batch, in earlier outages
+        self._created = 0  # when this connection's ring was made
         self.sock, self.reply = self._connect(until)
+        self._since = time.monotonic()  # when this connection was made
         self.capacity = self.reply.integer("prefetch", 1, 1 << 15)
         self._thread = threading.Thread(target=self._run, name="ingestd-reader", daemon=True)
         self._thread.start()
@@ -113,8 +127,14 @@ class Receiver:
     def take(self) -> Descriptor | None:
         """What came first and was not taken; a loss has no rows. Raises EndOfStream, or why the thread has ended."""
         with self._state:
+            if self._closed:
+                raise Closed("the reader is closed")
             if self._arrived:
-                return self._arrived.popleft()
+                first = self._arrived.popleft()
+                if first.rows:
+                    self._begun += 1
+                    self._given = True
+                return first
             if self._over:
                 raise EndOfStream("the table is closed and every batch was delivered")
             if self._error is not None:
@@ -128,6 +148,16 @@ class Receiver:
                 left = until.left()
                 if left == 0 or not self._state.wait(left):
                     raise until.timeout(f"{doing}; {self._trouble}" if self._trouble else doing)
+
+    def delivered(self) -> bool:
+        """Whether take has something to say."""
+        with self._state:
+            return bool(self._arrived or self._over or self._error or self._closed)
+
+    def failed(self, until: Deadline) -> bool:
+        """Waits until the thread has ended; whether it has by then."""
+        with self._state:
+            return self._state.wait_for(lambda: self._error is not None or self._closed, until.left())
 
     def full(self) -> bool:
         """Whether the daemon can send nothing before something is given back."""
@@ -143,7 +173,8 @@ class Receiver:
         self._bell.ring()
 
     def close(self) -> None:
-        self._closed = True
+        with self._state:
+            self._closed = True
         self._bell.ring()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -179,8 +210,10 @@ class Receiver:
                 "ask for a smaller prefetch, or raise it"
             )
         self.places, self.capacity = places, prefetch
+        self._created = reply.integer("created") if "created" in reply.body else 0
 
     def _run(self) -> None:
+        error: Error | None = None
         try:
             while True:
                 try:
@@ -188,14 +221,34 @@ class Receiver:
                 except (Error, OSError) as e:
                     self._broken(e if isinstance(e, Error) else PeerClosed(f"the connection failed: {e}"))
         except _Stopped:
-            pass
+            with contextlib.suppress(OSError, Error):
+                self._leave()
         except Error as e:
-            with self._state:
-                self._error = e
-                self._state.notify_all()
+            error = e
+        except BaseException as e:  # no memory for a batch, say: nobody must wait for a thread that is gone
+            error = Error(f"receiving batches failed: {e!r}")
+            error.__cause__ = e
         finally:
             with contextlib.suppress(OSError):
                 self.sock.close()
+            with self._state:
+                self._error = error
+                self._state.notify_all()
+
+    def _leave(self) -> None:
+        """Says what was begun of the batches that were sent, and lets the daemon end the connection.
+
+        What it still sends is read and dropped: closing over that would reset the connection, and the last answers
+        might never arrive.
+        """
+        until, doing = Deadline(PARTING_S), "leaving"
+        self._answer()
+        with self._state:
+            begun = self._begun
+        _io.send_all(self.sock, _ANSWER.pack(_LEAVES | begun), until, doing)
+        self.sock.shutdown(socket.SHUT_WR)
+        while _io.receive(self.sock, _DROPPED, until, doing):
+            pass
 
     def _receive(self) -> None:
         header = bytearray(_HEADER.size)
@@ -228,20 +281,33 @@ class Receiver:
         if len(self._out) >= self.capacity:
             raise FormatError(f"the daemon sent more than the {self.capacity} batches that it may without an answer")
         place = self._free.pop() if self._free else places.add()
-        self._out[place] = number
-        places.words[place] = number << 3 | LEASED
-        memory = memoryview(places.memory[place])
-        for part in places.parts:
-            self._read(memory[part.offset : part.offset + part.slot_bytes * count])
-        if _io.hung_up(self.sock, 0):  # its memory may have been others' already when it was read; it comes again
-            self._free.append(place)
-            return
-        self._arrive(Descriptor(number, place, count))
+        arrived = False
+        try:
+            self._out[place] = number
+            places.words[place] = number << 3 | LEASED
+            places.created[place] = self._created
+            memory = memoryview(places.memory[place])
+            for part in places.parts:
+                self._read(memory[part.offset : part.offset + part.slot_bytes * count])
+            # If it has ended, the batch's memory may have been others' already when it was read, and it comes again.
+            arrived = not _io.hung_up(self.sock, 0)
+        finally:
+            if not arrived:
+                self._recycle(place)
+        if arrived:
+            self._arrive(Descriptor(number, place, count))
 
     def _arrive(self, what: Descriptor) -> None:
         with self._state:
-            self._arrived.append(what)
+            self._line(what)
             self._state.notify_all()
+
+    def _line(self, what: Descriptor) -> None:
+        """Puts it behind what has arrived. A loss after a loss is one with it: no daemon can make the line long."""
+        if not what.rows and self._arrived and not self._arrived[-1].rows:
+            last = self._arrived.pop()
+            what = Descriptor(last.number, min(last.place + what.place, _LOST_MAX), 0)
+        self._arrived.append(what)
 
     def _notice(self) -> None:
         head = bytearray(4)
@@ -290,8 +356,6 @@ class Receiver:
             poll.poll(None if seconds is None else seconds * 1000)
         self._bell.clear()
         if self._closed:
-            with contextlib.suppress(OSError, Error):
-                self._answer()
             raise _Stopped
 
     def _answer(self) -> None:
@@ -315,14 +379,20 @@ class Receiver:
         self.sock.close()
         began = time.monotonic()
         with self._state:
-            for d in self._arrived:  # which the daemon offers again
+            arrived, self._arrived = self._arrived, deque()
+            for d in arrived:  # which the daemon offers again
                 if d.rows:
                     self._recycle(d.place)
-            self._arrived = deque(d for d in self._arrived if not d.rows)
+                else:
+                    self._line(d)
             self._trouble = error
+            # A connection over which no batch comes is no end of an outage, unless it stands for long.
+            if self._given or (self._patience is not None and began - self._since >= self._patience):
+                self._spent = 0.0
+            self._given = False
         self._out.clear()
         while True:
-            outage = time.monotonic() - began
+            outage = self._spent + time.monotonic() - began
             if not retried(error) or (isinstance(error, Ended) and error.code == "bad_peer"):
                 raise error
             if self._patience is not None and outage >= self._patience:
@@ -337,5 +407,8 @@ class Receiver:
                 continue
             with self._state:
                 self._trouble = None
+                self._begun = 0
+            self._since = time.monotonic()
+            self._spent += self._since - began
             self.reconnects += 1
             return

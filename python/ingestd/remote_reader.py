@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import weakref
 from collections import deque
@@ -15,7 +16,7 @@ from .batch import Batch
 from .channel import Descriptor
 from .errors import AllHeld
 from .reader import Reader
-from .received import ReceivedWindow, Receiver
+from .received import Places, ReceivedWindow, Receiver
 from .redial import PATIENCE_S
 from .spec import Spec
 from .tls import TLS
@@ -66,7 +67,16 @@ class RemoteReader(Reader):
         self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0
-        body = hello("train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client)
+        body = hello(
+            "train",
+            table,
+            want,
+            group=group,
+            prefetch=prefetch or 0,
+            session=secrets.token_hex(16),  # the daemon takes back what an earlier connection of this reader holds
+            token=self.address.token,
+            client=client,
+        )
         if self.address.kind == "unix":
             body["stream"] = True
         self._receiver = Receiver(self.address, body, _io.deadline_of(deadline), reconnect, memory)
@@ -87,6 +97,15 @@ class RemoteReader(Reader):
     def reconnects(self) -> int:
         """Connections made after the first."""
         return self._receiver.reconnects
+
+    @property
+    def places(self) -> Places:
+        """Where batches lie."""
+        return self._places
+
+    def failed(self, until: Deadline) -> bool:
+        """Waits until it has failed for good; whether it has by then."""
+        return self._receiver.failed(until)
 
     def _wait(self, until: Deadline) -> None:
         with self._locked():

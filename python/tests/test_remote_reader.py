@@ -27,6 +27,7 @@ from ingestd import (
     Spec,
     Timeout,
 )
+from ingestd.received import Places
 
 from real import PATIENCE, POINT, Serve, points, verify
 
@@ -130,24 +131,44 @@ def notice(code: str) -> bytes:
 
 @pytest.fixture
 def speak() -> Iterator[object]:
-    """speak(data): the address of a daemon of a table of SPEC in batches of 4 that accepts and says data."""
+    """speak(data): the address of a daemon of a table of SPEC in batches of 4 that accepts and says data.
+
+    ``then_end``: it ends each connection then. ``more`` is said once the reader has said its last word, which is put
+    into ``heard``, and its hellos into ``hellos``.
+    """
     listeners = []
 
-    def start(data: bytes, then_end: bool = False) -> str:
+    def start(
+        data: bytes,
+        then_end: bool = False,
+        more: bytes = b"",
+        heard: list[bytes] | None = None,
+        hellos: list[dict[str, object]] | None = None,
+    ) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
         listeners.append(listener)
 
-        def serve() -> None:
-            conn, _ = listener.accept()
+        def answer(conn: socket.socket) -> None:
             head = conn.recv(16, socket.MSG_WAITALL)
-            conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            said = conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            if hellos is not None:
+                hellos.append(json.loads(said))
             fields = {"table": "t", "spec": SPEC.to_dict(), "fingerprint": SPEC.fingerprint, "trainer": 1}
             body = json.dumps({**fields, "group": "default", "batch_size": 4, "prefetch": 2}).encode()
             conn.sendall(struct.pack("<8sHHI", b"INGESTD\n", 1, 0, len(body)) + body + data)
-            with contextlib.suppress(ConnectionResetError):
-                while not then_end and conn.recv(4096):
-                    pass
-            conn.close()
+            said = b""
+            while not then_end and (part := conn.recv(4096)):
+                said += part
+            conn.sendall(more)
+            if heard is not None:
+                heard.append(said)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    conn, _ = listener.accept()
+                    with conn, contextlib.suppress(ConnectionError):
+                        answer(conn)
 
         threading.Thread(target=serve, daemon=True).start()
         return f"tcp://127.0.0.1:{listener.getsockname()[1]}"
@@ -198,3 +219,86 @@ def test_losses_and_the_end(speak) -> None:  # type: ignore[no-untyped-def]
 def test_patience_ends(speak) -> None:  # type: ignore[no-untyped-def]
     with Reader(speak(frame(0, 4)[:70], then_end=True), "t", reconnect=0.0) as r, pytest.raises(PeerClosed):
         r.next(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", frame(0, 4)[:10], frame(0, 4)[:100], frame(0, 0, lost_first=1, lost=1), notice("internal")],
+    ids=["nothing", "part of a header", "part of a batch", "a loss", "trouble"],
+)
+def test_patience_with_breaks(speak, data: bytes) -> None:  # type: ignore[no-untyped-def]
+    """A daemon that accepts and ends each connection is given up as one that is gone is, and costs no memory."""
+    hellos: list[dict[str, object]] = []
+    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
+        with pytest.raises(PeerClosed):
+            r.next(PATIENCE)
+        assert hellos[0]["session"] and all(h == hellos[0] for h in hellos)
+        assert r.reconnects > 2 and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
+
+
+def test_each_batch_begins_patience_anew(speak) -> None:  # type: ignore[no-untyped-def]
+    with Reader(speak(frame(0, 4) + frame(1, 4)), "t", prefetch=2) as r:
+        receiver = r._receiver
+        receiver._spent = 5.0
+        assert not receiver._given
+        r.next(PATIENCE).release()
+        assert receiver._given
+
+
+def test_endless_losses(speak) -> None:  # type: ignore[no-untyped-def]
+    """They cost no memory, and are told as one."""
+    n = 20_000
+    say = b"".join(frame(0, 0, lost_first=10 + k, lost=2) for k in range(n))
+    say += frame(0, 0, lost_first=7, lost=(1 << 64) - 1) + frame(5, 4)
+    with Reader(speak(say), "t", prefetch=2) as r:
+        receiver = r._receiver
+        with receiver._state:
+            assert receiver._state.wait_for(lambda: any(d.rows for d in receiver._arrived), PATIENCE)
+            assert len(receiver._arrived) == 2
+        with pytest.raises(LostBatches) as e:
+            r.next(PATIENCE)
+        assert (e.value.first, e.value.n) == (10, (1 << 63) - 1)
+        with r.next(PATIENCE) as b:
+            assert b.seq == 5
+
+
+def test_no_memory_is_an_error(speak, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Whatever ends the thread that receives, nobody waits for it."""
+
+    def none(self: object) -> int:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Places, "add", none)
+    with Reader(speak(frame(0, 4)), "t", prefetch=2) as r, pytest.raises(Error, match="no room") as e:
+        r.next(PATIENCE)
+    assert isinstance(e.value.__cause__, MemoryError)
+
+
+def test_the_last_word(speak) -> None:  # type: ignore[no-untyped-def]
+    """A reader that closes says how many batches it has begun, and reads what still comes until the daemon ends."""
+    heard: list[bytes] = []
+    say = frame(0, 4) + frame(1, 4)
+    r = Reader(speak(say[:300], more=say[300:], heard=heard), "t", prefetch=2)
+    r.next(PATIENCE).release()
+    r.close()
+    assert heard == [struct.pack("<QQ", 0, 1 << 63 | 1)]
+    with pytest.raises(Closed):
+        r._receiver.take()
+
+
+def test_what_was_not_begun_is_offered_again(serve: Serve) -> None:
+    """Also by a group that drops what a dead reader held; what this one held is dropped."""
+    d = serve(batch_size=16, batches=8, more={"groups": [{"name": "g", "on_death": "drop"}]})
+    with Producer(d.unix, "t", POINT) as p:
+        r = Reader(d.tcp, "t", group="g", prefetch=3)
+        p.push_batch(points(1, 0, 64), deadline=PATIENCE)
+        held = r.next(PATIENCE)
+        receiver = r._receiver
+        with receiver._state:
+            assert receiver._state.wait_for(lambda: len(receiver._arrived) == 2, PATIENCE)
+        r.close()
+        assert held.seq == 0
+        with Reader(d.tcp, "t", group="g") as other:
+            for seq in range(1, 4):
+                with other.next(PATIENCE) as b:
+                    assert b.seq == seq
