@@ -3,9 +3,9 @@
 // After each failure of an address its next handshake waits, for 0.5, 1, 2 and 4 s; at the fifth the address is banned, until 5 minutes after its last failure. A
 // success forgets all. An address of IPv6 stands for its /64. Addresses of loopback are exempt unless configured.
 //
-// A transport calls Door.Enter when a connection has come, waits for Visit.Wait before it reads anything, and says what became of the handshake: Refused, Failed (of a peer that ended
-// before its handshake was complete, too) or Succeeded. Leave gives the place back when the connection is gone, so that who is refused and stays takes nobody else's. Sockets are the
-// transport's; showing and clearing the table is the daemon's.
+// A transport calls Door.Enter when a connection has come, waits for Visit.Wait before it reads anything, and says what became of the handshake: Refused, Failed (of a peer that
+// ended before its handshake was complete, too), Passed or Succeeded. Leave gives the place back when the connection is gone, so that who is refused and stays takes nobody else's. Sockets
+// are the transport's; showing and clearing the table is the daemon's.
 //
 // The table is bounded: whoever has more than 65,536 addresses can have its oldest failures forgotten, and those of others. Whoever has so many needs no second try from one of
 // them either.

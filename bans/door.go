@@ -14,8 +14,8 @@ type Door struct {
 	HalfOpen *HalfOpen
 }
 
-// Visit is one connection's handshake. Its methods are those of one goroutine, and may be called on a nil Visit. Whoever entered calls Leave when the connection is over, however that
-// came: until then, or until Succeeded, it takes the place of a handshake that is under way, also while the peer is only told why it is refused.
+// Visit is one connection's handshake. Its methods are those of one goroutine, and may be called on a nil Visit. Whoever entered calls Leave when the connection is over, however
+// that came: until then, or until Succeeded, it takes the place of a handshake that is under way, also while the peer is only told why it is refused.
 type Visit struct {
 	// Wait is how long the peer waits before anything of it is read.
 	Wait time.Duration
@@ -54,6 +54,17 @@ func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Add
 func (d *Door) Failed(peer net.Addr) {
 	if d != nil {
 		d.Table.Failed(Address(peer))
+	}
+}
+
+// passersMax is how many handshakes an address may have under way, and yet is taken for one that only passes by.
+const passersMax = 2
+
+// Passed notes that the peer went away without a byte, after so long. Checks of a port do that, a few at a time and at once, and nothing is remembered of them; others hold places of
+// handshakes, and failed.
+func (v *Visit) Passed(after, atOnce time.Duration) {
+	if v != nil && v.leave != nil && (after > atOnce || v.door.HalfOpen.of(v.from) > passersMax) {
+		v.Failed()
 	}
 }
 

@@ -125,3 +125,35 @@ func TestBeside(t *testing.T) {
 		t.Error("a door beside none")
 	}
 }
+
+// TestPassersBy: who goes at once without a byte did not fail, unless it has many handshakes under way at a time, or stayed.
+func TestPassersBy(t *testing.T) {
+	d := &Door{New(Config{}), NewHalfOpen(HalfOpenConfig{})}
+	var visits []*Visit
+	for range passersMax + 1 {
+		v, code := d.Enter(peerAt("192.0.2.1"))
+		if code != "" {
+			t.Fatal(code)
+		}
+		visits = append(visits, v)
+	}
+	other, _ := d.Enter(peerAt("192.0.2.2"))
+	other.Passed(time.Second, time.Second)
+	other.Leave()
+	for i, v := range visits {
+		v.Passed(time.Second, time.Second)
+		v.Leave()
+		v.Passed(time.Hour, time.Second) // after its end
+		if n := d.Table.Stats().Failures; n != 1 {
+			t.Errorf("after %d went: %d failures, want 1", i+1, n)
+		}
+	}
+	late, _ := d.Enter(peerAt("192.0.2.3"))
+	late.Passed(time.Second+1, time.Second)
+	late.Leave()
+	if n := d.Table.Stats().Failures; n != 2 {
+		t.Errorf("%d failures, want 2", n)
+	}
+	var none *Visit
+	none.Passed(time.Hour, time.Second)
+}

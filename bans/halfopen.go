@@ -63,6 +63,14 @@ func (h *HalfOpen) Enter(a netip.Addr) (leave func(), ok bool) {
 	return sync.OnceFunc(func() { h.leave(key) }), true
 }
 
+// of returns how many handshakes of an address are under way.
+func (h *HalfOpen) of(a netip.Addr) int {
+	key, _ := keyOf(a, h.cfg.Loopback)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.from[key]
+}
+
 func (h *HalfOpen) leave(key netip.Prefix) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// largeHellos is how many hellos of more than wire.HelloBytesSmall are read at a time, of peers that are not exempt: others wait. So strangers make the daemon hold little more than
-	// that times the largest hello, beside half_open small ones.
+	// largeHellos is how many hellos of more than wire.HelloBytesSmall are read at a time, of peers that are not exempt: others wait. So strangers make the daemon hold little more
+	// than that times the largest hello, beside half_open small ones.
 	largeHellos = 8
 	// passingBy is how long a peer may stay that says nothing and goes again, as checks of a port do, and nothing is remembered of it.
 	passingBy = time.Second
@@ -71,7 +71,9 @@ func (r *counting) Read(b []byte) (int, error) {
 
 // unheard ends a handshake whose peer went away, by err. Not to come to the end of it is a failure, but of those who only passed by.
 func (s *Server) unheard(c *conn, err error, silent bool, began time.Time) {
-	if !silent || time.Since(began) > s.cfg.passingBy {
+	if silent {
+		c.visit.Passed(time.Since(began), s.cfg.passingBy)
+	} else {
 		c.visit.Failed()
 	}
 	if err == io.EOF {

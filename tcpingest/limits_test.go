@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -285,61 +286,31 @@ func TestAbortOfTLS(t *testing.T) {
 	}
 }
 
-// TestAcksOfReset: a stream whose peer resets its sending side is closed in order once the acks are written, so that these are not thrown away.
-func TestAcksOfReset(t *testing.T) {
-	tables, hello := numbers(t)
+// TestCameTooLate: who connects to a server that is stopping is counted as that, not as one too many.
+func TestCameTooLate(t *testing.T) {
+	tables, _ := numbers(t)
 	s, err := New(Config{Tables: tables})
 	if err != nil {
 		t.Fatal(err)
 	}
-	stream := &resetStream{said: append(helloOf(t, hello), make([]byte, 3*8)...)}
-	s.ServeStream(stream, nil)
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(stream.heard); n < 3 || stream.heard[n-3] != wire.Ack || stream.heard[n-1] != wire.Ack {
-		t.Errorf("it heard %q", stream.heard)
+	l, err := Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if stream.how != "CloseWrite Close " {
-		t.Errorf("its end: %s", stream.how)
+	defer l.Close()
+	c := connect(t, l)
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.start(accepted, s.serveHello)
+	if text, err := io.ReadAll(c); len(text) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("it hears %q, %v", text, err)
+	}
+	if st := s.Stats(); st.Refused[string(wire.CodeShuttingDown)] != 1 || st.Refused[string(wire.CodeTooManyConnections)] != 0 || st.Open != 0 {
+		t.Errorf("%+v", st)
 	}
 }
-
-// resetStream is a stream whose peer says something, and then resets its side.
-type resetStream struct {
-	net.TCPConn // for what is not used
-	said, heard []byte
-	how         string
-}
-
-func (r *resetStream) Read(b []byte) (int, error) {
-	if len(r.said) == 0 {
-		return 0, errors.New("the peer has reset its side")
-	}
-	n := copy(b, r.said)
-	r.said = r.said[n:]
-	return n, nil
-}
-
-func (r *resetStream) Write(b []byte) (int, error) {
-	r.heard = append(r.heard, b...)
-	return len(b), nil
-}
-
-func (r *resetStream) CloseWrite() error { r.how += "CloseWrite "; return nil }
-
-func (r *resetStream) Close() error {
-	if !strings.HasSuffix(r.how, "Close ") {
-		r.how += "Close "
-	}
-	return nil
-}
-
-func (r *resetStream) Ready() bool                      { return true }
-func (r *resetStream) HungUp() bool                     { return false }
-func (r *resetStream) Offer([]byte) int                 { return 0 }
-func (r *resetStream) RemoteAddr() net.Addr             { return &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
-func (r *resetStream) LocalAddr() net.Addr              { return r.RemoteAddr() }
-func (r *resetStream) SetDeadline(time.Time) error      { return nil }
-func (r *resetStream) SetReadDeadline(time.Time) error  { return nil }
-func (r *resetStream) SetWriteDeadline(time.Time) error { return nil }

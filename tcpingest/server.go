@@ -210,8 +210,8 @@ func hangUp(nc net.Conn) {
 	_ = nc.Close()
 }
 
-// refusingMax is how many peers are waited for at a time until they have read why they are refused. They take nobody's place. Others are told, and closed at once, or, above the limit of
-// connections, closed without a word.
+// refusingMax is how many peers are waited for at a time until they have read why they are refused. They take nobody's place. Others are told, and closed at once, or, above the
+// limit of connections, closed without a word.
 const refusingMax = 64
 
 // add notes the connection. It tells whether the limit is reached, or why there is not even room to say so.
@@ -312,14 +312,8 @@ func (s *Server) push(c *conn, hello *wire.Hello) {
 	ses.notes = hello.Notes
 	reason, notice := ses.ending(ses.run())
 	s.ended(c, reason)
-	if _, ok := c.netConn.(Stream); ok && reason == string(wire.CodeAckTimeout) {
+	if _, ok := c.netConn.(Stream); reason == ingest.EndReset || ok && reason == string(wire.CodeAckTimeout) {
 		return // at once: in a stream, acks that nobody reads would stay in the way of what others on its connection are sent
-	}
-	if reason == ingest.EndReset {
-		if ses.unacked == 0 {
-			_ = c.CloseWrite() // the peer may read on, and a stream that is closed without it takes the acks along
-		}
-		return
 	}
 	var say []byte
 	if notice != nil {

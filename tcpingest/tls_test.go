@@ -100,6 +100,19 @@ func TestBadTLS(t *testing.T) {
 	})
 }
 
+// TestExpiredServer: a client that looks at certificates does not take one that has expired, which is counted as its alert.
+func TestExpiredServer(t *testing.T) {
+	certs := ingesttest.NewCertificates(t)
+	late := certs.Server.Clone()
+	late.Certificates = []tls.Certificate{ingesttest.Certify(t)(certs.CA.NewServer([]string{certs.Client.ServerName, "127.0.0.1"}, time.Nanosecond))}
+	s, l := serveOn(t, "tcp", Config{Tables: ingesttest.Tables{}}, &ingesttest.Certificates{CA: certs.CA, Server: late, Client: certs.Client})
+	var invalid x509.CertificateInvalidError
+	if _, err := tls.Dial("tcp", l.Addr().String(), certs.Client); !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+		t.Errorf("got %v, want that it has expired", err)
+	}
+	awaitRefused(t, s, ingest.RefusedByPeer, 1)
+}
+
 // awaitRefused waits until so many handshakes have been refused for a reason.
 func awaitRefused(t *testing.T, s *Server, reason string, n uint64) {
 	t.Helper()

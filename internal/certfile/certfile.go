@@ -38,8 +38,23 @@ type stamp struct {
 func Open(files Files, log *slog.Logger) (*Source, error) {
 	s := &Source{files: files, log: log, seen: files.look()}
 	var err error
-	s.current, err = files.load()
+	if s.current, err = files.load(); err == nil {
+		s.judge()
+	}
 	return s, err
+}
+
+// Expires returns until when the certificate is good that is shown now.
+func (s *Source) Expires() time.Time {
+	return s.now().Certificates[0].Leaf.NotAfter
+}
+
+// judge says if clients will not take the certificate.
+func (s *Source) judge() {
+	if leaf := s.current.Certificates[0].Leaf; time.Now().After(leaf.NotAfter) {
+		s.log.Error("the certificate has expired: no client that looks at it will take it; put another in its place",
+			"component", "certfile", "path", s.files.Certificate, "expired", leaf.NotAfter)
+	}
 }
 
 // Config returns a configuration for servers that asks the source at each handshake.
@@ -66,6 +81,7 @@ func (s *Source) now() *tls.Config {
 	}
 	s.log.Info("certificates read again", "component", "certfile", "path", s.files.Certificate)
 	s.current = fresh
+	s.judge()
 	return fresh
 }
 

@@ -59,7 +59,13 @@ func (w *world) put(path string, content []byte) {
 // renew writes a certificate for a name, with its key.
 func (w *world) renew(name string) {
 	w.t.Helper()
-	pair, err := w.ca.NewServer([]string{name}, time.Hour)
+	w.renewFor(name, time.Hour)
+}
+
+// renewFor is renew for so long.
+func (w *world) renewFor(name string, valid time.Duration) {
+	w.t.Helper()
+	pair, err := w.ca.NewServer([]string{name}, valid)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -97,6 +103,27 @@ func (w *world) shake(s *Source, name string, ca *devcert.Authority) (client, se
 	_, _ = c.Read(make([]byte, 1)) // what a server says of a client's certificate comes later
 	_ = theirs.Close()
 	return client, <-ended
+}
+
+// TestExpired: a certificate that has expired is said so when it is read, and until when one is good can be asked.
+func TestExpired(t *testing.T) {
+	w := newWorld(t)
+	var log bytes.Buffer
+	s, err := Open(w.files, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if until := time.Until(s.Expires()); until < 0 || log.Len() > 0 {
+		t.Errorf("it is good for %v: %s", until, &log)
+	}
+	w.renewFor("one.test", time.Nanosecond)
+	if until := time.Until(s.Expires()); until > 0 || !strings.Contains(log.String(), "has expired") {
+		t.Errorf("it is good for %v: %s", until, &log)
+	}
+	log.Reset()
+	if _, err := Open(w.files, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "has expired") {
+		t.Errorf("opened: %v: %s", err, &log)
+	}
 }
 
 // TestReload: each handshake gets what is in the files, and what was there before while they are not in order.

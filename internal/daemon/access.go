@@ -3,6 +3,7 @@ package daemon
 import (
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/ingestd/ingestd/auth"
 	"github.com/ingestd/ingestd/bans"
@@ -80,6 +81,7 @@ type AccessStatus struct {
 	Bans     *BansStatus    `json:"bans,omitempty"`   // none: switched off
 	HalfOpen HalfOpenStatus `json:"half_open"`
 	Admin    *AdminStatus   `json:"admin,omitempty"` // none: it is off
+	TLS      *TLSStatus     `json:"tls,omitempty"`   // none: no listener has it
 }
 
 // TokensStatus is the file of tokens and what became of those who came.
@@ -115,6 +117,11 @@ type KernelStatus struct {
 	Failures    uint64 `json:"failures"`  // times it took no filter
 	DroppedTCP  uint64 `json:"dropped_tcp"`
 	DroppedQUIC uint64 `json:"dropped_quic"` // both: of banned addresses, and what found the socket's queue full
+}
+
+// TLSStatus is the certificate that is shown now.
+type TLSStatus struct {
+	Expires time.Time `json:"expires"`
 }
 
 // AdminStatus is the admin endpoint.

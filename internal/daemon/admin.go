@@ -137,6 +137,9 @@ func (a *admin) metrics(log *slog.Logger) http.HandlerFunc {
 	d := a.daemon
 	access := d.access.sources()
 	access.Admin = a.refused.Snapshot
+	if d.certs != nil {
+		access.Expires = d.certs.Expires
+	}
 	segments := map[string]int64{}
 	for _, t := range d.plan.tables {
 		segments[t.Name] = t.bytes

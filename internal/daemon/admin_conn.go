@@ -96,6 +96,9 @@ func (c *adminConn) Close() error {
 		return err
 	}
 	c.closed = true
+	if !c.judged && !c.heard {
+		c.visit.Passed(time.Since(c.began), adminPassingBy)
+	}
 	if !c.judged && (c.heard || time.Since(c.began) > adminPassingBy) {
 		c.visit.Failed()
 		code := wire.CodeBadHandshake

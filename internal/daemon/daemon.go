@@ -336,14 +336,10 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	return d.trainers.Serve(d.cutOff, local, hello)
 }
 
-// refuse tells a peer why it cannot attach, and closes; first its own side, since the end of a stream of QUIC would else take the reason along.
+// refuse tells a peer why it cannot attach, and closes.
 func refuse(conn net.Conn, r *wire.Refusal) error {
 	_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
-	err := wire.WriteRefusal(conn, r)
-	if c, ok := conn.(interface{ CloseWrite() error }); ok {
-		err = errors.Join(err, c.CloseWrite())
-	}
-	return errors.Join(err, conn.Close())
+	return errors.Join(wire.WriteRefusal(conn, r), conn.Close())
 }
 
 // mayPublishInPlace tells whether the configuration offers that at all; who may, package weights judges.

@@ -185,6 +185,9 @@ func (d *Daemon) Status() Status {
 	if a := d.admin; a != nil {
 		s.Access.Admin = &AdminStatus{a.open.Load(), a.refused.Snapshot()}
 	}
+	if d.certs != nil {
+		s.Access.TLS = &TLSStatus{d.certs.Expires()}
+	}
 	full := map[string]string{} // by table: whom its writers wait for
 	for i, st := range d.tableStats() {
 		s.Tables = append(s.Tables, tableStatus(d.tables[i], &st))

@@ -1,13 +1,19 @@
 package daemon
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/quic-go/quic-go"
+
+	"github.com/ingestd/ingestd/internal/devcert"
+	"github.com/ingestd/ingestd/internal/quicconn"
 	"github.com/ingestd/ingestd/shm"
 	"github.com/ingestd/ingestd/spec"
 	"github.com/ingestd/ingestd/tensor"
@@ -409,7 +415,7 @@ func end(t testing.TB, c net.Conn) {
 	}
 }
 
-// TestNobodyPublishesInPlace where the configuration says so.
+// TestNobodyPublishesInPlace where the configuration says so, which arrives over QUIC, too.
 func TestNobodyPublishesInPlace(t *testing.T) {
 	no := false
 	for name, change := range map[string]func(*Config){
@@ -418,10 +424,51 @@ func TestNobodyPublishesInPlace(t *testing.T) {
 	} {
 		cfg := tensorsConfig(t)
 		change(&cfg)
+		authority := listenQUIC(t, &cfg)
 		r := start(t, cfg)
 		hello := &wire.Hello{Role: wire.RolePublish, Table: "model", Manifest: testManifest(t).JSON(), InPlace: true}
 		if refusal := greet(t, r.dial(t, r.addr.Unix), hello, new(wire.AcceptedPublish)); refusal == nil || refusal.Code != wire.CodeNotPermitted {
 			t.Errorf("%s: %v", name, refusal)
 		}
+		for range 10 { // what is written and the end of the stream may race
+			if refusal := greet(t, r.dialQUIC(t, authority), hello, new(wire.AcceptedPublish)); refusal == nil || refusal.Code != wire.CodeNotPermitted {
+				t.Errorf("%s, over QUIC: %v", name, refusal)
+			}
+		}
 	}
+}
+
+// listenQUIC adds a listener of QUIC, and returns the authority of its certificate.
+func listenQUIC(t *testing.T, cfg *Config) *devcert.Authority {
+	t.Helper()
+	authority, err := devcert.NewAuthority("test", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := authority.NewServer([]string{"127.0.0.1"}, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.TLS.Cert, cfg.TLS.Key, err = pair.Write(t.TempDir(), "d"); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Listen = append(cfg.Listen, "quic://127.0.0.1:0")
+	return authority
+}
+
+// dialQUIC opens a connection of QUIC and one stream of it.
+func (r *running) dialQUIC(t *testing.T, authority *devcert.Authority) net.Conn {
+	t.Helper()
+	c, err := quic.DialAddr(t.Context(), strings.TrimPrefix(r.addr.QUIC, "quic://"), &tls.Config{
+		RootCAs: authority.Pool(), ServerName: "127.0.0.1", NextProtos: []string{wire.ALPN}, MinVersion: tls.VersionTLS13,
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.CloseWithError(quicconn.CodeDone, "") })
+	stream, err := c.OpenStreamSync(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return quicconn.New(c, stream)
 }

@@ -78,8 +78,8 @@ func (s *slow) challenged() *producer {
 	return p
 }
 
-// TestSlowloris: at every stage a peer that stands still, or says a byte now and then, is ended when that stage's time is over, is counted by reason, and fails where it is a stranger; it
-// disturbs nobody meanwhile.
+// TestSlowloris: at every stage a peer that stands still, or says a byte now and then, is ended when that stage's time is over, is counted by reason, and fails where it is a
+// stranger; it disturbs nobody meanwhile.
 func TestSlowloris(t *testing.T) {
 	t.Parallel()
 	k := newKeyring(t)

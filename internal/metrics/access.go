@@ -1,6 +1,8 @@
 package metrics
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/ingestd/ingestd/auth"
@@ -16,6 +18,7 @@ type Access struct {
 	Bans     func() bans.Stats
 	HalfOpen func() (open, addresses int, refused uint64)
 	Kernel   func() sockfilter.Stats  // nil where it drops nothing
+	Expires  func() time.Time         // of the certificate; nil without TLS
 	Admin    func() map[string]uint64 // whom the admin endpoint refused, by reason
 }
 
@@ -25,6 +28,8 @@ var (
 	tokensFailed  = desc("tokens_reload_failures_total", "Times the file of tokens was read and could not be used.")
 	tokensStale   = desc("tokens_stale", "1 while the file of tokens is not what is in force.")
 	handshakes    = desc("authentications_total", "Handshakes of a daemon with tokens, by what became of them.", "result")
+
+	expires = desc("tls_certificate_expires_seconds", "Until when the certificate is good that the daemon shows, in seconds since 1970.")
 
 	banned        = desc("banned_addresses", "Addresses that are banned.")
 	remembered    = desc("failed_addresses", "Addresses from which handshakes failed of late, the banned ones too.")
@@ -48,7 +53,7 @@ var adminCodes = []wire.Code{
 
 func describeAccess() []*prometheus.Desc {
 	return []*prometheus.Desc{
-		tokens, tokensReloads, tokensFailed, tokensStale, handshakes,
+		tokens, tokensReloads, tokensFailed, tokensStale, handshakes, expires,
 		banned, remembered, failures, bansTotal, bansRefused, bansSlowed, bansForgotten, bansCleared, kernelBanned, kernelFailed, kernelDropped, halfOpen, halfRefused,
 	}
 }
@@ -68,6 +73,9 @@ func (a *Access) collect(ch out) {
 		} {
 			ch.counter(handshakes, r.n, r.result)
 		}
+	}
+	if a.Expires != nil {
+		ch.gauge(expires, float64(a.Expires().Unix()))
 	}
 	open, _, turned := a.HalfOpen()
 	ch.gauge(halfOpen, float64(open))

@@ -83,6 +83,7 @@ func collector() *Collector {
 				return bans.Stats{Addresses: 9, Banned: 8, Failures: 70, Bans: 11, Refused: 12, Slowed: 13, Forgotten: 14, Cleared: 15}
 			},
 			HalfOpen: func() (open, addresses int, refused uint64) { return 6, 2, 17 },
+			Expires:  func() time.Time { return time.Unix(1<<31, 0) },
 			Admin:    func() map[string]uint64 { return map[string]uint64{string(wire.CodeNotAuthenticated): 41} },
 			Kernel: func() sockfilter.Stats {
 				return sockfilter.Stats{Addresses: 31, Failures: 32, DroppedTCP: 33, DroppedQUIC: 34}
@@ -123,6 +124,8 @@ func TestValues(t *testing.T) {
 		"ingestd_tokens_reloads_total":                      5,
 		"ingestd_tokens_reload_failures_total":              4,
 		"ingestd_authentications_total token":               21,
+		"ingestd_tls_certificate_expires_seconds":           1 << 31,
+		"ingestd_refused_total not_authenticated admin":     41,
 		"ingestd_authentications_total user":                22,
 		"ingestd_authentications_total not_authenticated":   23,
 		"ingestd_authentications_total not_permitted":       24,
