@@ -12,7 +12,7 @@ SOAK     ?= 30m
 SEED     ?= 0
 BENCH    ?=
 
-# What the Python tests need, and what lint needs. The linters are pinned: a new version has new opinions, and those come as a change of this line.
+# What the Python tests need beside the package and its optional parts, and what lint needs. The linters are pinned: a new version has new opinions, and those come as a change of this line.
 PYTHON_TOOLS := numpy pytest ml_dtypes safetensors
 LINT_TOOLS   := mypy==2.4.1 ruff==0.17.6
 
@@ -127,7 +127,7 @@ $(VENV)/.ready: python/pyproject.toml python/setup.py python/ingestd/_native.c M
 	@echo "making $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "$(PYTHON) is older than 3.9: give another one with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
-	@$(IN_VENV)/pip install --quiet --disable-pip-version-check $(PYTHON_TOOLS) -e python
+	@$(IN_VENV)/pip install --quiet --disable-pip-version-check $(PYTHON_TOOLS) -e 'python[quic,compression]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.ready

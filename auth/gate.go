@@ -33,7 +33,6 @@ const (
 	notAuthenticated
 	notPermitted
 	timedOut
-	noTokens
 	reasons
 )
 
@@ -44,7 +43,6 @@ type GateStats struct {
 	NotAuthenticated uint64 // no token, an unknown one, or no right proof
 	NotPermitted     uint64 // the token has not the right, or not for the table
 	TimedOut         uint64 // the proof did not come in time
-	NoTokens         uint64 // a token was named, and the daemon has none
 }
 
 // NewGate returns a gate.
@@ -72,7 +70,7 @@ func (g *Gate) Admit(conn io.ReadWriter, hello *wire.Hello, frame []byte, peer P
 	switch tokens := g.cfg.Tokens; {
 	case tokens == nil && hello.Token != "":
 		// It must not be let in, since it would take that for somebody's trick.
-		return nil, g.refuse(noTokens, wire.Refuse(wire.CodeBadOption, "this daemon has no tokens; take the token out (--token-file or INGESTD_TOKEN)"))
+		return nil, wire.Refuse(wire.CodeBadOption, "this daemon has no tokens; take the token out (--token-file or INGESTD_TOKEN)")
 	case tokens == nil:
 		return Everybody(), nil
 	case hello.Token == "" && peer.Local && peer.User >= 0 && (peer.User == g.own || slices.Contains(g.cfg.Users, peer.User)):
@@ -134,5 +132,5 @@ func (g *Gate) Stats() GateStats {
 		return GateStats{}
 	}
 	n := func(why int) uint64 { return g.stats[why].Load() }
-	return GateStats{n(byToken), n(byUser), n(notAuthenticated), n(notPermitted), n(timedOut), n(noTokens)}
+	return GateStats{n(byToken), n(byUser), n(notAuthenticated), n(notPermitted), n(timedOut)}
 }

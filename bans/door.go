@@ -50,7 +50,7 @@ func (d *Door) Enter(peer net.Addr) (visit *Visit, code wire.Code) {
 // Banned says whether a peer is turned away before anything else is done for it, and counts that it was. It is for transports whose peers' addresses are not verified yet.
 func (d *Door) Banned(peer net.Addr) bool { return d != nil && d.Table.Check(Address(peer)).Banned }
 
-// Failed notes that a handshake failed whose peer has shown to be at its address only then, so that it did not Enter.
+// Failed notes that a handshake failed for which nobody entered.
 func (d *Door) Failed(peer net.Addr) {
 	if d != nil {
 		d.Table.Failed(Address(peer))
@@ -86,4 +86,12 @@ func (v *Visit) Succeeded() {
 		v.Leave()
 		v.door.Table.Succeeded(v.from)
 	}
+}
+
+// Beside returns a door with the same table, and bounds of its own that are as large.
+func (d *Door) Beside() *Door {
+	if d == nil {
+		return nil
+	}
+	return &Door{Table: d.Table, HalfOpen: NewHalfOpen(d.HalfOpen.cfg)}
 }

@@ -100,3 +100,28 @@ func TestDoorWithoutBans(t *testing.T) {
 		t.Error("banned")
 	}
 }
+
+// TestBeside: two doors have one table, and do not take each other's places.
+func TestBeside(t *testing.T) {
+	d := &Door{New(Config{}), NewHalfOpen(HalfOpenConfig{Max: 3, MaxPerAddress: 1})}
+	other, peer := d.Beside(), peerAt("192.0.2.1")
+	for _, one := range []*Door{d, other} {
+		if _, code := one.Enter(peer); code != "" {
+			t.Fatalf("the first is turned away: %s", code)
+		}
+		if _, code := one.Enter(peer); code != wire.CodeTooManyConnections {
+			t.Errorf("the second: %q", code)
+		}
+	}
+	for range FailuresMax {
+		d.Failed(peer)
+	}
+	if !other.Banned(peer) {
+		t.Error("failures at one door are none at the other")
+	}
+	var none *Door
+	none.Failed(peer)
+	if none.Beside() != nil {
+		t.Error("a door beside none")
+	}
+}

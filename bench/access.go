@@ -2,15 +2,14 @@ package bench
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,8 +19,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ingestd/ingestd/auth"
-	"github.com/ingestd/ingestd/bans"
-	served "github.com/ingestd/ingestd/internal/daemon"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -39,26 +36,33 @@ type AccessRecord struct {
 	Machine  Machine           `json:"machine"`
 	Options  AccessOptions     `json:"options"`
 	Figures  map[string]*Times `json:"figures"`
+	Floods   []Flood           `json:"floods"` // one per run beside connects
 	Targets  []Target          `json:"targets"`
 	Finished time.Time         `json:"finished"`
 }
 
-// The figures of bench access.
+// The figures of handshakes.
 const (
 	figureHandshakes = "handshakes/s with a token"
 	figureUnasked    = "handshakes/s of a daemon without tokens"
-	figureAlone      = "GB/s of a producer alone"
-	figureBeside     = "GB/s beside a banned address that connects"
-	figureConnects   = "connects/s of that address"
 )
 
-var accessFigures = []string{figureHandshakes, figureUnasked, figureAlone, figureBeside, figureConnects}
+// handshakesMin is the target, per second.
+const handshakesMin = 2000
 
-// Targets of bench access.
-const (
-	handshakesMin = 2000 // per second
-	besideMin     = 0.9  // of the rate alone
-)
+// accessCases are what --case takes.
+var accessCases = []string{"handshakes", "strangers-tcp", "strangers-tls", "strangers-quic"}
+
+// accessFigures are those of all cases, in order.
+func accessFigures() []string {
+	all := []string{figureHandshakes, figureUnasked}
+	for _, transport := range []string{transportTCP, transportTLS, transportQUIC} {
+		for _, figure := range append(slices.Clone(besides), perSecond) {
+			all = append(all, over(transport, figure))
+		}
+	}
+	return all
+}
 
 func accessCommand() *cobra.Command {
 	opt := AccessOptions{Common: defaultCommon(), Clients: 8, Connects: 5000}
@@ -75,9 +79,9 @@ func accessCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	opt.Common.flags(f, "handshakes, strangers")
+	opt.Common.flags(f, strings.Join(accessCases, ", "))
 	f.IntVar(&opt.Clients, "clients", opt.Clients, "handshakes under way at once")
-	f.IntVar(&opt.Connects, "connects", opt.Connects, "connects per second of the banned address; 0: as many as go")
+	f.IntVar(&opt.Connects, "connects", opt.Connects, "connects per second of the banned address; 0: as many as go, and no target for them")
 	return cmd
 }
 
@@ -91,29 +95,27 @@ func runAccess(ctx context.Context, opt AccessOptions, out, log io.Writer) error
 	}
 	r := &accessRunner{opt: &opt, log: log, figures: map[string]*Times{}}
 	record := &AccessRecord{Format: 1, Started: time.Now().UTC(), Machine: readMachine(), Options: opt, Figures: r.figures}
-	for _, c := range []struct {
-		name    string
-		measure func(context.Context) error
-	}{{"handshakes", r.handshakes}, {"strangers", r.strangers}} {
-		if opt.Case != "" && !strings.Contains(","+opt.Case+",", ","+c.name+",") {
+	for _, name := range accessCases {
+		if opt.Case != "" && !slices.Contains(strings.Split(opt.Case, ","), name) {
 			continue
 		}
-		if err := c.measure(ctx); err != nil {
-			return fmt.Errorf("case %s: %w", c.name, err)
+		var err error
+		if transport, ok := strings.CutPrefix(name, "strangers-"); ok {
+			err = r.strangers(ctx, transport)
+		} else {
+			err = r.handshakes(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("case %s: %w", name, err)
 		}
 	}
 	if len(r.figures) == 0 {
-		return fmt.Errorf("--case %q: there are handshakes and strangers", opt.Case)
+		return fmt.Errorf("--case %q: there are %s", opt.Case, strings.Join(accessCases, ", "))
 	}
 	for _, f := range r.figures {
 		f.Median = median(f.Runs)
 	}
-	if f := r.figures[figureHandshakes]; f != nil {
-		record.Targets = append(record.Targets, atLeast("handshakes", figureHandshakes, f.Median, handshakesMin))
-	}
-	if f := r.figures[figureBeside]; f != nil {
-		record.Targets = append(record.Targets, atLeast("strangers", "GB/s to the rate alone", f.Median/r.figures[figureAlone].Median, besideMin))
-	}
+	record.Floods, record.Targets = r.floods, r.targets()
 	record.Finished = time.Now().UTC()
 	if opt.JSON != "-" {
 		printAccess(out, record)
@@ -126,13 +128,32 @@ type accessRunner struct {
 	opt     *AccessOptions
 	log     io.Writer
 	figures map[string]*Times
+	floods  []Flood
+}
+
+// targets compares what was measured with what must be reached.
+func (r *accessRunner) targets() (all []Target) {
+	if f := r.figures[figureHandshakes]; f != nil {
+		all = append(all, atLeast("handshakes", figureHandshakes, f.Median, handshakesMin))
+	}
+	for _, transport := range []string{transportTCP, transportTLS, transportQUIC} {
+		name, rate := "strangers-"+transport, func(figure string) float64 { return r.figures[over(transport, figure)].Median }
+		if r.figures[over(transport, perSecond)] == nil {
+			continue
+		}
+		all = append(all, atLeast(name, "GB/s to the rate alone", rate(besideDaemon)/rate(besideNothing), besideMin))
+		if r.opt.Connects > 0 {
+			all = append(all, atLeast(name, perSecond, rate(perSecond), connectsMet*float64(r.opt.Connects)))
+		}
+	}
+	return all
 }
 
 func (r *accessRunner) add(figure string, v float64) {
 	f := r.figures[figure]
 	if f == nil {
 		unit := "1/s"
-		if strings.HasPrefix(figure, "GB/s") {
+		if strings.Contains(figure, "GB/s") {
 			unit = "GB/s"
 		}
 		f = &Times{Unit: unit}
@@ -230,128 +251,26 @@ func greet(address string, hello *wire.Hello) error {
 	return wire.Greet(c, c, hello, nil, &wire.AcceptedPush{})
 }
 
-// stranger is the address of the banned; producer and trainer have others of this machine.
-var stranger = netip.MustParseAddr("127.0.0.2")
-
-// strangers measures a producer alone, and beside an address that is banned and connects all the time.
-func (r *accessRunner) strangers(ctx context.Context) (err error) {
-	g, err := startFull(ctx, r.options("--bans-loopback", "--log-level", "warn"), accessCase())
-	if g != nil {
-		defer func() { err = errors.Join(err, g.stop(err != nil)) }()
-	}
-	if err != nil {
-		return err
-	}
-	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: stranger.AsSlice()}, Timeout: progressTimeout}
-	address := strings.TrimPrefix(g.daemon.TCP, "tcp://")
-	for range bans.FailuresMax { // which takes the 7.5 s that it is slowed
-		if err := misbehave(ctx, from, address); err != nil {
-			return err
-		}
-	}
-	err = interleave(r.opt.Runs, []string{figureAlone, figureBeside}, func(_ int, name string) error {
-		running, stop := context.WithCancel(ctx)
-		connects, over := uint64(0), make(chan struct{})
-		began := time.Now()
-		if name == figureBeside {
-			go func() {
-				defer close(over)
-				connects = connectAll(running, from, address, r.opt.Connects)
-			}()
-		} else {
-			close(over)
-		}
-		m, err := g.measure(ctx, false, nil)
-		stop()
-		<-over
-		if err != nil {
-			return err
-		}
-		r.add(name, m.GBPerSecond)
-		if name == figureBeside {
-			r.add(figureConnects, float64(connects)/time.Since(began).Seconds())
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	return checkBanned(ctx, g.daemon)
-}
-
-// misbehave says what is no hello, and waits for the refusal.
-func misbehave(ctx context.Context, from *net.Dialer, address string) error {
-	c, err := from.DialContext(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(progressTimeout))
-	if _, err := c.Write([]byte("this is no hello")); err != nil {
-		return err
-	}
-	_, err = io.Copy(io.Discard, c)
-	return err
-}
-
-// connecting is how many goroutines a stranger has.
-const connecting = 4
-
-// connectAll connects at a rate until ctx ends, and returns how often.
-func connectAll(ctx context.Context, from *net.Dialer, address string, rate int) uint64 {
-	var made atomic.Uint64
-	began := time.Now()
-	var all sync.WaitGroup
-	for range connecting {
-		all.Go(func() {
-			buf := make([]byte, 1)
-			for ctx.Err() == nil {
-				due := began.Add(time.Duration(float64(made.Add(1)) / float64(max(rate, 1)) * float64(time.Second)))
-				if rate > 0 && sleep(ctx, time.Until(due)) != nil {
-					made.Add(^uint64(0))
-					return
-				}
-				c, err := from.DialContext(ctx, "tcp", address)
-				if err != nil {
-					continue // it may be reset before it is there
-				}
-				_ = c.(*net.TCPConn).SetLinger(0)
-				_ = c.SetDeadline(time.Now().Add(progressTimeout))
-				_, _ = c.Read(buf) // until the daemon closes
-				_ = c.Close()
-			}
-		})
-	}
-	all.Wait()
-	return made.Load()
-}
-
-// checkBanned makes sure that the stranger was turned away, or the figures mean nothing.
-func checkBanned(ctx context.Context, d *daemon) error {
-	body, err := d.get(ctx, "/bans")
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	var list served.BanList
-	if err := json.NewDecoder(body).Decode(&list); err != nil {
-		return err
-	}
-	for _, e := range list.Bans {
-		if e.Address == stranger.String() && e.Banned && e.Refused > 0 {
-			return nil
-		}
-	}
-	return fmt.Errorf("%v was not banned: the daemon lists %+v", stranger, list.Bans)
-}
-
 func printAccess(out io.Writer, record *AccessRecord) {
+	printMachine(out, &record.Machine)
 	t := newRows(out, "Access", "figure", "median", "")
-	for _, name := range accessFigures {
+	for _, name := range accessFigures() {
 		if f := record.Figures[name]; f != nil {
 			t.add(name, fmt.Sprintf("%.4g", f.Median), f.Unit)
 		}
 	}
 	t.end()
+	if len(record.Floods) > 0 {
+		t = newRows(out, "Connects of the banned address, run by run; arrived: counted by the kernel or the daemon at the other side",
+			"transport", "against", "arrived/s", "begun", "failed", "arrived", "unanswered", "closed", "open")
+		for _, f := range record.Floods {
+			cells := []string{f.Transport, f.Against, fmt.Sprintf("%.0f", float64(f.Arrived)/f.Seconds)}
+			for _, n := range []uint64{f.Begun, f.Failed, f.Arrived, f.NoAnswer, f.Closed, f.Open} {
+				cells = append(cells, fmt.Sprint(n))
+			}
+			t.add(cells...)
+		}
+		t.end()
+	}
 	printTargets(out, record.Targets)
 }

@@ -31,6 +31,7 @@ type bareOptions struct {
 	windowSamples int64
 	windowBytes   int64
 	transport     string
+	host          string
 	certs         string
 }
 
@@ -81,6 +82,7 @@ func bareCommand() *cobra.Command {
 	f.Int64Var(&opt.windowSamples, "window-samples", 1<<16, "largest window to grant")
 	f.Int64Var(&opt.windowBytes, "window-bytes", 16*mib, "largest window to grant")
 	f.StringVar(&opt.transport, "transport", transportTCP, "tcp, tls or quic")
+	f.StringVar(&opt.host, "host", "127.0.0.1", "address to listen at")
 	f.StringVar(&opt.certs, "certs", "", "folder of the certificates for tls and quic")
 	return cmd
 }
@@ -109,7 +111,7 @@ func newBareServer(ctx context.Context, opt bareOptions) (*bareServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	listener, err := listenBare(ctx, opt.transport, certificates(opt.certs))
+	listener, err := listenBare(ctx, opt.transport, opt.host, certificates(opt.certs))
 	if err != nil {
 		return nil, fmt.Errorf("listen for the bare loop: %w", err)
 	}

@@ -22,7 +22,7 @@ func Command() *cobra.Command {
 		Long: "Measure this machine. Every figure stands beside its baseline from the same run: compare the ratios, the absolute figures are of this\n" +
 			"machine and this moment.",
 	}
-	cmd.AddCommand(tcpCommand(), secureCommand(), shmCommand(), tensorsCommand(), accessCommand(), compressCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
+	cmd.AddCommand(tcpCommand(), secureCommand(), linkCommand(), shmCommand(), tensorsCommand(), accessCommand(), compressCommand(), microCommand(), senderCommand(), bareCommand(), trainerCommand(),
 		fillerCommand(), handoffCommand(), wakeCommand(), watcherCommand(), sessionsCommand(),
 		gradSenderCommand(), gradReaderCommand(), publisherCommand(), subscriberCommand(), sendfileCommand())
 	return cmd

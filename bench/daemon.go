@@ -67,12 +67,12 @@ func startConfigured(ctx context.Context, opt *Options, config string) (*daemon,
 
 // beginDaemon starts it with its socket in the folder, which is its own from now on.
 func beginDaemon(ctx context.Context, opt *Options, folder string, tables []string) (*daemon, error) {
-	d := &daemon{folder: folder}
-	args := slices.Concat([]string{"serve"}, tables, []string{
-		"--listen", anyPort, "--listen", "unix://" + filepath.Join(folder, "ingestd.sock"),
+	d := &daemon{folder: folder, http: http.Client{Transport: opt.sites.transport()}}
+	args := slices.Concat([]string{"serve"}, tables, opt.sites.listen(), []string{
+		"--listen", "unix://" + filepath.Join(folder, "ingestd.sock"),
 		"--admin", "127.0.0.1:0", "--ready-file", d.readyFile(),
 	}, opt.ServeArgs)
-	d.launch = launch{name: "daemon", binary: opt.Binary, args: args}
+	d.launch = launch{name: "daemon", binary: opt.Binary, args: args, side: opt.sites.server}
 	if err := d.begin(ctx); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(folder))
 	}

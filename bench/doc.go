@@ -7,6 +7,9 @@
 //
 // `ingestd bench secure` does so over TLS and QUIC: the bare loops are of crypto/tls and quic-go.
 //
+// `ingestd bench link` has TCP, TLS and QUIC push over links that lose, delay and reorder packets, beside the same bare loops over the same links; sender and daemon are in
+// network namespaces (internal/lossynet), which needs root.
+//
 // `ingestd bench shm` does the same for producers that fill places of the ring themselves: rates in place and written, beside a bare queue of descriptors
 // between two processes, shmipc-go (bench/shmipc, a module of its own) and plain memory writes; latency beside one bare eventfd; and what faults cost: a daemon
 // killed under load, a large ring taken up again, a trainer killed with leases.
@@ -15,7 +18,8 @@
 // that lies in the ring, beside a plain loop and numpy; weights published in place, beside one copy, and streamed, beside a bare sendfile loop; CRC-32C beside
 // copy; and the memory of the daemon. A case's figures, ours and the baselines', go into one table, which names for each ratio what it is a ratio to.
 //
-// `ingestd bench access` measures handshakes with tokens beside those of a daemon without, and a producer alone and beside a banned address that connects all the time.
+// `ingestd bench access` measures handshakes with tokens beside those of a daemon without, and a producer alone and beside a banned address that connects all the time, to the daemon and
+// to a listener that nobody serves, whose kernel drops the same: what that takes is what connecting takes. The parent connects, and so does not sleep then.
 //
 // It leaves serving to the real binary, which it runs again with the subcommand serve, and the micro benchmarks of single packages to those packages.
 //

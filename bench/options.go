@@ -42,6 +42,7 @@ type Options struct {
 	Secure       bool          `json:"secure,omitempty"`       // the cases over TLS and QUIC
 
 	certs certificates
+	sites sites
 }
 
 // Contenders, in the order of the first run: the daemon comes first, because the bare loop is then given the window that the daemon granted.

@@ -8,10 +8,13 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/ingestd/ingestd/internal/lossynet"
 )
 
 // stopGrace is how long a process has to end by itself before it is killed: on a busy machine the kernel needs 10 s to free a ring of 8 GiB.
@@ -31,15 +34,21 @@ type process struct {
 
 // startChild runs one of the bench's own subcommands and waits until it is ready.
 func startChild(name, binary string, args ...string) (*process, *ready, error) {
-	return launch{name: name, binary: binary, args: append([]string{"bench"}, args...)}.child()
+	return startChildAt(nil, name, binary, args...)
+}
+
+// startChildAt is startChild on one side of a link.
+func startChildAt(side *lossynet.Side, name, binary string, args ...string) (*process, *ready, error) {
+	return launch{name: name, binary: binary, args: append([]string{"bench"}, args...), side: side}.child()
 }
 
 // launch is how a process is started.
 type launch struct {
 	name, binary string
 	args         []string
-	files        []*os.File // its descriptors from 3 on
-	env          []string   // beside ours
+	files        []*os.File     // its descriptors from 3 on
+	env          []string       // beside ours
+	side         *lossynet.Side // of the link that it is on; nil: none
 }
 
 // child starts a process that speaks the control protocol and waits until it is ready.
@@ -80,7 +89,7 @@ func (l launch) start() (*process, error) {
 	}
 	p.cmd.Stdout = outWrite
 	p.in, p.out, p.pipe = in, bufio.NewReader(outRead), outRead
-	err = p.cmd.Start()
+	err = l.begin(p)
 	outWrite.Close()
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, errors.Join(err, in.Close(), outRead.Close()))
@@ -90,6 +99,29 @@ func (l launch) start() (*process, error) {
 		close(p.done)
 	}()
 	return p, nil
+}
+
+// begin starts a process where it belongs. It dies with the thread that started it, and threads that were on a side of a link end: so this one stays as long as the process.
+func (l launch) begin(p *process) error {
+	started := make(chan error, 2)
+	start := func() error {
+		err := p.cmd.Start()
+		started <- err
+		if err == nil {
+			<-p.done
+		}
+		return err
+	}
+	go func() {
+		if l.side != nil {
+			started <- l.side.Do(start)
+			return
+		}
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		_ = start() // has said it
+	}()
+	return <-started
 }
 
 func (p *process) pid() int { return p.cmd.Process.Pid }

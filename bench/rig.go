@@ -55,12 +55,13 @@ func startBare(opt *Options, c Case, window ready) (*rig, error) {
 	}
 	args := []string{
 		"_bare", "--spec", layout.Text(), "--memory-bytes", strconv.FormatInt(c.dataBytes(), 10),
-		"--connections", strconv.Itoa(c.Connections), "--read-bytes", strconv.Itoa(opt.BareRead), "--transport", c.Transport, "--certs", string(opt.certs),
+		"--connections", strconv.Itoa(c.Connections), "--read-bytes", strconv.Itoa(opt.BareRead), "--transport", c.Transport,
+		"--host", opt.sites.host(), "--certs", string(opt.certs),
 	}
 	if window.WindowSamples > 0 {
 		args = append(args, "--window-samples", strconv.FormatInt(window.WindowSamples, 10), "--window-bytes", strconv.FormatInt(window.WindowBytes, 10))
 	}
-	bare, first, err := startChild("bare loop", opt.Binary, args...)
+	bare, first, err := startChildAt(opt.sites.server, "bare loop", opt.Binary, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +75,7 @@ func startFull(ctx context.Context, opt *Options, c Case) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := startDaemon(ctx, opt, c, opt.certs.serve(c.Transport)...)
+	d, err := startDaemon(ctx, opt, c, opt.certs.serve(c.Transport, opt.sites.host())...)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +103,7 @@ func (g *rig) startSender(address, layout string) error {
 	if g.opt.Client {
 		args = append(args, "--client")
 	}
-	sender, first, err := startChild("sender", g.opt.Binary, args...)
+	sender, first, err := startChildAt(g.opt.sites.sender, "sender", g.opt.Binary, args...)
 	if err != nil {
 		return err
 	}

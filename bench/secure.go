@@ -81,7 +81,7 @@ func secureCommand() *cobra.Command {
 
 // runSecure is runTCP with certificates for everybody.
 func runSecure(ctx context.Context, opt Options, out, log io.Writer) (err error) {
-	if opt.certs, err = makeCertificates(); err != nil {
+	if opt.certs, err = makeCertificates(opt.sites.host()); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, opt.certs.remove()) }()
@@ -93,7 +93,8 @@ type certificates string
 
 const certificatesValid = 24 * time.Hour
 
-func makeCertificates() (certificates, error) {
+// makeCertificates makes them, for a server at a host's address.
+func makeCertificates(host string) (certificates, error) {
 	folder, err := os.MkdirTemp("", "ingestd-bench-")
 	if err != nil {
 		return "", fmt.Errorf("make a folder for certificates: %w", err)
@@ -102,7 +103,7 @@ func makeCertificates() (certificates, error) {
 	ca, err := devcert.NewAuthority("ingestd bench", certificatesValid)
 	if err == nil {
 		var server *devcert.Pair
-		if server, err = ca.NewServer([]string{"127.0.0.1"}, certificatesValid); err == nil {
+		if server, err = ca.NewServer([]string{host}, certificatesValid); err == nil {
 			_, _, err = server.Write(folder, "server")
 		}
 	}
@@ -124,13 +125,13 @@ func (c certificates) pair() (certificate, key string) {
 
 func (c certificates) remove() error { return os.RemoveAll(string(c)) }
 
-// serve is what makes a daemon listen for a transport.
-func (c certificates) serve(transport string) []string {
+// serve is what makes a daemon listen for a transport at a host's address.
+func (c certificates) serve(transport, host string) []string {
 	if transport == transportTCP {
 		return nil // it does
 	}
 	certificate, key := c.pair()
-	return []string{"--listen", transport + "://127.0.0.1:0", "--tls-cert", certificate, "--tls-key", key}
+	return []string{"--listen", transport + "://" + net.JoinHostPort(host, "0"), "--tls-cert", certificate, "--tls-key", key}
 }
 
 // dialPeer connects the sender to an address of any transport. sendBuffer is SO_SNDBUF of what goes over TCP; 0 leaves it to the kernel.
@@ -145,7 +146,11 @@ func dialPeer(ctx context.Context, address, authorities string, sendBuffer int) 
 		if err != nil {
 			return nil, err
 		}
-		secure = &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{wire.ALPN}, ServerName: "127.0.0.1", RootCAs: x509.NewCertPool()}
+		name, _, err := net.SplitHostPort(host)
+		if err != nil {
+			return nil, err
+		}
+		secure = &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{wire.ALPN}, ServerName: name, RootCAs: x509.NewCertPool()}
 		secure.RootCAs.AppendCertsFromPEM(text)
 	}
 	if transport == transportQUIC {
@@ -189,10 +194,11 @@ type ownStream struct {
 
 func (s *ownStream) Close() error { return s.of.CloseWithError(quicconn.CodeDone, "") }
 
-// listenBare opens the bare loop's listener for a transport.
-func listenBare(ctx context.Context, transport string, certs certificates) (net.Listener, error) {
+// listenBare opens the bare loop's listener for a transport at a host's address.
+func listenBare(ctx context.Context, transport, host string, certs certificates) (net.Listener, error) {
+	address := net.JoinHostPort(host, "0")
 	if transport == transportTCP {
-		return tcpingest.Listen(ctx, "tcp", "127.0.0.1:0")
+		return tcpingest.Listen(ctx, "tcp", address)
 	}
 	pair, err := tls.LoadX509KeyPair(certs.pair())
 	if err != nil {
@@ -200,9 +206,9 @@ func listenBare(ctx context.Context, transport string, certs certificates) (net.
 	}
 	secure := tcpingest.TLSConfig(&tls.Config{Certificates: []tls.Certificate{pair}})
 	if transport == transportQUIC {
-		return listenStreams(ctx, secure)
+		return listenStreams(ctx, address, secure)
 	}
-	l, err := tcpingest.Listen(ctx, "tcp", "127.0.0.1:0")
+	l, err := tcpingest.Listen(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
 	}
@@ -212,8 +218,8 @@ func listenBare(ctx context.Context, transport string, certs certificates) (net.
 // bareQUICWindow is as large as a daemon lets it become: what bounds the bytes under way is the sender's window, and flow control never holds the bare loop up.
 const bareQUICWindow = 16 * mib
 
-func listenStreams(ctx context.Context, secure *tls.Config) (net.Listener, error) {
-	socket, err := quicingest.Listen(ctx, "127.0.0.1:0", slog.New(slog.DiscardHandler))
+func listenStreams(ctx context.Context, address string, secure *tls.Config) (net.Listener, error) {
+	socket, err := quicingest.Listen(ctx, address, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return nil, err
 	}

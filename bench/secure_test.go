@@ -95,7 +95,7 @@ func TestSecureCases(t *testing.T) {
 // TestNobodyListensWithoutCertificates: the bare loop says what it lacks.
 func TestNobodyListensWithoutCertificates(t *testing.T) {
 	for _, transport := range []string{transportTLS, transportQUIC} {
-		if l, err := listenBare(t.Context(), transport, certificates(t.TempDir())); err == nil {
+		if l, err := listenBare(t.Context(), transport, "127.0.0.1", certificates(t.TempDir())); err == nil {
 			t.Errorf("%s: listening on %v", transport, l.Addr())
 		}
 	}

@@ -31,6 +31,9 @@
 // GradReader: everything happens in its calls, which one goroutine makes. Step takes chunks, verifies headers and sums, keeps track of who is there, and holds the chunks of steps that were not released
 // yet in the ring, or copies the oldest to the heap when it may hold no more, so that a step may be larger than the ring. It sums a part of the tensors as soon as all who are expected
 // have it, always in the order of names, and anew if it turns out that others are complete; so sums repeat bit by bit whatever comes first. The memory of a GradStep is valid until its Release.
+// Over a connection it is a Trainer that has batches sent to it: it holds half of what comes without an answer, so that the other half is on its way, and copies what is beyond that. Names of producers, which the
+// segment has where it is mapped, it asks for, one by one and once, as it does for manifests, over connections of their own. Where the connection breaks, what is sent again is known by its numbers and not
+// looked at twice; where the daemon has made its ring anew, complete steps stay, others are dropped, and their producers, who have no acks for them, send them again.
 //
 // Weights: a Publisher makes generations of named tensors visible, each whole or not at all, and a Subscription reads the newest one, which stays as it is until its Weights are
 // released. Over a unix socket both use the daemon's own memory; over a connection a Publisher sends the caller's memory in chunks, borrowed until Commit returns, and a Subscription

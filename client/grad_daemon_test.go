@@ -24,8 +24,11 @@ import (
 
 // gradDaemon is a daemon in this process with a table of tensors.
 type gradDaemon struct {
-	addr daemon.Addresses
-	stop func()
+	addr  daemon.Addresses
+	tls   client.TLS // for addresses of TLS and QUIC, where it has them
+	token client.Token
+	read  string // where readers read; "": they map its memory
+	stop  func()
 }
 
 func gradConfig(t testing.TB) daemon.Config {
@@ -72,7 +75,15 @@ func runGrads(t testing.TB, cfg daemon.Config) *gradDaemon {
 
 // ways are the addresses of the ways to the daemon.
 func (g *gradDaemon) ways() map[string]string {
-	return map[string]string{"tcp": g.addr.TCP, "unix": g.addr.Unix, "shm": "shm://" + strings.TrimPrefix(g.addr.Unix, "unix://")}
+	return map[string]string{"tcp": g.addr.TCP, "unix": g.addr.Unix, "shm": "shm://" + strings.TrimPrefix(g.addr.Unix, "unix://"), "sent": g.addr.TCP}
+}
+
+// readSent has a test's readers have their batches sent to them where a way is "sent": then they are, as their producers, elsewhere.
+func (g *gradDaemon) readSent(way string) *gradDaemon {
+	if way == "sent" {
+		g.read = g.addr.TCP
+	}
+	return g
 }
 
 func manifestOf(t testing.TB, tensors ...tensor.Tensor) *tensor.Manifest {
@@ -100,7 +111,12 @@ func valuesOf(producer int, step uint64, i int, n int64) []float32 {
 
 func dialSteps(t testing.TB, addr string, name string, m *tensor.Manifest) *client.StepProducer {
 	t.Helper()
-	p, err := client.DialSteps(t.Context(), addr, client.StepsConfig{Table: "grads", Name: name, Manifest: m})
+	return dialStepsWith(t, addr, client.StepsConfig{Table: "grads", Name: name, Manifest: m})
+}
+
+func dialStepsWith(t testing.TB, addr string, cfg client.StepsConfig) *client.StepProducer {
+	t.Helper()
+	p, err := client.DialSteps(t.Context(), addr, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +126,11 @@ func dialSteps(t testing.TB, addr string, name string, m *tensor.Manifest) *clie
 
 func openGrads(t testing.TB, g *gradDaemon, group string) *client.GradReader {
 	t.Helper()
-	r, err := client.OpenGrads(t.Context(), g.addr.Unix, client.GradConfig{Table: "grads", Group: group})
+	addr := g.addr.Unix
+	if g.read != "" {
+		addr = g.read
+	}
+	r, err := client.OpenGrads(t.Context(), addr, client.GradConfig{Table: "grads", Group: group, TLS: g.tls, Token: g.token})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +196,7 @@ func TestStepsOverEveryWay(t *testing.T) {
 	m := manifestOf(t, f32("small", 3), f32("none", 0, 7), f32("large", 500, 2000), f32("scalar"), f32("middle", 77, 33))
 	for name := range (&gradDaemon{}).ways() {
 		t.Run(name, func(t *testing.T) {
-			g := serveGrads(t, nil)
+			g := serveGrads(t, nil).readSent(name)
 			r := openGrads(t, g, "")
 			const producers, steps = 3, 4
 			done := make(chan error, producers)

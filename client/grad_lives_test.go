@@ -22,11 +22,11 @@ import (
 	"github.com/ingestd/ingestd/wire"
 )
 
-// everyWay runs a test over TCP, a unix socket, and in place.
+// everyWay runs a test over TCP, a unix socket, and in place, and with readers that have their batches sent to them.
 func everyWay(t *testing.T, change func(*daemon.Config), f func(t *testing.T, g *gradDaemon, addr string)) {
-	for _, way := range []string{"tcp", "unix", "shm"} {
+	for _, way := range []string{"tcp", "unix", "shm", "sent"} {
 		t.Run(way, func(t *testing.T) {
-			g := serveGrads(t, change)
+			g := serveGrads(t, change).readSent(way)
 			f(t, g, g.ways()[way])
 		})
 	}

@@ -638,7 +638,7 @@ func TestForgottenSession(t *testing.T) {
 
 func TestGradConfigDefaults(t *testing.T) {
 	for says, cfg := range map[string]GradConfig{
-		"Table is empty": {}, "Prefetch is -1": {Table: "t", Prefetch: -1}, "SpillBytes -1": {Table: "t", SpillBytes: -1}, "KeepIncomplete -1ns": {Table: "t", KeepIncomplete: -1},
+		"Table is empty": {}, "Prefetch is -1": {Table: "t", Prefetch: -1}, "SpillBytes -1": {Table: "t", SpillBytes: -1}, "MemoryBytes -1": {Table: "t", MemoryBytes: -1}, "KeepIncomplete -1ns": {Table: "t", KeepIncomplete: -1},
 	} {
 		if _, err := cfg.withDefaults(); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v; want %q", err, says)

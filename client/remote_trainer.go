@@ -4,6 +4,8 @@ package client
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +31,7 @@ type RemoteTrainerStats struct {
 type remoteTrainer struct {
 	addr, network, address string
 	cfg                    TrainerConfig
+	session                string          // by which the daemon knows this trainer when it comes again: at random
 	layout                 *receivedLayout // of the first connection; later ones must have the same
 
 	life  context.Context // ends with close
@@ -62,7 +65,10 @@ type arrival struct {
 
 // openRemoteTrainer joins a table over a connection. ctx bounds that only.
 func openRemoteTrainer(ctx context.Context, addr, network, address string, cfg TrainerConfig) (*remoteTrainer, error) {
-	r := &remoteTrainer{addr: addr, network: network, address: address, cfg: cfg, ended: make(chan struct{}), wake: make(chan struct{}, 1), parting: partingTimeout}
+	r := &remoteTrainer{
+		addr: addr, network: network, address: address, cfg: cfg,
+		session: newTrainerSession(), ended: make(chan struct{}), wake: make(chan struct{}, 1), parting: partingTimeout,
+	}
 	conn, accepted, err := r.connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("client: %w", err)
@@ -71,6 +77,12 @@ func openRemoteTrainer(ctx context.Context, addr, network, address string, cfg T
 	r.begin(conn, accepted)
 	go r.run()
 	return r, nil
+}
+
+func newTrainerSession() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
 }
 
 // connect makes a connection and says hello.
@@ -90,7 +102,7 @@ func (r *remoteTrainer) connect(ctx context.Context) (net.Conn, *wire.AcceptedRe
 	}
 	hello := &wire.Hello{
 		Role: wire.RoleTrain, Table: r.cfg.Table, Spec: r.cfg.Spec, Prefetch: int64(r.cfg.Prefetch), Group: r.cfg.Group, Client: r.cfg.Client,
-		Stream: r.network == "unix",
+		Stream: r.network == "unix", Session: r.session,
 	}
 	hello.SetToken(r.cfg.Token)
 	accepted := new(wire.AcceptedRemoteTrain)

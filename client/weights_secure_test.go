@@ -102,7 +102,7 @@ func TestLastAnswerArrives(t *testing.T) {
 
 // TestGivesUpWaiting: a publisher that waits for a place and gives up is told at once for whom it waited, whatever the way, and may begin again over the same connection.
 func TestGivesUpWaiting(t *testing.T) {
-	for _, network := range []string{"tcp", "unix", "tls"} {
+	for _, network := range []string{"tcp", "unix", "tls", "quic"} {
 		t.Run(network, func(t *testing.T) {
 			d := serveWeights(t, network, weights.ServerConfig{}, weights.StoreConfig{Generations: 2})
 			p := publisherOf(t, d, vectors(t, 3000))

@@ -67,7 +67,7 @@ func newDoors(f *testing.F) *doors {
 	running.Go(func() { _ = d.tcp.Serve(ctx, plain) })
 	running.Go(func() { _ = d.tcp.Serve(ctx, tcpingest.NewTLSListener(secure, d.certs.Server)) })
 	streams := config()
-	d.quic = must(quicingest.New(quicingest.Config{TLS: d.certs.Server, Streams: streams, Door: door()}))
+	d.quic = must(quicingest.New(quicingest.Config{TLS: d.certs.Server, Streams: streams}))
 	socket := must((&net.ListenConfig{}).ListenPacket(ctx, "udp", "127.0.0.1:0"))
 	d.at["quic"] = socket.LocalAddr().String()
 	running.Go(func() { _ = d.quic.Serve(ctx, socket) })

@@ -8,19 +8,16 @@ import (
 
 	"github.com/quic-go/quic-go"
 
-	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/tcpingest"
 )
 
 // Config says what a Server serves and what it puts up with. Zero fields take the default.
 type Config struct {
-	// Streams is what becomes of each stream; its MaxConnections counts streams, and its timeouts hold for them. Tables is required.
+	// Streams is what becomes of each stream; its MaxConnections counts streams, and its timeouts hold for them. Tables is required. A connection on which nobody was let in yet is a
+	// handshake before Door, too: it and streams are counted apart, each within Door's bounds.
 	Streams tcpingest.Config
 	// TLS has the certificates, and the authorities of clients' if they must have some; required. Its versions and protocols are set here.
 	TLS *tls.Config
-	// Door is before connections, as Streams.Door is before streams: a connection is half open until somebody was let in on a stream of it. Default: Streams.Door's table, and bounds
-	// of its own.
-	Door *bans.Door
 
 	MaxConnections       int           // of QUIC at once, in any state; default 1024
 	StreamsPerConnection int           // at once; default 64
@@ -44,9 +41,6 @@ func (c *Config) withDefaults() (Config, error) {
 	if out.MaxConnections < 0 || out.StreamsPerConnection < 0 || out.HandshakeTimeout < 0 || out.IdleTimeout < 0 {
 		return out, fmt.Errorf("quicingest: MaxConnections is %d, StreamsPerConnection %d, HandshakeTimeout %v, IdleTimeout %v: none may be negative",
 			out.MaxConnections, out.StreamsPerConnection, out.HandshakeTimeout, out.IdleTimeout)
-	}
-	if door := out.Streams.Door; out.Door == nil && door != nil {
-		out.Door = &bans.Door{Table: door.Table, HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{Loopback: true})} // whom the table exempts does not come to that
 	}
 	for _, d := range []struct {
 		v   *int

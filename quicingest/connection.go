@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
@@ -65,11 +64,11 @@ func (s *Server) enter(c *conn) (code wire.Code, err error) {
 		return wire.CodeShuttingDown, errStopping
 	case s.open >= s.cfg.MaxConnections:
 		return wire.CodeTooManyConnections, errTooMany
-	case !c.verified && s.cfg.Door.Banned(c.peer):
+	case !c.verified && s.door.Banned(c.peer):
 		return wire.CodeBanned, errBanned
 	}
 	if c.verified {
-		switch c.visit, code = s.cfg.Door.Enter(c.peer); code {
+		switch c.visit, code = s.door.Enter(c.peer); code {
 		case "":
 		case wire.CodeBanned:
 			return code, errBanned
@@ -115,7 +114,7 @@ func (c *conn) complete(qc *quic.Conn, stopping bool) (reason string, code quic.
 	if !c.verified {
 		c.verified = true
 		var refused wire.Code
-		c.visit, refused = c.server.cfg.Door.Enter(c.peer)
+		c.visit, refused = c.server.door.Enter(c.peer)
 		return string(refused), quicconn.CodeConnections
 	}
 	return "", 0
@@ -227,7 +226,7 @@ func (c *conn) dismiss() {
 	c.mu.Unlock()
 	switch {
 	case known:
-	case c.server.cfg.Door.Banned(c.peer):
+	case c.server.door.Banned(c.peer):
 		c.close(string(wire.CodeBanned), quicconn.CodeConnections)
 	default:
 		c.close(string(wire.CodeTooManyConnections), quicconn.CodeConnections)
@@ -262,7 +261,7 @@ func (c *conn) end(why error) {
 	c.mu.Unlock()
 	s.mu.Unlock()
 	if end.failed && visit == nil {
-		s.cfg.Door.Failed(c.peer)
+		s.door.Failed(c.peer)
 	}
 	if !end.refused {
 		s.ended.Add(end.reason)
@@ -303,28 +302,52 @@ func (c *conn) verdict(why error, stopping bool) ending {
 func unshaken(why error, stopping bool) (reason string, ours bool) {
 	var late *quic.HandshakeTimeoutError
 	var idle *quic.IdleTimeoutError
-	var refused *quic.TransportError
+	var broken *quic.TransportError
 	switch {
 	case stopping:
 		return string(wire.CodeShuttingDown), true
 	case errors.As(why, &late), errors.As(why, &idle):
 		return string(wire.CodeHandshakeTimeout), false
-	case errors.As(why, &refused) && !refused.Remote && refused.ErrorCode == quic.ConnectionRefused: // more were done at once than are accepted at once
+	case !errors.As(why, &broken):
+	case broken.Remote:
+		return ingest.RefusedByPeer, false
+	case broken.ErrorCode == quic.ConnectionRefused: // more were done at once than are accepted at once
 		return string(wire.CodeTooManyConnections), true
+	case certificateAlert(alertOf(broken)):
+		return ingest.RefusedCertificate, false
 	}
 	return ingest.RefusedTLS, false
 }
 
-// Alerts of TLS (RFC 8446, 6) that only what a client sends after the daemon's first flight can be answered with: whoever sent that is at its address (RFC 9000, 8.1).
-var verifyingAlerts = []uint8{
-	42, 43, 44, 45, 46, 48, 49, // its certificate: bad, unsupported, revoked, expired, unknown; of an unknown authority; access denied
-	51,  // its proof of the certificate's key, or of the handshake
-	116, // it has no certificate
+// Alerts of TLS (RFC 8446, 6).
+const (
+	alertBadCertificate      = 42 // from here on to
+	alertUnknownCertificate  = 46 // all about a certificate
+	alertUnknownAuthority    = 48
+	alertAccessDenied        = 49
+	alertDecryptError        = 51
+	alertCertificateRequired = 116
+)
+
+// alertOf returns the alert with which this side ended the handshake, 0 for none.
+func alertOf(e *quic.TransportError) int {
+	if e.Remote || !e.ErrorCode.IsCryptoError() {
+		return 0
+	}
+	return int(e.ErrorCode - 0x100) // RFC 9001, 4.8
 }
 
-// verifies tells whether a handshake failed at something that shows that the peer is at its address.
+func certificateAlert(alert int) bool {
+	return alert >= alertBadCertificate && alert <= alertUnknownCertificate || alert == alertUnknownAuthority || alert == alertAccessDenied
+}
+
+// verifies tells whether a handshake failed at something that only a client can have sent that has received what the daemon sent first, so that it is at its address (RFC 9000, 8.1): its
+// certificate, that there is none, or a proof.
 func verifies(why error) bool {
 	var failed *quic.TransportError
-	const alert = 0x100 // RFC 9001, 4.8
-	return errors.As(why, &failed) && !failed.Remote && failed.ErrorCode.IsCryptoError() && slices.Contains(verifyingAlerts, uint8(failed.ErrorCode-alert))
+	if !errors.As(why, &failed) {
+		return false
+	}
+	alert := alertOf(failed)
+	return certificateAlert(alert) || alert == alertCertificateRequired || alert == alertDecryptError
 }

@@ -22,12 +22,13 @@ import (
 
 var here = netip.MustParseAddr("127.0.0.1")
 
-// guarded gives a daemon doors that look at addresses of this machine, too, with so many strangers' connections of each.
+// guarded gives a daemon a door that looks at addresses of this machine, too, with so many handshakes of each.
 func guarded(perAddress int) func(*Config) {
 	return func(c *Config) {
-		table := bans.New(bans.Config{Loopback: true})
-		c.Streams.Door = &bans.Door{Table: table, HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{Loopback: true})}
-		c.Door = &bans.Door{Table: table, HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{Loopback: true, MaxPerAddress: perAddress})}
+		c.Streams.Door = &bans.Door{
+			Table:    bans.New(bans.Config{Loopback: true}),
+			HalfOpen: bans.NewHalfOpen(bans.HalfOpenConfig{Loopback: true, MaxPerAddress: perAddress}),
+		}
 	}
 }
 
@@ -91,11 +92,11 @@ func TestDoor(t *testing.T) {
 	if err := nonsense(t, c); err != nil {
 		t.Errorf("it hears nothing: %v", err)
 	}
-	if n := s.cfg.Door.Table.Stats().Failures; n != 1 {
+	if n := s.door.Table.Stats().Failures; n != 1 {
 		t.Fatalf("%d failures", n)
 	}
 	for range bans.FailuresMax - 1 {
-		s.cfg.Door.Table.Failed(here)
+		s.door.Table.Failed(here)
 	}
 	if _, _, err := s.tryPush(t.Context(), known); err == nil {
 		t.Error("a stream of a banned address is served")
@@ -189,18 +190,17 @@ func TestStrangersLeave(t *testing.T) {
 		return st
 	}
 	for _, tc := range []struct {
-		name     string
-		do       func(*testing.T, *quic.Conn)
-		failures uint64 // of the connection: what is said on streams is judged there
+		name   string
+		do     func(*testing.T, *quic.Conn)
+		failed bool // the connection has: what is said on streams is judged there
 	}{
-		{"no stream", func(*testing.T, *quic.Conn) {}, 1},
-		{"the end of a stream", func(t *testing.T, c *quic.Conn) { _ = open(t, c).Close() }, 0},
-		{"half a hello", func(t *testing.T, c *quic.Conn) { _, _ = open(t, c).Write([]byte("ING")) }, 0},
+		{"no stream", func(*testing.T, *quic.Conn) {}, true},
+		{"the end of a stream", func(t *testing.T, c *quic.Conn) { _ = open(t, c).Close() }, false},
+		{"half a hello", func(t *testing.T, c *quic.Conn) { _, _ = open(t, c).Write([]byte("ING")) }, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := newSite(t, func(c *Config) {
 				guarded(16)(c)
-				c.Streams.Door = nil
 				c.Streams.HandshakeTimeout = 300 * time.Millisecond
 				c.Streams.LingerTimeout = time.Hour // for which who is refused may hold its stream
 			})
@@ -216,8 +216,8 @@ func TestStrangersLeave(t *testing.T) {
 			for s.Connections().Open > 0 {
 				runtime.Gosched()
 			}
-			if n := s.cfg.Door.Table.Stats().Failures; n != tc.failures {
-				t.Errorf("%d failures, want %d", n, tc.failures)
+			if n := s.door.Table.Stats().Failures; tc.failed && n != 1 {
+				t.Errorf("%d failures, want 1", n)
 			}
 			s.finish(t)
 		})
@@ -232,7 +232,7 @@ func TestStrangersLeave(t *testing.T) {
 		for s.Connections().Ended[ingest.EndClean] == 0 {
 			runtime.Gosched()
 		}
-		if n := s.cfg.Door.Table.Stats().Failures; n != 1 {
+		if n := s.door.Table.Stats().Failures; n != 1 {
 			t.Errorf("%d failures, want 1", n)
 		}
 		s.finish(t)
@@ -245,16 +245,19 @@ func TestFailedHandshakes(t *testing.T) {
 	for name, tc := range map[string]struct {
 		change     func(*tls.Config)
 		retryAbove int
+		reason     string
 		failures   uint64
 	}{
-		"no certificate": {func(c *tls.Config) { c.Certificates = nil }, 64, bans.FailuresMax},
+		"no certificate": {func(c *tls.Config) { c.Certificates = nil }, 64, ingest.RefusedTLS, bans.FailuresMax},
 		"certificate of another authority": {func(c *tls.Config) {
 			c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 				return &strangers.Client.Certificates[0], nil
 			}
-		}, 64, bans.FailuresMax},
-		"another protocol":           {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, 64, 0},
-		"another protocol, verified": {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, -1, bans.FailuresMax},
+		}, 64, ingest.RefusedCertificate, bans.FailuresMax},
+		"another protocol":                     {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, 64, ingest.RefusedTLS, 0},
+		"another protocol, verified":           {func(c *tls.Config) { c.NextProtos = []string{"h3"} }, -1, ingest.RefusedTLS, bans.FailuresMax},
+		"another authority expected":           {func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }, 64, ingest.RefusedByPeer, 0},
+		"another authority expected, verified": {func(c *tls.Config) { c.RootCAs = strangers.Client.RootCAs }, -1, ingest.RefusedByPeer, bans.FailuresMax},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, func(c *Config) {
@@ -267,12 +270,12 @@ func TestFailedHandshakes(t *testing.T) {
 				if c, err := s.dialFrom(t, "127.0.0.1", secure); err == nil { // the client is done before the daemon has looked
 					<-c.Context().Done()
 				}
-				s.await(ingest.RefusedTLS, n+1)
+				s.await(tc.reason, n+1)
 			}
 			for s.Connections().HalfOpen > 0 {
 				runtime.Gosched()
 			}
-			if n := s.cfg.Door.Table.Stats().Failures; n != tc.failures {
+			if n := s.door.Table.Stats().Failures; n != tc.failures {
 				t.Errorf("%d failures, want %d", n, tc.failures)
 			}
 			c, err := s.dialFrom(t, "127.0.0.1", s.certs.Client)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/quic-go/quic-go"
 
+	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/quicconn"
 	"github.com/ingestd/ingestd/tcpingest"
@@ -26,6 +27,7 @@ type Server struct {
 	quic     *quic.Config
 	tls      *tls.Config
 	streams  *tcpingest.Server
+	door     *bans.Door // before connections
 	halfOpen atomic.Int64
 	stray    atomic.Uint64  // datagrams that belonged to nothing
 	refused  ingest.Reasons // connections of which nobody had any use
@@ -47,7 +49,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg: full, quic: full.quic(), tls: tcpingest.TLSConfig(full.TLS),
+		cfg: full, quic: full.quic(), tls: tcpingest.TLSConfig(full.TLS), door: full.Streams.Door.Beside(),
 		doors: map[*quic.Listener]*quic.Transport{}, conns: map[*conn]struct{}{},
 	}
 	s.streams, err = tcpingest.New(full.Streams)

@@ -56,7 +56,10 @@ func (c Config) check() error {
 }
 
 // Server serves trainers over connections.
-type Server struct{ cfg Config }
+type Server struct {
+	cfg   Config
+	known identities
+}
 
 // NewServer returns a server, or an error for a configuration that cannot be.
 func NewServer(cfg Config) (*Server, error) {
@@ -64,7 +67,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg}, nil
+	return &Server{cfg: cfg}, nil
 }
 
 // Serve answers a hello of role train and sends batches, until the trainer or ctx ends. It owns conn and closes it. When it returns the trainer holds nothing any
@@ -93,6 +96,11 @@ func (s *Server) serve(ctx context.Context, conn net.Conn, hello *wire.Hello, lo
 	if ctx.Err() != nil {
 		return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping")
 	}
+	ctx, leave, err := s.known.enter(ctx, hello)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	seat, err := s.cfg.Trainers.Seat(hello, peerOf(conn))
 	if err != nil {
 		return err

@@ -339,6 +339,7 @@ func TestParseToken(t *testing.T) {
 		"worker:" + secretText[1:]:      "has 31 characters",
 		"a\nb:" + secretText:            "control character",
 		strings.Repeat("n", 129) + ":x": "129 bytes",
+		secretText + ":worker":          "other way round", // which must not show the secret either
 	} {
 		if _, err := ParseToken(text); err == nil || !strings.Contains(err.Error(), says) || strings.Contains(err.Error(), secretText[1:]) {
 			t.Errorf("%q: %v; want %q", text, err, says)

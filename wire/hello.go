@@ -74,7 +74,7 @@ type Hello struct {
 	Table         string
 	Spec          *spec.Spec       // push, fill and train
 	Fingerprint   spec.Fingerprint // push, fill and train; push gives this or Spec or both
-	Session       string           // push and fill
+	Session       string           // push, fill and train
 	Ack           AckMode          // push; ReadHello fills in AckQueued
 	WindowSamples int64            // push; 0: the daemon's limit
 	WindowBytes   int64            // push; 0: the daemon's limit
@@ -204,7 +204,7 @@ func (h *Hello) given() []string {
 // rolesOf says which roles a field is for; one that is not listed is for all.
 var rolesOf = map[string][]Role{
 	"spec": {RolePush, RoleFill, RoleTrain}, "fingerprint": {RolePush, RoleFill, RoleTrain},
-	"session": {RolePush, RoleFill}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
+	"session": {RolePush, RoleFill, RoleTrain}, "ack": {RolePush}, "window_samples": {RolePush}, "window_bytes": {RolePush},
 	"prefetch": {RoleTrain, RoleFill}, "group": {RoleTrain}, "notes": {RolePush, RoleFill}, "compression": {RolePush},
 	"manifest": {RolePush, RoleFill, RolePublish}, "manifest_id": {RoleManifest}, "session_of": {RoleManifest}, "in_place": {RolePublish},
 	"wait": {RoleSubscribe}, "stream": {RoleSubscribe, RoleTrain}, "delta": {RoleSubscribe}, "have": {RoleSubscribe}, "have_digest": {RoleSubscribe},

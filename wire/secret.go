@@ -76,7 +76,10 @@ func ParseToken(text string) (Token, error) {
 		return Token{}, err
 	}
 	secret, err := NewSecret(rest)
-	if err != nil {
+	switch {
+	case err != nil && len(name) >= SecretBytesMin: // it may be the secret, in the wrong place
+		return Token{}, fmt.Errorf("this token, if it is NAME:SECRET and not the other way round: %w", err)
+	case err != nil:
 		return Token{}, fmt.Errorf("token %q: %w", name, err)
 	}
 	return Token{name, secret}, nil

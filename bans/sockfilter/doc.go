@@ -17,7 +17,7 @@
 //
 // Errors: a program that the kernel does not take is counted, logged once, and made smaller where memory was short (net.core.optmem_max).
 //
-// Cost: 1.5 instructions for a banned address of IPv4, or for each /64 of one /32 of IPv6, else 5.5 for a /64, of at most 4096; a packet passes a search in halves. A full
+// Cost: 1.4 instructions for a banned address of IPv4, or for each /64 of one /32 of IPv6, else 5.3 for a /64, of at most 4096; a packet passes a search in halves. A full
 // program takes 2 ms to make and the kernel 1 ms for each socket (BenchmarkProgram); no more than a twentieth of a processor goes into it.
 //
 // Proof: program_test.go runs programs in a machine of their own against a plain search; filter_test.go the renewal in a synctest bubble; kernel_test.go real sockets, with

@@ -182,6 +182,43 @@ func TestAccepted(t *testing.T) {
 	}
 }
 
+// TestRenewedUnderWay: while programs come and go, everybody else connects, and no accepted socket keeps one.
+func TestRenewedUnderWay(t *testing.T) {
+	f, table, l := guard(t, "127.0.0.1:0")
+	const connects = 500
+	over := make(chan int)
+	ctx, stop := context.WithCancel(t.Context())
+	go func() {
+		renewals := 0
+		for n := uint32(0); ctx.Err() == nil; n++ {
+			if n%8 == 7 {
+				table.ClearAll()
+			}
+			banAll(f, table, netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, 0x7f010000+n))))
+			renewals++
+		}
+		over <- renewals
+	}()
+	for range connects {
+		c, err := dial(t, l, netip.MustParseAddr("127.0.0.1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filtered(t, s.(*net.TCPConn)) {
+			t.Error("an accepted socket has a program")
+		}
+		_, _ = s.Close(), c.Close()
+	}
+	stop()
+	if n := <-over; n < 10 || f.Stats().Failures != 0 || f.Stats().DroppedTCP != 0 {
+		t.Errorf("%d renewals, %+v", n, f.Stats())
+	}
+}
+
 // TestRun: programs go when the filter ends.
 func TestRun(t *testing.T) {
 	f, table, l := guard(t, "127.0.0.1:0")

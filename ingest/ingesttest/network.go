@@ -15,14 +15,17 @@ type Network struct {
 }
 
 // patience is how many times as long all limits of time are over a network: what is lost is sent again only after a while.
-const patience = 40
+const patience = 100
 
 // together is how many tests run at once. They mostly wait for packets.
-const together = 6
+const together = 4
 
-// RunOver runs what a network can change of the suite over one, with SamplesOfSomeShapes in place of SamplesOfEveryShape.
+// overNetwork is what each client sends at most over a network.
+const overNetwork = 512 << 10
+
+// RunOver runs what a network can change of the suite over one, with less to send.
 func RunOver(t *testing.T, start Start, n Network) {
-	patient := func(t *testing.T, tables ingest.Tables, limits Limits) (ingest.Transport, func(context.Context) (Conn, error)) {
+	over := func(t *testing.T, tables ingest.Tables, limits Limits) (ingest.Transport, func(context.Context) (Conn, error)) {
 		limits.HandshakeTimeout *= patience
 		limits.IdleTimeout *= patience
 		limits.StallTimeout *= patience
@@ -34,29 +37,19 @@ func RunOver(t *testing.T, start Start, n Network) {
 	run := func(name string, f func(*testing.T, Start)) {
 		seats <- struct{}{}
 		running.Go(func() {
-			t.Run(name, func(t *testing.T) { f(t, patient) })
+			t.Run(name, func(t *testing.T) { f(t, over) })
 			<-seats
 		})
 	}
-	run("SamplesOfSomeShapes", samplesOfSomeShapes)
 	for _, tc := range suite {
 		if tc.needs&near == 0 && (tc.needs&quick == 0 || !n.Slow) && (tc.needs&lossless == 0 || !n.Lossy) {
 			run(tc.name, tc.f)
 		}
 	}
-	running.Wait()
-}
-
-// overNetwork is what each client sends at most over a network.
-const overNetwork = 512 << 10
-
-// samplesOfSomeShapes is samplesOfEveryShape with less to send.
-func samplesOfSomeShapes(t *testing.T, start Start) {
-	var running sync.WaitGroup
 	for _, sh := range shapes {
 		if size := int(mustSpec(t, sh.spec).SampleBytes()); size <= overNetwork/4 {
 			sh.samples = min(sh.samples, overNetwork/size)
-			running.Go(func() { t.Run(sh.name, func(t *testing.T) { samplesOf(t, start, sh) }) })
+			run("Samples of "+sh.name, func(t *testing.T, start Start) { samplesOf(t, start, sh) })
 		}
 	}
 	running.Wait()

@@ -203,7 +203,7 @@ func (r *rig) connect() *client {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	_ = c.SetDeadline(time.Now().Add(time.Minute)) // so that a broken transport fails and does not hang
+	_ = c.SetDeadline(time.Now().Add(3 * time.Minute)) // so that a broken transport fails and does not hang
 	return &client{Conn: c, t: r.t, rig: r}
 }
 

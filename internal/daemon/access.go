@@ -49,23 +49,24 @@ func newAccess(p *plan, log *slog.Logger) (access, error) {
 	return a, nil
 }
 
-// guard has the kernel drop what banned addresses send to a listener, where it is asked to.
-func (a *access) guard(l *listener) error {
+// guard has the kernel drop what banned addresses send to a listener, where it is asked to and can.
+func (a *access) guard(l listener, log *slog.Logger) listener {
 	if a.filter == nil {
-		return nil
+		return l
 	}
+	var err error
 	if socket, ok := l.socket.(*net.UDPConn); ok {
-		return a.filter.GuardQUIC(socket)
+		err = a.filter.GuardQUIC(socket)
+	} else if tcp, ok := l.Listener.(*net.TCPListener); ok {
+		var guarded net.Listener
+		if guarded, err = a.filter.Guard(tcp); err == nil {
+			l.Listener = guarded
+		}
 	}
-	tcp, ok := l.Listener.(*net.TCPListener)
-	if !ok {
-		return nil
+	if err != nil {
+		log.Warn("the kernel cannot filter for this listener; the daemon turns banned addresses away itself", "component", "daemon", "listener", l.url(), "err", err)
 	}
-	guarded, err := a.filter.Guard(tcp)
-	if err == nil {
-		l.Listener = guarded
-	}
-	return err
+	return l
 }
 
 // halfOpen counts handshakes under way within the limits.

@@ -285,6 +285,11 @@ type lockedListener struct {
 	lock *os.File
 }
 
+// Close may be called again, also by others at once, as that of any listener.
 func (l *lockedListener) Close() error {
-	return errors.Join(l.Listener.Close(), l.lock.Close())
+	err, lockErr := l.Listener.Close(), l.lock.Close()
+	if errors.Is(lockErr, os.ErrClosed) {
+		lockErr = nil
+	}
+	return errors.Join(err, lockErr)
 }

@@ -79,3 +79,17 @@ func TestPortInUse(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestUnixListenerClosedTwice: by who stops the daemon and by who serves it.
+func TestUnixListenerClosedTwice(t *testing.T) {
+	ln, err := listenUnix(t.Context(), filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ln.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := ln.Close(); !errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed) {
+		t.Errorf("closed again: %v", err)
+	}
+}

@@ -64,6 +64,7 @@ func newAdmin(d *Daemon, l net.Listener, log *slog.Logger) *admin {
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	if at := d.plan.admin; at.scheme != "unix" && !at.loopback() {
 		a.door = d.access.door
+		a.listener = d.access.guard(listener{address: *at, Listener: l}, log).Listener
 	}
 	if a.door != nil && d.access.gate != nil {
 		a.log.Warn("the admin endpoint asks for tokens, and their secrets reach it in the clear: let it be asked over a tunnel only, or keep it on 127.0.0.1", "address", l.Addr().String())

@@ -107,10 +107,7 @@ func (d *Daemon) open(log *slog.Logger) error {
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, l)
-		if err := d.access.guard(&d.listeners[len(d.listeners)-1]); err != nil {
-			return err
-		}
+		d.listeners = append(d.listeners, d.access.guard(l, log))
 	}
 	if d.plan.admin != nil {
 		l, err := listen(context.Background(), *d.plan.admin)
@@ -307,14 +304,12 @@ func (r ingestTables) Lookup(name string) (ingest.Table, bool) {
 // attach serves who attaches, or publishes or reads weights, until it ends or is cut off.
 func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	if !d.enter() {
-		defer conn.Close()
 		told := d.trainers.Refused(wire.CodeShuttingDown)
 		if told == nil {
-			return wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping, and too many are told so")
+			return errors.Join(wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping, and too many are told so"), conn.Close())
 		}
 		defer told()
-		_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
-		return wire.WriteRefusal(conn, wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping"))
+		return refuse(conn, wire.Refuse(wire.CodeShuttingDown, "the daemon is stopping"))
 	}
 	defer d.attachments.Done()
 	if t := d.registry().find(hello.Table); t != nil && hello.Role == wire.RoleTrain {
@@ -326,9 +321,7 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 	}
 	if hello.Role == wire.RolePublish || hello.Role == wire.RoleSubscribe {
 		if hello.InPlace && !d.mayPublishInPlace(hello.Table) {
-			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
-			return wire.WriteRefusal(conn, wire.Refuse(wire.CodeNotPermitted,
+			return refuse(conn, wire.Refuse(wire.CodeNotPermitted,
 				"the configuration (local_producers) lets nobody write weights of table %q in place; publish without in_place", hello.Table))
 		}
 		return d.weights.Serve(d.cutOff, conn, hello)
@@ -341,6 +334,16 @@ func (d *Daemon) attach(conn net.Conn, hello *wire.Hello) error {
 		return errors.Join(fmt.Errorf("role %q came over %T", hello.Role, conn), conn.Close())
 	}
 	return d.trainers.Serve(d.cutOff, local, hello)
+}
+
+// refuse tells a peer why it cannot attach, and closes; first its own side, since the end of a stream of QUIC would else take the reason along.
+func refuse(conn net.Conn, r *wire.Refusal) error {
+	_ = conn.SetDeadline(time.Now().Add(farewellTimeout))
+	err := wire.WriteRefusal(conn, r)
+	if c, ok := conn.(interface{ CloseWrite() error }); ok {
+		err = errors.Join(err, c.CloseWrite())
+	}
+	return errors.Join(err, conn.Close())
 }
 
 // mayPublishInPlace tells whether the configuration offers that at all; who may, package weights judges.

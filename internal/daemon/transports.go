@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/ingest"
 	"github.com/ingestd/ingestd/internal/certfile"
 	"github.com/ingestd/ingestd/quicingest"
@@ -88,8 +87,7 @@ func (d *Daemon) openTransports(log *slog.Logger) error {
 			continue
 		}
 		d.quic, err = quicingest.New(quicingest.Config{
-			Streams: cfg, TLS: d.certs.Config(), Door: &bans.Door{Table: cfg.Door.Table, HalfOpen: d.plan.halfOpen()},
-			MaxConnections: l.MaxConnections, RetryAbove: min(l.HalfOpen, 64), HandshakeTimeout: time.Duration(l.HandshakeTimeout) / 2,
+			Streams: cfg, TLS: d.certs.Config(), MaxConnections: l.MaxConnections, RetryAbove: min(l.HalfOpen, 64), HandshakeTimeout: time.Duration(l.HandshakeTimeout) / 2,
 		})
 		if err != nil {
 			return err

@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"io"
@@ -12,11 +11,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/quic-go/quic-go"
 
 	"github.com/ingestd/ingestd/bans"
 	"github.com/ingestd/ingestd/internal/daemon"
+	"github.com/ingestd/ingestd/internal/quicconn"
 	"github.com/ingestd/ingestd/wire"
 )
 
@@ -53,8 +54,15 @@ func TestKernelBans(t *testing.T) {
 		check(t, err)
 		early = append(early, c)
 	}
-	there := early[0]
-	check(t, wire.Greet(there, there, d.hello(small), nil, &there.accepted))
+	moving, err := dialQUIC(t, d.QUIC, secure)
+	check(t, err)
+	stream, err := moving.OpenStreamSync(t.Context())
+	check(t, err)
+	connected := []*producer{early[0], {Conn: quicconn.New(moving, stream), t: t, layout: small.layout(t)}}
+	for _, c := range connected {
+		check(t, c.SetDeadline(time.Now().Add(patience)))
+		check(t, wire.Greet(c, c, d.hello(small), nil, &c.accepted))
+	}
 	for _, c := range early[1:] {
 		c.write([]byte("this is no hello"))
 	}
@@ -67,14 +75,19 @@ func TestKernelBans(t *testing.T) {
 			came[scheme] <- err
 		}()
 	}
-	go func() { came["quic"] <- shakeQUIC(t.Context(), strings.TrimPrefix(d.QUIC, "quic://"), secure) }()
+	go func() {
+		_, err := dialQUIC(t, d.QUIC, secure)
+		came["quic"] <- err
+	}()
 	d.await("packets are dropped", func(s *status) bool {
 		return s.Access.Bans.Kernel.DroppedTCP >= 2 && s.Access.Bans.Kernel.DroppedQUIC >= 1
 	})
 	d.push(small.name, 3, 0).ends(exitOK) // of who is not banned
-	there.write(there.samples(2))
-	if _, err := io.ReadFull(there, make([]byte, 2)); err != nil { // its acks
-		t.Errorf("who was connected before: %v", err)
+	for _, c := range connected {
+		c.write(c.samples(2))
+		if _, err := io.ReadFull(c, make([]byte, 2)); err != nil { // its acks
+			t.Errorf("who was connected before, from %v: %v", c.LocalAddr(), err)
+		}
 	}
 	d.moves(small.name, 1)
 	if !beside.running() {
@@ -107,22 +120,58 @@ func TestKernelBans(t *testing.T) {
 	d.await("the kernel drops nothing", func(s *status) bool { return s.Access.Bans.Kernel.Addresses == 0 })
 }
 
-// shakeQUIC makes a connection from the other address and closes it.
-func shakeQUIC(ctx context.Context, to string, secure *tls.Config) error {
+// TestKernelBansAdmin: an admin endpoint that others reach is a listener like the others.
+func TestKernelBansAdmin(t *testing.T) {
+	t.Parallel()
+	k := newKeyring(t)
+	k.add("boss", "admin", "*")
+	d := serve(t, []table{small}, "--admin", "0.0.0.0:0", "--tokens", k.path(), "--bans-loopback")
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(d.Admin, "http://"))
+	check(t, err)
+	ask := func(args ...string) *process {
+		p := start(t, append(args, "--json", "--addr", "127.0.0.1:"+port, "--token-file", k.file("boss"))...)
+		p.ends(exitOK)
+		return p
+	}
+	kernel := func() *daemon.KernelStatus { return result[daemon.Status](ask("status")).Access.Bans.Kernel }
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: another}, Timeout: patience}
+	var strangers []net.Conn
+	for range bans.FailuresMax {
+		c, err := from.DialContext(t.Context(), "tcp", strings.TrimPrefix(d.TCP, "tcp://"))
+		check(t, err)
+		defer c.Close()
+		strangers = append(strangers, c)
+	}
+	for _, c := range strangers {
+		_, err := c.Write([]byte("this is no hello"))
+		check(t, err)
+	}
+	eventually(t, "the kernel knows of the ban", func() bool { return kernel().Addresses == 1 })
+	came := make(chan error, 1)
+	go func() {
+		c, err := from.DialContext(t.Context(), "tcp", "127.0.0.1:"+port)
+		if err == nil {
+			err = c.Close()
+		}
+		came <- err
+	}()
+	eventually(t, "a SYN is dropped", func() bool { return kernel().DroppedTCP >= 1 })
+	ask("bans", "clear", "--all")
+	check(t, <-came)
+}
+
+// dialQUIC makes a connection from the other address.
+func dialQUIC(t *testing.T, to string, secure *tls.Config) (*quic.Conn, error) {
 	socket, err := net.ListenUDP("udp", &net.UDPAddr{IP: another})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer socket.Close()
-	addr, err := net.ResolveUDPAddr("udp", to)
+	t.Cleanup(func() { _ = socket.Close() })
+	addr, err := net.ResolveUDPAddr("udp", strings.TrimPrefix(to, "quic://"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	tr := &quic.Transport{Conn: socket}
-	defer tr.Close()
-	c, err := tr.Dial(ctx, addr, secure, &quic.Config{HandshakeIdleTimeout: patience})
-	if err != nil {
-		return err
-	}
-	return c.CloseWithError(0, "")
+	t.Cleanup(func() { _ = tr.Close() })
+	return tr.Dial(t.Context(), addr, secure, &quic.Config{HandshakeIdleTimeout: patience})
 }

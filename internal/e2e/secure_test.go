@@ -69,7 +69,11 @@ func TestSecure(t *testing.T) {
 			push(false, with(certs, certs, "--token-file", k.wrong("worker")), "worker")
 			transport := map[string]string{"tls": "tcp", "quic": "quic"}[scheme]
 			eventually(t, "bad handshakes of TLS are counted", func() bool {
-				return d.metric(`ingestd_refused_total{reason="`+ingest.RefusedTLS+`",transport="`+transport+`"}`) >= 4
+				n := 0.0
+				for _, reason := range []string{ingest.RefusedTLS, ingest.RefusedCertificate, ingest.RefusedByPeer} {
+					n += d.metric(`ingestd_refused_total{reason="` + reason + `",transport="` + transport + `"}`)
+				}
+				return n >= 4
 			})
 			eventually(t, "the wrong token is counted", func() bool {
 				return d.metric(`ingestd_refused_total{reason="not_authenticated",transport="`+transport+`"}`) == 1

@@ -219,7 +219,14 @@ func TestTokenDowngrade(t *testing.T) {
 // turnsAway fails the test unless a connection is closed without a word.
 func (d *server) turnsAway() {
 	d.t.Helper()
-	c, err := new(net.Dialer).DialContext(d.t.Context(), "tcp", strings.TrimPrefix(d.TCP, "tcp://"))
+	d.turnsAwayFrom("127.0.0.1", strings.TrimPrefix(d.TCP, "tcp://"))
+}
+
+// turnsAwayFrom is turnsAway for a connection from one address of this machine to another.
+func (d *server) turnsAwayFrom(from, to string) {
+	d.t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	c, err := dialer.DialContext(d.t.Context(), "tcp", to)
 	if errors.Is(err, syscall.ECONNRESET) { // before it was there for us
 		return
 	}
@@ -230,6 +237,17 @@ func (d *server) turnsAway() {
 	if text, err := io.ReadAll(c); len(text) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		d.t.Errorf("who is turned away hears %q, %v", text, err)
 	}
+}
+
+// dialFrom connects from one address of this machine to another.
+func (d *server) dialFrom(from, to string) *producer {
+	d.t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	c, err := dialer.DialContext(d.t.Context(), "tcp", to)
+	check(d.t, err)
+	d.t.Cleanup(func() { _ = c.Close() })
+	check(d.t, c.SetDeadline(time.Now().Add(patience)))
+	return &producer{Conn: c, t: d.t}
 }
 
 // TestBans: the fifth failure of an address bans it: then it hears no word. A producer that is there is not disturbed, and the address is let in again once it is cleared.
@@ -297,28 +315,59 @@ func TestBans(t *testing.T) {
 	}
 }
 
-// TestHalfOpen: an address has no more handshakes under way than allowed; the rest are closed without a word, and others, here on the unix socket, are served.
+// TestHalfOpen: an address has no more handshakes under way than allowed, nor have all of them together, with bans or without; the rest are closed without a word, and others, here on
+// the unix socket, are served.
 func TestHalfOpen(t *testing.T) {
 	t.Parallel()
-	d := serve(t, []table{small}, "--bans-loopback", "--half-open", "8", "--half-open-per-address", "4")
-	var waiting []*producer
-	for range 4 {
-		c := d.connect()
-		c.write(d.helloBytes(small)[:10])
-		waiting = append(waiting, c)
-	}
-	d.await("they are half open", func(s *status) bool { return s.Access.HalfOpen.Open == 4 })
-	d.turnsAway() // the fifth
-	p := d.push(small.name, 3, 0, "--addr", d.Unix)
-	p.ends(exitOK)
-	c := waiting[0]
-	c.write(d.helloBytes(small)[10:])
-	check(t, wire.ReadReply(c, &c.accepted))
-	d.await("one is through", func(s *status) bool { return s.Access.HalfOpen.Open == 3 })
-	c = d.join(small) // in its place
-	check(t, c.Close())
-	if h := d.status().Access.HalfOpen; h.Refused != 1 {
-		t.Errorf("%+v", h)
+	dir := t.TempDir()
+	certify(t, dir)
+	for name, tc := range map[string]struct {
+		flags  []string
+		secure bool
+		from   []string // of those that are half open, and of the one that is too many
+	}{
+		"of an address":               {[]string{"--half-open", "8", "--half-open-per-address", "4"}, false, []string{"127.0.0.1", "127.0.0.1", "127.0.0.1", "127.0.0.1", "127.0.0.1"}},
+		"of an address, over TLS":     {[]string{"--half-open", "8", "--half-open-per-address", "2"}, true, []string{"127.0.0.1", "127.0.0.1", "127.0.0.1"}},
+		"of an address, without bans": {[]string{"--half-open-per-address", "2", "--bans=false"}, false, []string{"127.0.0.1", "127.0.0.1", "127.0.0.1"}},
+		"in all":                      {[]string{"--half-open", "3", "--half-open-per-address", "2"}, false, []string{"127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"}},
+		"in all, over TLS":            {[]string{"--half-open", "2", "--half-open-per-address", "2"}, true, []string{"127.0.0.1", "127.0.0.2", "127.0.0.3"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := serve(t, []table{small}, append(tc.flags, "--bans-loopback", "--listen", "tls://127.0.0.1:0",
+				"--tls-cert", filepath.Join(dir, "server.pem"), "--tls-key", filepath.Join(dir, "server.key"))...)
+			at := strings.TrimPrefix(d.TCP, "tcp://")
+			if tc.secure {
+				at = strings.TrimPrefix(d.TLS, "tls://")
+			}
+			most, first := len(tc.from)-1, d.helloBytes(small)[:10]
+			if tc.secure {
+				first = []byte("\x16\x03\x01\x02\x00\x01\x00")
+			}
+			var waiting []*producer
+			for _, from := range tc.from[:most] {
+				c := d.dialFrom(from, at)
+				c.write(first)
+				waiting = append(waiting, c)
+			}
+			d.await("they are half open", func(s *status) bool { return s.Access.HalfOpen.Open == most })
+			d.turnsAwayFrom(tc.from[most], at)
+			p := d.push(small.name, 3, 0, "--addr", d.Unix)
+			p.ends(exitOK)
+			c := waiting[0]
+			if tc.secure {
+				check(t, c.Close())
+			} else {
+				c.write(d.helloBytes(small)[10:])
+				check(t, wire.ReadReply(c, &c.accepted))
+			}
+			d.await("one is through", func(s *status) bool { return s.Access.HalfOpen.Open == most-1 })
+			again := d.dialFrom(tc.from[0], at) // in its place
+			again.write(first)
+			d.await("another is half open", func(s *status) bool { return s.Access.HalfOpen.Open == most })
+			if h := d.status().Access.HalfOpen; h.Refused != 1 {
+				t.Errorf("%+v", h)
+			}
+		})
 	}
 }
 

@@ -43,6 +43,17 @@ var transports = map[string]func(t *testing.T, l *Link, cfg tcpingest.Config) (i
 	"QUIC": serveQUIC,
 }
 
+// forEver is longer than whatever a busy machine needs: no test of these is about the limit.
+const forEver = 2 * time.Minute
+
+// orForEver is a limit of time that a test has asked for, or none.
+func orForEver(asked time.Duration) time.Duration {
+	if asked == 0 {
+		return forEver
+	}
+	return asked
+}
+
 // dialTCP connects, on side A.
 func dialTCP(ctx context.Context, l *Link, address string) (*net.TCPConn, error) {
 	return In(l.A, func() (*net.TCPConn, error) {
@@ -90,7 +101,7 @@ func serveTCP(t *testing.T, l *Link, cfg tcpingest.Config, secure *tls.Config) (
 func serveQUIC(t *testing.T, l *Link, cfg tcpingest.Config) (ingest.Transport, dial) {
 	t.Helper()
 	certs := ingesttest.NewCertificates(t)
-	s, err := quicingest.New(quicingest.Config{TLS: certs.Server, Streams: cfg})
+	s, err := quicingest.New(quicingest.Config{TLS: certs.Server, Streams: cfg, HandshakeTimeout: forEver, IdleTimeout: forEver})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +126,9 @@ func serveQUIC(t *testing.T, l *Link, cfg tcpingest.Config) (ingest.Transport, d
 		}
 	})
 	return s, func(ctx context.Context) (ingesttest.Conn, error) {
-		c, err := clients.Dial(ctx, socket.LocalAddr(), certs.Client, &quic.Config{KeepAlivePeriod: 5 * time.Second, MaxIncomingStreams: -1, MaxIncomingUniStreams: -1})
+		c, err := clients.Dial(ctx, socket.LocalAddr(), certs.Client, &quic.Config{
+			HandshakeIdleTimeout: forEver, MaxIdleTimeout: forEver, KeepAlivePeriod: 5 * time.Second, MaxIncomingStreams: -1, MaxIncomingUniStreams: -1,
+		})
 		if err != nil {
 			return nil, err
 		}
@@ -165,7 +178,8 @@ func over(t *testing.T, c Conditions, n ingesttest.Network, transport func(*test
 	ingesttest.RunOver(t, func(t *testing.T, tables ingest.Tables, limits ingesttest.Limits) (ingest.Transport, func(context.Context) (ingesttest.Conn, error)) {
 		return transport(t, l, tcpingest.Config{
 			Tables: tables, MaxConnections: limits.MaxConnections,
-			HandshakeTimeout: limits.HandshakeTimeout, IdleTimeout: limits.IdleTimeout, StallTimeout: limits.StallTimeout, AckTimeout: limits.AckTimeout,
+			HandshakeTimeout: orForEver(limits.HandshakeTimeout), IdleTimeout: orForEver(limits.IdleTimeout),
+			StallTimeout: orForEver(limits.StallTimeout), AckTimeout: orForEver(limits.AckTimeout),
 			LingerTimeout: 3 * time.Second, // of clients that do not read, there are some
 		})
 	}, n)

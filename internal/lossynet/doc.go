@@ -2,7 +2,8 @@
 // one to the other, of which they lose, delay and reorder some. So TCP and QUIC meet the same link, with the kernel's own TCP at both ends, and nothing outside the namespaces is touched.
 //
 // It leaves addresses, sockets and processes to its callers: what Side.Do calls runs on a thread in that side's namespace, and sockets that are made there, and processes started there,
-// stay there, whoever uses them later. A process that asks for a signal when its parent ends (Pdeathsig) gets it when the thread ends that started it, so that call has to last as long.
+// stay there, whoever uses them later. A process that asks for a signal when its parent ends (Pdeathsig) gets it when the thread ends that started it: that call
+// has to last as long. So has the thread (runtime.LockOSThread) from which a program with links starts such processes elsewhere, because Do takes, and ends, any thread that is idle.
 //
 // It is no model of a fast network: packets are of 1,500 bytes, one system call each way, without offloads, so that it carries some 100 MB/s. Delays are exact to about a
 // millisecond, which is as exact as the runtime's timers are. What it did is counted (Stats); packets that are not IPv4, which the kernel sends by itself, are dropped uncounted.

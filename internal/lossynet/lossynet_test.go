@@ -8,9 +8,11 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -352,6 +354,30 @@ func namespace(t *testing.T) string {
 		t.Error(err)
 	}
 	return ns
+}
+
+// TestWithoutRights: a process that may not make networks is told what it lacks.
+func TestWithoutRights(t *testing.T) {
+	const child = "LOSSYNET_WITHOUT_RIGHTS"
+	if os.Getenv(child) == "" {
+		if os.Geteuid() != 0 {
+			t.Skip("only root can give its rights up")
+		}
+		again := exec.Command("/proc/self/exe", "-test.run", "^TestWithoutRights$")
+		again.Dir, again.Env = "/", append(os.Environ(), child+"=1")
+		again.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		if text, err := again.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, text)
+		}
+		return
+	}
+	l, err := Start(Conditions{})
+	if err == nil {
+		_ = l.Close()
+	}
+	if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Errorf("got %v", err)
+	}
 }
 
 func TestConditionsRefused(t *testing.T) {

@@ -2,7 +2,7 @@
 
 =====================  =================================================================================
 :class:`Spec`          what one sample is: names, dtypes and shapes of its leaves
-:class:`Producer`      pushes samples over ``tcp://``, ``tls://`` or ``unix://``
+:class:`Producer`      pushes samples over ``tcp://``, ``tls://``, ``quic://`` or ``unix://``
 :class:`FillProducer`  writes samples where trainers read them, on the daemon's machine
 :class:`Reader`        leases batches over ``unix://`` as a trainer in a process of its own
 :class:`Batch`         one leased batch: read-only arrays over the shared memory, until its release
@@ -13,7 +13,7 @@
 :class:`StepProducer`  sends steps of named tensors, such as gradients: each complete, or absent
 :class:`GradReader`    reads the steps of all producers, and sums them from where they lie
 :class:`Token`         who a client is to a daemon that asks for it
-:class:`TLS`           whom it trusts over ``tls://``, and its certificate
+:class:`TLS`           whom it trusts over ``tls://`` and ``quic://``, and its certificate
 :mod:`ingestd.torch`   the batches as a dataset for torch's DataLoader
 :mod:`ingestd.errors`  what is raised, and when
 =====================  =================================================================================

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -16,9 +17,11 @@ from .errors import Error, PeerClosed, Timeout
 from .tls import TLS
 
 if TYPE_CHECKING:
+    from .compression import CompressedSocket
+    from .quic_socket import QuicSocket
     from .tls_socket import TLSSocket
 
-    Conn = Union[socket.socket, TLSSocket]
+    Conn = Union[socket.socket, TLSSocket, QuicSocket, CompressedSocket]
 
 #: Seconds that the end of a daemon's socket is waited for when what it delivered is not so in the segment: where it
 #: has died, its successor may have given the place to others before this side saw the end.
@@ -46,6 +49,27 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+_ending: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+#: Seconds that the end of the process may wait for connections to end well, all of them together.
+EXIT_S = 3.0
+
+
+def finish_at_exit(owner: Any) -> None:
+    """Has ``owner.leave()`` and ``owner.finish(deadline)`` called at the end of the process, after every abort."""
+    _ending.add(owner)
+
+
+@atexit.register
+def _finish_all() -> None:
+    owners, until = list(_ending), Deadline(EXIT_S)
+    for owner in owners:
+        owner.leave()
+    for owner in owners:
+        owner.finish(until)
 
 
 class Bell:
@@ -112,7 +136,7 @@ def deadline_of(seconds: float | None) -> Deadline:
 
 
 class Address(NamedTuple):
-    """Where a daemon is, and how it is talked to: ``tcp`` or ``tls`` with host and port, or ``unix`` with a path."""
+    """Where a daemon is, and how: ``tcp``, ``tls`` or ``quic`` with host and port, or ``unix`` with a path."""
 
     kind: str
     host: str
@@ -126,22 +150,22 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str, token: Token | str | None = None, tls: TLS | None = None) -> Address:
-    """Reads ``tcp://host:port``, ``tls://host:port``, ``unix:///path`` and ``shm:///path`` (the same as unix).
+    """Reads ``tcp://``, ``tls://`` and ``quic://host:port``, ``unix:///path`` and ``shm:///path`` (the same as unix).
 
     Without a ``token`` it is that of the environment, where that has one. Raises ValueError.
     """
     scheme, sep, rest = text.partition("://")
-    if tls is not None and scheme != "tls":
-        raise ValueError(f"address {text!r}: the options of TLS are for tls://host:port")
+    if tls is not None and scheme not in ("tls", "quic"):
+        raise ValueError(f"address {text!r}: the options of TLS are for tls://host:port and quic://host:port")
     if sep and scheme in ("unix", "shm") and rest:
         return Address("unix", rest, 0, token_of(token))
-    if sep and scheme in ("tcp", "tls"):
+    if sep and scheme in ("tcp", "tls", "quic"):
         host, colon, port = rest.rpartition(":")
         if colon and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
             host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
             if host:
                 return Address(scheme, host, int(port), token_of(token), tls)
-    raise ValueError(f"address {text!r}: write tcp://host:port, tls://host:port or unix:///path")
+    raise ValueError(f"address {text!r}: write tcp://host:port (or tls, quic) or unix:///path")
 
 
 def wait(fd: int, events: int, deadline: Deadline) -> bool:
@@ -157,21 +181,17 @@ def hung_up(sock: Conn, seconds: float) -> bool:
 
 
 def connect(address: Address, deadline: Deadline) -> Conn:
-    """A connected, non-blocking socket, with TLS where wanted. Raises PeerClosed with advice, TLSError or Timeout."""
+    """A connected, non-blocking socket, with TLS or QUIC where wanted.
+
+    Raises PeerClosed with advice, TLSError, Timeout, and Error where a package is missing.
+    """
     doing = f"connecting to {address}"
     try:
-        if address.kind == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.settimeout(_timeout(deadline))
-                sock.connect(address.host)
-            except BaseException:
-                sock.close()
-                raise
-        else:
-            sock = socket.create_connection((address.host, address.port), _timeout(deadline))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if address.kind == "quic":
+            return _connect_quic(address, deadline, doing)
+        sock = _connect(address, deadline)
+    except Error:
+        raise
     except (TimeoutError, socket.timeout, BlockingIOError):
         raise deadline.timeout(doing) from None
     except OSError as e:
@@ -179,7 +199,6 @@ def connect(address: Address, deadline: Deadline) -> Conn:
         if e.errno == errno.EACCES:
             advice = "this user may not use that socket"
         raise PeerClosed(f"{doing}: {e.strerror or e}; {advice}") from e
-    sock.setblocking(False)
     if address.kind != "tls":
         return sock
     from .tls_socket import secure  # here: whoever needs no TLS does not wait for it to load
@@ -191,13 +210,39 @@ def connect(address: Address, deadline: Deadline) -> Conn:
         raise
 
 
+def _connect(address: Address, deadline: Deadline) -> socket.socket:
+    if address.kind == "unix":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_timeout(deadline))
+            sock.connect(address.host)
+        except BaseException:
+            sock.close()
+            raise
+    else:
+        sock = socket.create_connection((address.host, address.port), _timeout(deadline))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setblocking(False)
+    return sock
+
+
+def _connect_quic(address: Address, deadline: Deadline, doing: str) -> QuicSocket:
+    try:
+        from . import quic_socket
+    except ImportError as e:
+        raise Error(f"{doing}: quic:// needs the package aioquic, pip install 'ingestd[quic]': {e}") from e
+    return quic_socket.connect(address.tls or TLS(), address.host, address.port, deadline, doing)
+
+
 def _timeout(deadline: Deadline) -> float | None:
     left = deadline.left()
     return None if left is None else max(left, 1e-3)
 
 
 def unsent(sock: Conn) -> int:
-    """Bytes that the socket has taken and the system not yet: TLS encrypts before it knows whether there is room.
+    """Bytes that the socket has taken and the system not yet: TLS encrypts, and a compressed stream shrinks, before it
+    is known whether there is room.
 
     Whoever sends goes on with :func:`send_all`, or sends nothing, until there are none.
     """

@@ -3,7 +3,8 @@
 A token is a name and a secret. The secret is never sent: each side proves to the other that it knows it, for this one
 handshake. The daemon goes first, so this side proves nothing to a machine that is not the daemon.
 
-What is said after that over ``tcp://`` can be read and changed by machines in between; over ``tls://`` it cannot.
+What is said after that over ``tcp://`` can be read and changed by machines in between; over ``tls://`` and ``quic://``
+it cannot.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class Token:
             raise ValueError("the token's name has a colon or a control character, or is no text")
         if not SECRET_MIN <= len(secret) <= SECRET_MAX:
             raise ValueError(
-                f"the secret of token {name!r} has {len(secret)} characters, want {SECRET_MIN} to {SECRET_MAX}; "
+                f"the secret of {_called(name)} has {len(secret)} characters, want {SECRET_MIN} to {SECRET_MAX}; "
                 "`ingestd token new NAME` makes one"
             )
         if any(not "!" <= c <= "~" for c in secret):
-            raise ValueError(f"the secret of token {name!r} has a character that is not printable ASCII, or a space")
+            raise ValueError(f"the secret of {_called(name)} has a character that is not printable ASCII, or a space")
         self.name = name
         self._secret = secret.encode()
 
@@ -85,6 +86,11 @@ class Token:
 
     def __repr__(self) -> str:
         return f"<Token {self.name!r}>"
+
+
+def _called(name: str) -> str:
+    """What errors call a token. Where the two parts were mixed up the name is the secret, which is not shown."""
+    return f"token {name!r}" if len(name) < SECRET_MIN else "this token"
 
 
 def token_of(given: Token | str | None) -> Token | None:

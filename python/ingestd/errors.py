@@ -218,7 +218,7 @@ class NotChallenged(Error, ConnectionError):
 class TLSError(Error, ConnectionError):
     """TLS could not be set up: a certificate or key that cannot be used, or that the other side does not trust.
 
-    It is final: nothing connects again after it by itself.
+    It is final: nothing connects again after it by itself. QUIC has the same TLS.
     """
 
 

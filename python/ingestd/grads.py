@@ -13,7 +13,7 @@ from types import TracebackType
 
 from . import _io
 from ._io import Deadline
-from .auth import Token, token_of
+from .auth import Token
 from .batch import Batch
 from .errors import Closed, EndOfStream, Error, PeerClosed, StepOrder, StepTimeout, Timeout
 from .gather import Heap, Held, Transaction
@@ -22,13 +22,17 @@ from .intake import Intake, by_name
 from .manifest import Manifest
 from .reader import Reader
 from .redial import PATIENCE_S, retried
+from .remote_reader import MEMORY_BYTES, RemoteReader
 from .sums import Floats, Plan, outputs
+from .tls import TLS
 from .version import CLIENT
 
 __all__ = ["GradReader", "GradStats", "GradStep"]
 
 #: Batches that a reader asks to hold at once; the daemon gives it half of what is left.
 PREFETCH = 1 << 15
+#: Batches that a reader asks to have on the way to it, or to hold, over a connection.
+SENT_PREFETCH = 64
 _TIDY_S = 1.0  # seconds between two looks for steps that nobody finishes
 _PAUSE_S = 0.05  # between two tries to attach again
 
@@ -57,17 +61,21 @@ class GradReader:
     not for use after a fork (Closed).
 
     Args:
-        address: ``unix:///path`` (``shm:///path`` means the same).
+        address: ``unix:///path`` (``shm:///path`` means the same); ``tcp://host:port`` (``tls``, ``quic``) of a daemon
+            anywhere, which sends the chunks.
         table: name of the table.
         group: the group of trainers to read for; every group gets every step.
         manifest: the tensors that producers must have; None takes those of the producer that came last.
-        prefetch: most chunks held at once; the daemon may give less.
+        prefetch: most chunks held at once, None: as many as the daemon gives. Over a connection it is the most that are
+            sent without an answer, half of which may be held; None: 64.
         keep_incomplete: seconds after its last chunk at which a step that is not complete, and that nobody waits for,
             is dropped.
         spill_bytes: most bytes that are copied to make room; what is beyond them waits in the ring, and then producers
             wait.
         reconnect: seconds without a daemon before PeerClosed; 0: at once; None: no limit.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
+        memory: over a connection, most bytes for chunks that were received and not released, beside ``spill_bytes``.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
 
@@ -82,11 +90,13 @@ class GradReader:
         group: str = "default",
         *,
         manifest: Manifest | None = None,
-        prefetch: int = PREFETCH,
+        prefetch: int | None = None,
         keep_incomplete: float = 60.0,
         spill_bytes: int = 16 << 30,
         reconnect: float | None = PATIENCE_S,
         token: Token | str | None = None,
+        tls: TLS | None = None,
+        memory: int = MEMORY_BYTES,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
@@ -97,19 +107,20 @@ class GradReader:
         self.group = group
         #: counts
         self.stats = GradStats()
-        if not address.startswith(("unix://", "shm://")):
-            raise ValueError(f"address {address!r}: gradients are read in the daemon's memory; write unix:///path")
-        self._address, self._token = address, token_of(token)
-        self._prefetch, self._client = prefetch, client
+        where = _io.parse_address(address, token, tls)
+        self._address, self._token, self._tls, self._memory_bytes = address, where.token, tls, memory
+        self._sent = where.kind != "unix"  # over a connection, which is made again under the reader
+        self._prefetch, self._client = prefetch or (SENT_PREFETCH if self._sent else PREFETCH), client
         self._keep, self._patience, self._spill_bytes = keep_incomplete, reconnect, spill_bytes
         self._forks = _io.forks()
         self._lock = threading.RLock()
         self._held: deque[Held] = deque()  # oldest first
         self._heap = Heap()
         self._away: float | None = None  # since when there is no daemon
+        self._remade = 0  # connections that its reader has made again, as far as they are counted
         self._ended: EndOfStream | None = None
         self._tidied = time.monotonic()
-        self._intake = Intake(_io.parse_address(address, self._token), table, client, manifest, self.stats)
+        self._intake = Intake(where, table, client, manifest, self.stats, reconnect)
         reader = self._open(_io.deadline_of(deadline))
         try:
             self._intake.attach(reader)
@@ -118,7 +129,7 @@ class GradReader:
             raise
         self._reader = reader
         #: most batches held at once
-        self.prefetch = reader.prefetch
+        self.prefetch = self._most(reader)
         #: most data bytes of a chunk
         self.chunk_bytes = self._intake.chunk_bytes
 
@@ -149,7 +160,8 @@ class GradReader:
                 raise StepOrder(f"step {step} is asked for after step {intake.done}; steps only grow")
             intake.wanted, intake.news = (step, None), True
             try:
-                plan = self._collect(step, quorum, until, into, reader._segment.published)
+                seen = 0 if self._sent else reader._segment.published
+                plan = self._collect(step, quorum, until, into, seen)
                 assert intake.current is not None
                 missing = intake.missing(step)
                 members = intake.finish(step)
@@ -241,13 +253,22 @@ class GradReader:
         if self._ended is not None:
             return None
         try:
-            while reader.held >= reader.prefetch and self._held:
-                if self._heap.bytes >= self._spill_bytes:
+            while reader.held >= self.prefetch and self._held:
+                if self._heap.bytes < self._spill_bytes:
+                    self._spill()
+                elif isinstance(reader, RemoteReader):
+                    if not reader.failed(until):
+                        return None
+                    break
+                else:
                     if _io.wait(reader._sock.fileno(), select.POLLIN, until):
                         reader._raise_end()
                     return None
-                self._spill()
-            return reader.next(until.left())
+            batch = reader.next(until.left())
+            if isinstance(reader, RemoteReader):
+                self.stats.reconnects += reader.reconnects - self._remade
+                self._remade = reader.reconnects
+            return batch
         except Timeout:
             return None
         except EndOfStream as e:  # the daemon stops, in order
@@ -257,7 +278,7 @@ class GradReader:
             else:
                 self._attach_again(until, e)
         except (PeerClosed, Closed) as e:
-            if self._patience == 0 or (not retried(e) and not reader.closed):
+            if self._sent or self._patience == 0 or (not retried(e) and not reader.closed):
                 raise
             self._attach_again(until, e)
         return None
@@ -294,8 +315,13 @@ class GradReader:
     def _open(self, until: Deadline) -> Reader:
         return Reader(
             self._address, self.table, None, group=self.group, prefetch=self._prefetch, on_lost="count", check=False,
-            token=self._token, client=self._client, deadline=until.left(),
+            token=self._token, tls=self._tls, client=self._client, deadline=until.left(), reconnect=self._patience,
+            memory=self._memory_bytes,
         )  # fmt: skip
+
+    def _most(self, reader: Reader) -> int:
+        """Batches that may be held. Of those that are sent only half, so that others are on their way all the time."""
+        return max(1, reader.prefetch // 2) if self._sent else reader.prefetch
 
     def _attach_again(self, until: Deadline, why: Error) -> None:
         """Keeps what is whole of what was held, and attaches to the next daemon. Returns at the deadline, too."""
@@ -322,9 +348,9 @@ class GradReader:
             time.sleep(_PAUSE_S if left is None else min(_PAUSE_S, left))
         self._away = None
         self.stats.reconnects += 1
-        self._reader = again
+        self._reader, self._remade = again, 0
         self._intake.attach_again(again)
-        self.prefetch, self.chunk_bytes = again.prefetch, self._intake.chunk_bytes
+        self.prefetch, self.chunk_bytes = self._most(again), self._intake.chunk_bytes
 
     def _salvage(self) -> None:
         """Copies what is held and whole. What is not comes again, for it was not released."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import native
 from ._io import Address, Deadline
@@ -30,6 +30,7 @@ from .gradstep import GradStats
 from .manifest import Manifest
 from .reader import Reader
 from .redial import Dialer
+from .remote_reader import RemoteReader
 from .sums import Plan
 from .wire import hello
 
@@ -37,7 +38,7 @@ __all__ = ["Intake", "by_name"]
 
 _SOURCES_MAX = 4096  # producers that are remembered although they are gone
 _MANIFESTS_MAX = 32  # that are remembered
-_MANIFEST_S = 10.0  # seconds that the daemon has to say a manifest
+_ANSWER_S = 10.0  # seconds that the daemon has to answer a question
 
 
 def by_name(name: str) -> bytes:
@@ -48,7 +49,15 @@ def by_name(name: str) -> bytes:
 class Intake:
     """Takes chunks as they come, verifies each, and keeps what belongs to steps that are still to be returned."""
 
-    def __init__(self, address: Address, table: str, client: str, manifest: Manifest | None, stats: GradStats) -> None:
+    def __init__(
+        self,
+        address: Address,
+        table: str,
+        client: str,
+        manifest: Manifest | None,
+        stats: GradStats,
+        patience: float | None = _ANSWER_S,
+    ) -> None:
         self.stats = stats
         #: the tensors in force
         self.current = manifest
@@ -60,7 +69,9 @@ class Intake:
         self.wanted: tuple[int, Plan | None] = (-1, None)
         #: something has come that may end the wait
         self.news = True
-        self._address, self._table, self._client = address, table, client
+        self._address, self._table, self._client, self._patience = address, table, client, patience
+        self._created = 0  # when the ring was made that the last batch was sent from
+        self._heralds = -1, 0  # stream and number of the sample of the daemon's own that comes next
         self._pinned = manifest is not None
         self._manifests: dict[int, Manifest] = {} if manifest is None else {manifest.id: manifest}
         self._streams: dict[int, Source] = {}
@@ -70,11 +81,16 @@ class Intake:
         """The batches that come are of this reader. Raises SpecError where its table has another kind."""
         #: most data bytes of a chunk
         self.chunk_bytes = chunk_bytes_of(reader.spec)
-        self._segment = reader._segment
-        self._memory: NDArray[np.uint8] = np.frombuffer(reader._memory, np.uint8)
+        self._places = reader.places if isinstance(reader, RemoteReader) else None
+        if self._places is None:
+            self._segment = reader._segment
+            self._memory: Raw = np.frombuffer(reader._memory, np.uint8)
 
     def attach_again(self, reader: Reader) -> None:
         """As :meth:`attach`, after a daemon has gone."""
+        if self._places is not None:  # each batch says of which ring it is
+            self.attach(reader)
+            return
         created = self._segment.created
         self.attach(reader)
         if self._segment.created == created:
@@ -82,13 +98,26 @@ class Intake:
         else:  # another segment: its numbers begin again
             self._before = 0
             self._streams.clear()
+        self._all_away()
+
+    def _all_away(self) -> None:
         for source in self.sources.values():
             source.live = False
         self.news = True
 
+    def _made(self, created: int) -> None:
+        """The next batch was sent from the ring made then."""
+        if self._created not in (0, created):
+            self._streams.clear()
+            self._heralds = -1, 0
+            self._all_away()
+        self._created = created
+
     def take(self, batch: Batch) -> Held:
         """Takes the chunks of a batch; it is released if nothing of it is needed."""
         held = Held(batch)
+        if self._places is not None:
+            self._made(self._places.created[batch.place])
         for row in range(batch.count):
             self._take_chunk(held, row)
         if not held.pieces:
@@ -96,18 +125,23 @@ class Intake:
         return held
 
     def _take_chunk(self, held: Held, row: int) -> None:
-        segment = self._segment
-        place = segment.place(held.batch.place)
-        stream = segment._words[(place + segment.stream_column) // 8 + row]
-        number = segment._words[(place + segment.number_column) // 8 + row]
-        header_at, data_at = (place + c.offset + row * c.slot_bytes for c in segment.columns)
+        if self._places is None:
+            segment = self._segment
+            memory, place = self._memory, segment.place(held.batch.place)
+            stream = segment._words[(place + segment.stream_column) // 8 + row]
+            number = segment._words[(place + segment.number_column) // 8 + row]
+            header_at, data_at = (place + c.offset + row * c.slot_bytes for c in segment.columns)
+        else:
+            memory = self._places.memory[held.batch.place]
+            stream, number = int(held.batch.stream[row]), int(held.batch.number[row])
+            header_at, data_at = (c.offset + row * c.slot_bytes for c in self._places.columns)
         try:
-            header = Header.parse(self._memory[header_at : header_at + HEADER_BYTES].tobytes())
+            header = Header.parse(memory[header_at : header_at + HEADER_BYTES].tobytes())
             heard = bool(header.flags & (OPENED | CLOSED))
             if heard == (stream == header.stream):
                 raise ChunkError(f"it says stream {header.stream}, and came in stream {stream}")
             if heard:
-                self._hear(header)
+                self._herald(header, stream, number)
                 return
             source = self._source(stream, header.producer)
             manifest = self._manifest_of(header.manifest)
@@ -121,7 +155,7 @@ class Intake:
             return
         if held.batch.seq >= self._before:
             self._alive(source, manifest)
-        self._take_of(source, manifest, header, number, self._memory[data_at : data_at + header.length], held)
+        self._take_of(source, manifest, header, number, memory[data_at : data_at + header.length], held)
 
     def _damaged(self, source: Source | None, number: int, error: ChunkError) -> None:
         """A chunk of which nothing can be believed but the stream in which it came."""
@@ -153,6 +187,15 @@ class Intake:
             if not self._pinned:
                 self.current = manifest
 
+    def _herald(self, header: Header, stream: int, number: int) -> None:
+        """A sample of the daemon's own. One that comes again over a connection may not be true any more."""
+        if self._places is not None:
+            if (stream, number) < self._heralds:
+                self.stats.duplicates += 1
+                return
+            self._heralds = stream, number + 1
+        self._hear(header)
+
     def _hear(self, header: Header) -> None:
         """What the daemon says of a producer."""
         source = self._source(header.stream, header.producer)
@@ -163,7 +206,7 @@ class Intake:
         self.news = True
 
     def _source(self, stream: int, producer: int) -> Source:
-        """The producer of a stream; its name is in the segment's session table."""
+        """The producer of a stream; its name is in the segment's session table, or the daemon is asked for it."""
         source = self._streams.get(stream)
         if source is None:
             name = self._name(stream)
@@ -176,6 +219,9 @@ class Intake:
         return source
 
     def _name(self, stream: int) -> str | None:
+        if self._places is not None:
+            said = self._ask("unknown_session", session_of=stream)
+            return None if said is None else str(said.get("session", ""))
         s = self._segment
         raw = self._memory[s.sessions_offset : s.sessions_offset + 256 * s.sessions_max]
         table = raw.view(np.uint64).reshape(-1, 32)
@@ -187,19 +233,11 @@ class Intake:
         """The manifest of that id; the daemon is asked once. None where it does not know it. Raises FormatError."""
         found = self._manifests.get(number)
         if found is None:
-            body = hello(
-                "manifest", self._table, None, manifest_id=f"{number:016x}", token=self._address.token,
-                client=self._client,
-            )  # fmt: skip
-            try:
-                opened = Dialer(self._address, body, None).open(Deadline(_MANIFEST_S))
-            except Refused as e:
-                if e.code != "unknown_manifest":
-                    raise
+            said = self._ask("unknown_manifest", manifest_id=f"{number:016x}")
+            if said is None:
                 return None
-            opened.close()
             try:
-                found = Manifest.from_dict(opened.reply.body.get("manifest"))
+                found = Manifest.from_dict(said.get("manifest"))
             except SpecError as e:
                 raise FormatError(f"the daemon's manifest cannot be read: {e}") from e
             if found.id != number:
@@ -209,6 +247,22 @@ class Intake:
                 self._manifests = {k: m for k, m in self._manifests.items() if k in used}
             self._manifests[number] = found
         return found
+
+    def _ask(self, unknown: str, **what: Any) -> dict[str, Any] | None:
+        """Asks the daemon, with a connection for this one question; None where it refuses with the code ``unknown``."""
+        body = hello("manifest", self._table, None, token=self._address.token, client=self._client, **what)
+        dialer = Dialer(self._address, body, None)
+        try:
+            if self._places is None:  # a daemon that has gone is attached to again before anything is asked
+                opened = dialer.open(Deadline(_ANSWER_S))
+            else:
+                opened = dialer.open_patiently(Deadline(self._patience))
+        except Refused as e:
+            if e.code != unknown:
+                raise
+            return None
+        opened.close()
+        return opened.reply.body
 
     def _take_of(self, source: Source, manifest: Manifest, header: Header, number: int, raw: Raw, held: Held) -> None:
         """One chunk of a producer, whose header is right."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _io
 from .auth import Token
+from .compression import Compression
 from .errors import Error, Note, Timeout
 from .link import Link
 from .redial import PATIENCE_S, Dialer
@@ -53,7 +54,7 @@ class Producer:
     May be used by several threads; not after a fork (Closed).
 
     Args:
-        address: ``tcp://host:port``, ``tls://host:port`` or ``unix:///path``.
+        address: ``tcp://host:port``, ``tls://host:port``, ``quic://host:port`` or ``unix:///path``.
         table: name of the table.
         spec: a :class:`Spec`, or its text or JSON form.
         session: a name that survives reconnects and restarts; :attr:`held` says how many of its samples the daemon has
@@ -64,7 +65,9 @@ class Producer:
         reconnect: with a session, seconds without a connection before PeerClosed; 0: at once; None: no limit.
         continue_after_loss: with a session, do not raise Lost, but count what is gone in :attr:`lost` and go on.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
+        compression: how samples are compressed on the way, ``s2``, ``zstd``, ``s2+shuffle`` or ``zstd+shuffle``, where
+            the daemon offers it; None: they are not.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake; with a session, also for trying again.
 
@@ -88,6 +91,7 @@ class Producer:
         continue_after_loss: bool = False,
         token: Token | str | None = None,
         tls: TLS | None = None,
+        compression: str | None = None,
         client: str = CLIENT,
         deadline: float | None = 10.0,
     ) -> None:
@@ -97,12 +101,13 @@ class Producer:
         body = hello(
             "push", table, self.spec, session=session, ack=ack or ("committed" if session else None),
             window_samples=window_samples, window_bytes=window_bytes, notes=True, client=client,
-            token=self.address.token,
+            token=self.address.token, compression=compression,
         )  # fmt: skip
         if reconnect is not None and not reconnect >= 0:
             raise ValueError(f"reconnect={reconnect!r}: give seconds, 0 or more, or None to try without limit")
         until = _io.deadline_of(deadline)
-        dialer = Dialer(self.address, body, self.spec)
+        compressed = None if compression is None else Compression.of(compression, self.spec)
+        dialer = Dialer(self.address, body, self.spec, compressed)
         opened = dialer.open_patiently(until) if session else dialer.open(until)
         reply = opened.reply
         try:

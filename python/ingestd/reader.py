@@ -54,7 +54,7 @@ class Reader:
 
     Args:
         address: ``unix:///path`` (``shm:///path`` means the same): the daemon's memory is mapped; or
-            ``tcp://host:port`` or ``tls://host:port`` of a daemon anywhere, which sends its batches.
+            ``tcp://host:port`` (``tls``, ``quic``) of a daemon anywhere, which sends its batches.
         table: name of the table.
         spec: what the samples must look like; None takes the table's spec.
         group: the group to read for; None is the group ``default``.
@@ -63,8 +63,7 @@ class Reader:
         check: replace the memory of released batches by 0xCC bytes for everyone who kept an array; slower. Default: on
             when the environment has ``INGESTD_CHECK=1``.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
-        tls: for ``tls://``, how the daemon is believed; see :class:`TLS`.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and attaching.
         reconnect: over TCP, seconds without a connection, in all since the last batch, after which the reader gives up;
@@ -78,7 +77,7 @@ class Reader:
     """
 
     def __new__(cls, address: str, *args: Any, **options: Any) -> Reader:
-        if cls is Reader and address.partition("://")[0] in ("tcp", "tls"):
+        if cls is Reader and address.partition("://")[0] in ("tcp", "tls", "quic"):
             from .remote_reader import RemoteReader
 
             return super().__new__(RemoteReader)

@@ -60,6 +60,8 @@ class Places:
         self.columns = self.parts[3:]
         self.memory: list[Any] = []  # arrays of bytes
         self.words: list[int] = []  # state and number of the batch in each place, as in a segment
+        #: when the ring was made that each place's batch is of: with another one, numbers begin anew
+        self.created: list[int] = []
 
     def state_word(self, place: int) -> int:
         return self.words[place]
@@ -70,6 +72,7 @@ class Places:
         skip = -int(raw.ctypes.data) % 64
         self.memory.append(raw[skip : skip + self.bytes])
         self.words.append(0)
+        self.created.append(0)
         return len(self.memory) - 1
 
 
@@ -112,6 +115,7 @@ class Receiver:
         self._free: list[int] = []
         self._out: dict[int, int] = {}  # place and number of the batches of this connection
         self._spent = 0.0  # without a connection since the last batch, in earlier outages
+        self._created = 0  # when this connection's ring was made
         self.sock, self.reply = self._connect(until)
         self._since = time.monotonic()  # when this connection was made
         self.capacity = self.reply.integer("prefetch", 1, 1 << 15)
@@ -144,6 +148,16 @@ class Receiver:
                 left = until.left()
                 if left == 0 or not self._state.wait(left):
                     raise until.timeout(f"{doing}; {self._trouble}" if self._trouble else doing)
+
+    def delivered(self) -> bool:
+        """Whether take has something to say."""
+        with self._state:
+            return bool(self._arrived or self._over or self._error or self._closed)
+
+    def failed(self, until: Deadline) -> bool:
+        """Waits until the thread has ended; whether it has by then."""
+        with self._state:
+            return self._state.wait_for(lambda: self._error is not None or self._closed, until.left())
 
     def full(self) -> bool:
         """Whether the daemon can send nothing before something is given back."""
@@ -196,6 +210,7 @@ class Receiver:
                 "ask for a smaller prefetch, or raise it"
             )
         self.places, self.capacity = places, prefetch
+        self._created = reply.integer("created") if "created" in reply.body else 0
 
     def _run(self) -> None:
         error: Error | None = None
@@ -270,6 +285,7 @@ class Receiver:
         try:
             self._out[place] = number
             places.words[place] = number << 3 | LEASED
+            places.created[place] = self._created
             memory = memoryview(places.memory[place])
             for part in places.parts:
                 self._read(memory[part.offset : part.offset + part.slot_bytes * count])

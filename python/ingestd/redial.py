@@ -9,6 +9,7 @@ from typing import Any
 
 from . import _io
 from ._io import Deadline
+from .compression import Compression
 from .errors import Error, FormatError, PeerClosed, Refused, SessionTaken, ShuttingDown, Timeout
 from .spec import Spec
 from .wire import Reply, handshake
@@ -59,10 +60,13 @@ class Opened:
 class Dialer:
     """Opens connections with one hello. ``spec`` is what the daemon must agree to; None: whatever the table has."""
 
-    def __init__(self, address: _io.Address, body: dict[str, Any], spec: Spec | None) -> None:
+    def __init__(
+        self, address: _io.Address, body: dict[str, Any], spec: Spec | None, compression: Compression | None = None
+    ) -> None:
         self.address = address
         self.body = body
         self.spec = spec
+        self.compression = compression
 
     def open(self, until: Deadline) -> Opened:
         """One try. Raises Refused, DaemonUnproven, NotChallenged, TLSError, Ended, FormatError, PeerClosed, Timeout."""
@@ -72,6 +76,10 @@ class Dialer:
             reply = handshake(sock, self.body, until, fds)
             if self.spec is not None and reply.body.get("fingerprint") not in (None, self.spec.fingerprint):
                 raise FormatError("the daemon agreed to another spec than was offered")
+            if self.compression is not None:
+                if reply.body.get("compression") != self.compression.kind:
+                    raise FormatError("the daemon agreed to another compression than was asked for")
+                sock = self.compression.over(sock)
             return Opened(sock, reply, fds)
         except BaseException:
             sock.close()

@@ -15,7 +15,7 @@ from .batch import Batch
 from .channel import Descriptor
 from .errors import AllHeld
 from .reader import Reader
-from .received import ReceivedWindow, Receiver
+from .received import Places, ReceivedWindow, Receiver
 from .redial import PATIENCE_S
 from .spec import Spec
 from .tls import TLS
@@ -87,6 +87,15 @@ class RemoteReader(Reader):
     def reconnects(self) -> int:
         """Connections made after the first."""
         return self._receiver.reconnects
+
+    @property
+    def places(self) -> Places:
+        """Where batches lie."""
+        return self._places
+
+    def failed(self, until: Deadline) -> bool:
+        """Waits until it has failed for good; whether it has by then."""
+        return self._receiver.failed(until)
 
     def _wait(self, until: Deadline) -> None:
         with self._locked():

@@ -400,7 +400,7 @@ class StepProducer:
     May be used by several threads, one call at a time; not after a fork.
 
     Args:
-        address: ``tcp://host:port``, ``tls://host:port``, ``unix:///path`` or ``shm:///path``.
+        address: ``tcp://host:port`` (``tls``, ``quic``), ``unix:///path`` or ``shm:///path``.
         table: name of the table.
         name: the producer's name. One producer has it at a time: an older one is ended with SessionTaken.
         tensors: a :class:`Manifest`, or a dict of example arrays.
@@ -410,7 +410,7 @@ class StepProducer:
         window_bytes: most bytes on the way without acknowledgement; 0 lets the daemon choose.
         reconnect: seconds without a connection before PeerClosed; 0: at once; None: no limit.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting and the handshake, also for trying again.
 

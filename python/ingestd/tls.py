@@ -1,4 +1,4 @@
-"""Whom a client trusts over ``tls://``: :class:`TLS`."""
+"""Whom a client trusts over ``tls://`` and ``quic://``: :class:`TLS`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ __all__ = ["TLS"]
 
 
 class TLS(NamedTuple):
-    """Whom a client trusts over ``tls://``, and what it shows of itself. The files are read for each connection.
+    """Whom a client trusts over ``tls://`` and ``quic://``, and what it shows of itself.
+
+    The files are read for each connection.
 
     ``ca``: file with the PEM certificates of the authorities that may vouch for the daemon; None: those of the system.
     ``cert``, ``key``: PEM files of this client, where the daemon wants certificates; ``key`` may be in ``cert``.

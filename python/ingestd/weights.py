@@ -50,7 +50,7 @@ class Subscription:
     :meth:`close` ends no generation that is held. May be used by several threads; not after a fork (Closed).
 
     Args:
-        address: ``unix:///path``, ``shm:///path`` (the same), ``tcp://host:port`` or ``tls://host:port``.
+        address: ``unix:///path``, ``shm:///path`` (the same), or ``tcp://host:port`` (``tls``, ``quic``).
         table: name of the table, of kind ``weights``.
         stream: receives the bytes over a unix socket too.
         delta: receives only the tensors that differ from the generation that is here; streamed only.
@@ -58,7 +58,7 @@ class Subscription:
         reconnect: seconds without a connection that brings something before one that is streamed gives up; None: no
             limit; 0: it does not connect again.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs, and for publishers that wait for this reader.
         deadline: seconds for connecting.
 

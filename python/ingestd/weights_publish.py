@@ -70,13 +70,13 @@ class Publisher:
     after that. May be used by several threads, with one generation at a time; not after a fork (Closed).
 
     Args:
-        address: ``unix:///path``, ``shm:///path`` (the same), ``tcp://host:port`` or ``tls://host:port``.
+        address: ``unix:///path``, ``shm:///path`` (the same), or ``tcp://host:port`` (``tls``, ``quic``).
         table: name of the table, of kind ``weights``.
         tensors: a :class:`Manifest`, or a dict of arrays that are like those that will be published.
         in_place: True writes into the daemon's memory or raises Refused, False sends the bytes, None does what is
             permitted.
         token: a :class:`Token`, or ``name:secret``; None: that in the environment variable ``INGESTD_TOKEN``, if any.
-        tls: a :class:`TLS`, for ``tls://``: whom to trust, and this client's certificate.
+        tls: a :class:`TLS`, for ``tls://`` and ``quic://``: whom to trust, and this client's certificate.
         client: free text for the daemon's status and logs.
         deadline: seconds for connecting, and for a publisher before this one to end.
 

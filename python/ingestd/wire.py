@@ -47,7 +47,7 @@ _HEAD = struct.Struct("<8sHHI")
 _FIELDS = (
     "role", "table", "byte_order", "spec", "fingerprint", "session", "ack", "window_samples", "window_bytes",
     "prefetch", "group", "notes", "manifest", "manifest_id", "session_of", "in_place", "wait", "stream", "delta",
-    "have", "have_digest", "resume", "resume_digest", "resume_offset", "token", "nonce", "client",
+    "have", "have_digest", "resume", "resume_digest", "resume_offset", "compression", "token", "nonce", "client",
 )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import hmac
+import ipaddress
 import json
 import socket
 import ssl
@@ -11,6 +13,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fakes import HEAD, MAGIC, PATIENCE, Listener, Peer
 from real import BINARY
@@ -69,10 +73,45 @@ class Certificates:
     def pair(self, name: str) -> tuple[Path, Path]:
         return self.folder / f"{name}.pem", self.folder / f"{name}.key"
 
-    def context(self, client_ca: Path | None = None, alpn: str | None = "ingestd/1") -> ssl.SSLContext:
+    def issue(self, folder: Path, name: str, days: int = 0, server: bool | None = True) -> tuple[Path, Path]:
+        """A certificate for 127.0.0.1 such as ``ingestd cert`` does not make: valid around so many days from now, for
+        servers, for clients, or for what is not said."""
+        x509 = pytest.importorskip("cryptography.x509", reason="it comes with aioquic: pip install 'ingestd[quic]'")
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        authority = x509.load_pem_x509_certificate(self.ca.read_bytes())
+        signer: Any = serialization.load_pem_private_key((self.folder / "ca.key").read_bytes(), None)
+        key = ec.generate_private_key(ec.SECP256R1())
+        middle, day = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days), datetime.timedelta(1)
+        made = x509.CertificateBuilder(
+            issuer_name=authority.subject,
+            subject_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]),
+            public_key=key.public_key(),
+            serial_number=x509.random_serial_number(),
+            not_valid_before=middle - day,
+            not_valid_after=middle + day,
+        ).add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        if server is not None:
+            use = x509.ExtendedKeyUsageOID.SERVER_AUTH if server else x509.ExtendedKeyUsageOID.CLIENT_AUTH
+            made = made.add_extension(x509.ExtendedKeyUsage([use]), False)
+        files = folder / f"{name}.pem", folder / f"{name}.key"
+
+        files[0].write_bytes(made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        files[1].write_bytes(key.private_bytes(*plain))
+        files[1].chmod(0o600)
+        return files
+
+    def context(
+        self,
+        client_ca: Path | None = None,
+        alpn: str | None = "ingestd/1",
+        pair: tuple[Path, Path] | None = None,
+    ) -> ssl.SSLContext:
         """The daemon's side."""
         made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        made.load_cert_chain(*self.server)
+        made.load_cert_chain(*(pair or self.server))
         if alpn is not None:
             made.set_alpn_protocols([alpn])
         if client_ca is not None:

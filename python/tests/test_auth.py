@@ -31,7 +31,7 @@ from ingestd import (
     Token,
 )
 from ingestd import auth as authentication
-from ingestd.auth import Challenge, token_of
+from ingestd.auth import TOKEN_VARIABLE, Challenge, token_of
 from ingestd.redial import retried
 from ingestd.wire import encode_hello, encode_proof, hello, parse_answer, parse_reply
 from tensors import GRADIENTS, GradDaemon
@@ -102,6 +102,19 @@ def test_tokens_that_no_daemon_has(name: str, secret: str) -> None:
     assert not secret or secret not in str(error.value)
     with pytest.raises(ValueError, match="name:secret"):
         Token.parse("x" * 64)
+
+
+@pytest.mark.parametrize("name", ["worker", "a name with spaces", "x" * 31])
+def test_a_secret_in_the_place_of_the_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error shows it."""
+    mixed_up = f"{SECRET}:{name}"
+    monkeypatch.setenv(TOKEN_VARIABLE, mixed_up)
+    for make in (lambda: Token(SECRET, name), lambda: Token.parse(mixed_up), lambda: token_of(None)):
+        with pytest.raises(ValueError, match="the secret of this token") as error:
+            make()
+        assert SECRET not in str(error.value)
+    with pytest.raises(ValueError, match=r"the secret of token 'x{31}'"):
+        Token("x" * 31, "short")
 
 
 def test_tokens_in_files(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ingestd import (
     TLSError,
     Token,
 )
+from ingestd.redial import retried
 
 from fakes import Listener, Peer
 from real import PATIENCE, POINT, Daemon, points, verify
@@ -156,24 +157,31 @@ def test_weights(serve: Callable[..., Daemon], tokens: Path, where: str) -> None
 Secure = Callable[..., tuple[Daemon, str, Certificates]]
 
 
-@pytest.fixture
-def secure(serve: Callable[..., Daemon], tmp_path: Path) -> Secure:
-    """Starts a daemon with a tls:// listener; it, the address, and the certificates."""
+@pytest.fixture(params=["tls", "quic"])
+def secure(request: pytest.FixtureRequest, serve: Callable[..., Daemon], tmp_path: Path) -> Secure:
+    """Starts a daemon with a listener of either kind; it, the address, and the certificates.
+
+    ``expired``: the client's certificate is.
+    """
+    if request.param == "quic":
+        pytest.importorskip("aioquic", reason="quic:// needs the extra: pip install 'ingestd[quic]'")
 
     def start(
-        table: dict[str, Any] = SAMPLES, client_ca: bool = False, **more: Any
+        table: dict[str, Any] = SAMPLES, client_ca: bool = False, expired: bool = False, **more: Any
     ) -> tuple[Daemon, str, Certificates]:
         certs = Certificates(tmp_path)
+        if expired:
+            certs.client = certs.issue(tmp_path, "expired", days=-3, server=False)
         tls = {"cert": str(certs.server[0]), "key": str(certs.server[1])}
         if client_ca:
             tls["client_ca"] = str(certs.ca)
-        d = serve(table, tls=tls, also=("tls://127.0.0.1:0",), **more)
-        return d, d.addresses["tls"], certs
+        d = serve(table, tls=tls, also=(f"{request.param}://127.0.0.1:0",), **more)
+        return d, d.addresses[request.param], certs
 
     return start
 
 
-def test_samples_over_tls(secure: Secure) -> None:
+def test_samples_over_it(secure: Secure) -> None:
     d, address, certs = secure()
     pushed(address, tls=TLS(ca=certs.ca))
     pushed(address, tls=TLS(ca=certs.ca), session="s")
@@ -184,7 +192,7 @@ def test_samples_over_tls(secure: Secure) -> None:
     assert "cut_short" not in d.said()
 
 
-def test_large_samples_over_tls(secure: Secure) -> None:
+def test_large_samples_over_it(secure: Secure) -> None:
     d, address, certs = secure({**SAMPLES, "spec": "a:U8[1048576]", "batch_size": 2})
     data = np.random.default_rng(1).integers(0, 256, (12, 1 << 20), np.uint8)
     with Producer(address, "t", "a:U8[1048576]", tls=TLS(ca=certs.ca), ack="committed", deadline=PATIENCE) as p:
@@ -198,28 +206,89 @@ def test_large_samples_over_tls(secure: Secure) -> None:
                 assert np.array_equal(batch["a"], data[k : k + 2])
 
 
-def test_client_certificates(secure: Secure) -> None:
+def test_client_certificates(secure: Secure, tmp_path_factory: pytest.TempPathFactory) -> None:
     _, address, certs = secure(client_ca=True)
     pushed(address, tls=TLS(certs.ca, *certs.client))
-    with pytest.raises(TLSError, match=r"(?i)certificate"):
-        pushed(address, tls=TLS(certs.ca))
+    other = Certificates(tmp_path_factory.mktemp("other"))
+    for mine, says in (((), r"(?i)certificate.required"), (other.client, r"(?i)unknown.ca|bad.certificate")):
+        with pytest.raises(TLSError, match=says) as error:
+            pushed(address, tls=TLS(certs.ca, *mine), session="s")
+        assert not retried(error.value)
 
 
-def test_weights_over_tls(secure: Secure) -> None:
+def test_a_client_whose_certificate_has_expired(secure: Secure) -> None:
+    """It is told so once, and does not try again and again until its address is banned."""
+    d, address, certs = secure(client_ca=True, expired=True)
+    with pytest.raises(TLSError, match=r"(?i)certificate.expired") as error:
+        pushed(address, tls=TLS(certs.ca, *certs.client), session="s")
+    assert not retried(error.value)
+    with pytest.raises(TLSError, match=r"(?i)certificate.expired"):
+        Reader(address, "t", tls=TLS(certs.ca, *certs.client), deadline=PATIENCE)
+    pushed(d.unix)
+
+
+CLIENTS: dict[str, Callable[..., Any]] = {
+    "producer": lambda a, **o: Producer(a, "t", POINT, **o),
+    "session": lambda a, **o: Producer(a, "t", POINT, session="s", **o),
+    "steps": lambda a, **o: StepProducer(a, "t", "w", ARRAYS, **o),
+    "publisher": lambda a, **o: Publisher(a, "t", ARRAYS, **o),
+    "subscription": lambda a, **o: Subscription(a, "t", **o),
+    "reader": lambda a, **o: Reader(a, "t", **o),
+}
+
+
+@pytest.mark.parametrize("why", ["authority", "name"])
+def test_a_daemon_that_is_not_believed(secure: Secure, tmp_path_factory: pytest.TempPathFactory, why: str) -> None:
+    """Every client says why, and does not try again."""
+    d, address, certs = secure()
+    tls, says = {
+        "authority": (TLS(Certificates(tmp_path_factory.mktemp("other")).ca), "issuer certificate"),
+        "name": (TLS(certs.ca, server_name="daemon.example.com"), r"daemon\.example\.com"),
+    }[why]
+    for name, make in CLIENTS.items():
+        with pytest.raises(TLSError, match=says) as error:
+            make(address, tls=tls, deadline=PATIENCE)
+        assert "the daemon's certificate is not trusted" in str(error.value), name
+        assert not retried(error.value)
+    pushed(d.unix)
+
+
+def test_a_session_goes_on_when_the_daemon_is_back(secure: Secure, tmp_path: Path) -> None:
+    segments = tmp_path / "segments"
+    segments.mkdir(0o700)
+    d, address, certs = secure(segment_dir=str(segments))
+    tls = TLS(ca=certs.ca)
+    with Producer(address, "t", POINT, session="s", ack="committed", tls=tls, deadline=PATIENCE) as p:
+        for k in range(4):
+            p.push_batch(points(1, 32 * k, 32), deadline=PATIENCE)
+            p.flush(deadline=PATIENCE)
+            if k == 1:
+                d.also = (address,)
+                d.restart(in_order=True)
+        p.close(deadline=PATIENCE)
+    assert p.reconnects == 1
+    with Reader(address, "t", tls=tls, deadline=PATIENCE) as reader:
+        for k in range(4):
+            with reader.next(deadline=PATIENCE) as batch:
+                assert [verify(batch.tree, row) for row in range(32)] == [(1, 32 * k + row) for row in range(32)]
+
+
+def test_weights_over_it(secure: Secure) -> None:
     _, address, certs = secure(WEIGHTS)
     weights(address, address, tls=TLS(ca=certs.ca))
 
 
-def test_gradients_over_tls(secure: Secure) -> None:
-    d, address, certs = secure(TENSORS)
-    with GradReader(d.unix, "t", deadline=PATIENCE) as reader:
-        with StepProducer(address, "t", "a", ARRAYS, tls=TLS(ca=certs.ca), deadline=PATIENCE) as p:
+def test_gradients_over_it(secure: Secure, tokens: Path) -> None:
+    _, address, certs = secure(TENSORS, tokens=str(tokens))
+    tls = TLS(ca=certs.ca)
+    with GradReader(address, "t", tls=tls, token=TOKENS["read"], deadline=PATIENCE) as reader:
+        with StepProducer(address, "t", "a", ARRAYS, tls=tls, token=TOKENS["push"], deadline=PATIENCE) as p:
             p.send(1, ARRAYS, deadline=PATIENCE)
         with reader.step(1, quorum=1, deadline=PATIENCE) as step:
-            assert np.array_equal(step.sum()["w"], ARRAYS["w"])
+            assert step.have == ["a"] and np.array_equal(step.sum()["w"], ARRAYS["w"])
 
 
-def test_tokens_over_tls(secure: Secure, tokens: Path) -> None:
+def test_tokens_over_it(secure: Secure, tokens: Path) -> None:
     """The proof is bound to the connection by what TLS exports: the daemon takes no other."""
     d, address, certs = secure(tokens=str(tokens))
     tls = TLS(ca=certs.ca)
@@ -232,6 +301,7 @@ def test_tokens_over_tls(secure: Secure, tokens: Path) -> None:
         pushed(address, tls=tls)
 
 
+@pytest.mark.parametrize("secure", ["tls"], indirect=True)
 def test_who_meets_tls_in_the_middle_gains_nothing(secure: Secure, tokens: Path) -> None:
     """Even of a client that takes any certificate: what the daemon proves to the relay is for another connection."""
     _, address, certs = secure(tokens=str(tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,13 @@ PATIENCE = 20
 C = 64 << 10
 Arrays = dict[str, Any]
 Start = Callable[..., Daemon]
+At = Callable[[Daemon], str]
+
+
+@pytest.fixture(params=["mapped", "sent"])
+def at(request: pytest.FixtureRequest) -> At:
+    """Where a reader attaches: the daemon's memory is mapped, or what is read is sent."""
+    return lambda d: d.unix if request.param == "mapped" else d.tcp
 
 
 @pytest.fixture
@@ -113,10 +121,10 @@ def send_all(ps: list[StepProducer], step: int, arrays: list[Arrays]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_sums_are_those_of_the_reference(start: Start, batch_size: int) -> None:
+def test_sums_are_those_of_the_reference(start: Start, at: At, batch_size: int) -> None:
     d = start(batch_size=batch_size, linger="2ms")
     into = {t: np.empty(np.shape(a), np.float32) for t, a in gradients(0, 0).items() if t != "n"}
-    with GradReader(d.unix, "grads") as r, producers(d, 4, gradients(0, 0)) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 4, gradients(0, 0)) as ps:
         for step in range(6):
             sent = [gradients(k, step) for k in range(4)]
             send_all(ps, step, sent)
@@ -130,14 +138,14 @@ def test_sums_are_those_of_the_reference(start: Start, batch_size: int) -> None:
         assert r.held == 0 and r.stats.bad_chunks == r.stats.duplicates == r.stats.late == 0
 
 
-def test_encodings(start: Start) -> None:
+def test_encodings(start: Start, at: At) -> None:
     d = start()
     rng = np.random.default_rng(3)
     encodings = {"a": "bf16", "b": "f16", "c": "f8_e4m3", "d": "f8_e5m2", "k": "topk:50"}
     tensors = [Tensor(name, "F32", (30_000,), encoding) for name, encoding in encodings.items()]
     manifest = Manifest(tensors)
     feedback = [Feedback() for _ in range(3)]
-    with GradReader(d.unix, "grads") as r, producers(d, 3, manifest) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 3, manifest) as ps:
         for step in range(3):
             sent = [{t.name: rng.standard_normal(30_000).astype(np.float32) for t in tensors} for _ in range(3)]
             send_all(ps, step, sent)
@@ -154,11 +162,11 @@ def test_encodings(start: Start) -> None:
                 f.commit()
 
 
-def test_values_that_are_not_finite(start: Start) -> None:
+def test_values_that_are_not_finite(start: Start, at: At) -> None:
     d = start()
     x = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
     x.view(np.uint32)[0] = 0xFFC00123
-    with GradReader(d.unix, "grads") as r, producers(d, 3, {"x": x}) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 3, {"x": x}) as ps:
         for step, p in enumerate(ps):
             for q in ps:
                 q.send(step, {"x": x if q is p else np.zeros(5, np.float32)}, deadline=PATIENCE)
@@ -167,11 +175,11 @@ def test_values_that_are_not_finite(start: Start) -> None:
                 assert np.array_equal(got.sum()["x"], x, equal_nan=True)
 
 
-def test_ten_thousand_tensors_of_a_few_bytes(start: Start) -> None:
+def test_ten_thousand_tensors_of_a_few_bytes(start: Start, at: At) -> None:
     d = start()
     rng = np.random.default_rng(1)
     sent = [{f"t{i}": rng.standard_normal(i % 4).astype(np.float32) for i in range(10_000)} for _ in range(2)]
-    with GradReader(d.unix, "grads") as r, producers(d, 2, sent[0]) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 2, sent[0]) as ps:
         for p, arrays in zip(ps, sent):
             p.send(1, arrays, deadline=PATIENCE)
         with r.step(1, quorum=2, deadline=PATIENCE) as got:
@@ -179,12 +187,12 @@ def test_ten_thousand_tensors_of_a_few_bytes(start: Start) -> None:
             assert all(equal(total[name], summed([a[name] for a in sent])) for name in sent[0])
 
 
-def test_a_tensor_larger_than_the_ring(start: Start) -> None:
+def test_a_tensor_larger_than_the_ring(start: Start, at: At) -> None:
     d = start(batches=8)
     n = 50 * C // 4 + 3
     sent = [{"x": np.random.default_rng(k).standard_normal(n).astype(np.float32)} for k in range(3)]
     into = {"x": np.empty(n, np.float32)}
-    with GradReader(d.unix, "grads") as r, producers(d, 3, sent[0]) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 3, sent[0]) as ps:
         sender = threading.Thread(target=send_all, args=(ps, 1, sent))
         sender.start()
         with r.step(1, quorum=3, deadline=PATIENCE, into=into) as got:
@@ -193,11 +201,11 @@ def test_a_tensor_larger_than_the_ring(start: Start) -> None:
         assert r.stats.spilled_bytes > 100 * C
 
 
-def test_groups_each_get_every_step(start: Start) -> None:
+def test_groups_each_get_every_step(start: Start, at: At) -> None:
     d = start()
     with (
-        GradReader(d.unix, "grads") as one,
-        GradReader(d.unix, "grads", "two") as two,
+        GradReader(at(d), "grads") as one,
+        GradReader(at(d), "grads", "two") as two,
         producers(d, 2, gradients(0, 0)) as ps,
     ):
         send_all(ps, 1, [gradients(0, 1), gradients(1, 1)])
@@ -221,11 +229,11 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("way", [0, 1, 2], ids=["tcp", "unix", "in place"])
-def test_a_producer_killed_in_the_middle_of_a_step(start: Start, way: int) -> None:
+def test_a_producer_killed_in_the_middle_of_a_step(start: Start, at: At, way: int) -> None:
     d = start()
     script = DYING.format(path=sys.path, address=addresses(d)[way])
     with (
-        GradReader(d.unix, "grads") as r,
+        GradReader(at(d), "grads") as r,
         producers(d, 2, gradients(0, 0)) as ps,
         subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as dying,
     ):
@@ -251,9 +259,9 @@ def test_a_producer_killed_in_the_middle_of_a_step(start: Start, way: int) -> No
 
 @pytest.mark.parametrize("in_order", [False, True], ids=["killed", "stopped"])
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept"])
-def test_the_daemon_restarts_in_the_middle_of_a_step(start: Start, kept: bool, in_order: bool) -> None:
+def test_the_daemon_restarts_in_the_middle_of_a_step(start: Start, at: At, kept: bool, in_order: bool) -> None:
     d = start(kept=kept)
-    with GradReader(d.unix, "grads") as r, producers(d, 3, gradients(0, 0)) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 3, gradients(0, 0)) as ps:
         send_all(ps, 1, [gradients(k, 1) for k in range(3)])
         with r.step(1, quorum=3, deadline=PATIENCE) as got:
             assert got.have == ["p0", "p1", "p2"]
@@ -283,9 +291,52 @@ def test_the_daemon_restarts_in_the_middle_of_a_step(start: Start, kept: bool, i
         assert r.stats.bad_chunks == 0
 
 
-def test_steps_that_are_too_old(start: Start) -> None:
+def test_the_connection_of_a_reader_breaks_in_the_middle_of_a_step(start: Start) -> None:
+    """What it holds stays, and what comes again counts once; who was said to be there before is not asked for again."""
+    d = start()
+    with GradReader(d.tcp, "grads", prefetch=256) as r, producers(d, 3, gradients(0, 0)) as ps:
+        for step in range(1, 4):
+            open_step = ps[0].step(step, deadline=PATIENCE)
+            open_step.put("w", gradients(0, step)["w"])
+            ps[1].send(step, gradients(1, step), deadline=PATIENCE)
+            with pytest.raises(StepTimeout) as timeout:
+                r.step(step, quorum=3, deadline=0.05)  # some of it is held
+            assert timeout.value.have in ([], ["p1"])
+            reader: Any = r._reader
+            reader._receiver.sock.shutdown(socket.SHUT_RDWR)
+            for name in ("e", "h", "b", "n"):
+                open_step.put(name, gradients(0, step)[name])
+            open_step.commit(deadline=PATIENCE)
+            ps[2].send(step, gradients(2, step), deadline=PATIENCE)
+            with r.step(step, quorum=3, deadline=PATIENCE) as got:
+                assert got.have == ["p0", "p1", "p2"]
+                for name, array in got.sum().items():
+                    assert equal(array, summed([gradients(k, step)[name] for k in range(3)])), name
+            assert r.stats.reconnects == step and r.stats.bad_chunks == 0
+        assert r.stats.duplicates > 0 and r.producers == ["p0", "p1", "p2"]
+
+
+def test_a_reader_that_may_hold_little(start: Start, at: At) -> None:
+    """What is not copied waits in the ring, and then producers wait: to the deadline, and no step is torn."""
+    d = start(batches=16)
+    n = 64 * C // 4
+    sent = [{"x": np.random.default_rng(k).standard_normal(n).astype(np.float32)} for k in range(2)]
+    with GradReader(at(d), "grads", prefetch=8, spill_bytes=1) as r, producers(d, 2, sent[0]) as ps:
+        sender = threading.Thread(target=send_all, args=(ps, 1, sent))
+        sender.start()
+        while not r.stats.spilled_bytes:
+            with pytest.raises(StepTimeout):
+                r.step(1, quorum=2, deadline=0.05)
+        assert r.stats.spilled_bytes <= C and r.held <= 8
+        r._spill_bytes = 1 << 30
+        with r.step(1, quorum=2, deadline=PATIENCE) as got:
+            assert equal(got.sum()["x"], summed([s["x"] for s in sent]))
+        sender.join(PATIENCE)
+
+
+def test_steps_that_are_too_old(start: Start, at: At) -> None:
     d = start(max_lag=2)
-    with GradReader(d.unix, "grads") as r, producers(d, 3, gradients(0, 0)) as ps:
+    with GradReader(at(d), "grads") as r, producers(d, 3, gradients(0, 0)) as ps:
         ps[0].send(10, gradients(0, 10), deadline=PATIENCE)
         for p in ps[1:]:
             with pytest.raises(StepRefused, match="step 7 was refused") as caught:
@@ -300,12 +351,12 @@ def test_steps_that_are_too_old(start: Start) -> None:
         assert r.stats.refused > 0
 
 
-def test_two_producers_of_one_name(start: Start) -> None:
+def test_two_producers_of_one_name(start: Start, at: At) -> None:
     d = start()
     one = StepProducer(d.tcp, "grads", "same", gradients(0, 0))
     tx = one.step(1)
     tx.put("w", gradients(1, 1)["w"], deadline=PATIENCE)
-    with GradReader(d.unix, "grads") as r, StepProducer(d.unix, "grads", "same", gradients(0, 0)) as two:
+    with GradReader(at(d), "grads") as r, StepProducer(d.unix, "grads", "same", gradients(0, 0)) as two:
         two.send(1, gradients(2, 1), deadline=PATIENCE)
         with pytest.raises(SessionTaken):
             tx.put_all({name: a for name, a in gradients(1, 1).items() if name != "w"}, deadline=PATIENCE)
@@ -328,12 +379,12 @@ def test_producers_of_one_table_have_one_manifest(start: Start) -> None:
         pass
 
 
-def test_kinds_of_tables(start: Start) -> None:
+def test_kinds_of_tables(start: Start, at: At) -> None:
     d = start(tables=[{"name": "samples", "spec": "x:F32[3]", "batch_size": 4, "batches": 4}])
     for address in addresses(d):
         with pytest.raises(Refused, match="wrong_kind"):
             StepProducer(address, "samples", "p", gradients(0, 0))
     with pytest.raises(SpecError, match="not of kind 'tensors'"):
-        GradReader(d.unix, "samples")
+        GradReader(at(d), "samples")
     with pytest.raises(Refused):
         Producer(d.tcp, "grads", "x:F32[3]")

@@ -12,7 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,21 @@ def test_another_name(failing: Listener, listener: Listener, certs: Certificates
     ).abort()  # fmt: skip
 
 
+def test_certificates_out_of_their_time(failing: Listener, certs: Certificates, tls: TLS, tmp_path: Path) -> None:
+    for days, says in ((-3, "expired"), (3, "not yet valid")):
+        context = certs.context(pair=certs.issue(tmp_path, f"days{days}", days=days))
+        error, told = refused(failing, context, tls, session="s")
+        assert "the daemon's certificate is not trusted" in str(error) and says in str(error)
+        assert "CERTIFICATE" in told.upper()
+
+
+def test_a_certificate_that_is_for_clients(failing: Listener, certs: Certificates, tls: TLS, tmp_path: Path) -> None:
+    """Whoever has a client's certificate is not the daemon, even under the daemon's name."""
+    context = certs.context(pair=certs.issue(tmp_path, "client", server=False))
+    error, _ = refused(failing, context, tls)
+    assert "not trusted" in str(error) and "purpose" in str(error)
+
+
 def test_insecure(listener: Listener) -> None:
     def script(peer: Peer) -> None:
         peer.accept()
@@ -562,15 +577,15 @@ def test_options_of_tls_need_tls(socket_path: str) -> None:
         lambda a: StepProducer(a, "t", "w", ARRAYS, tls=TLS()),
         lambda a: Publisher(a, "t", ARRAYS, tls=TLS()),
         lambda a: Subscription(a, "t", tls=TLS()),
+        lambda a: GradReader(a, "t", tls=TLS()),
     ):
         for address in ("tcp://127.0.0.1:1", f"unix://{socket_path}"):
-            with pytest.raises(ValueError, match="tls://host:port"):
+            with pytest.raises(ValueError, match="tls://host:port and quic://host:port"):
                 make(address)
-    local: list[Callable[[str], Any]] = [lambda a: GradReader(a, "t"), lambda a: FillProducer(a, "t")]
-    for attach in local:
-        with pytest.raises(ValueError, match="unix://"):
-            attach("tls://127.0.0.1:1")
-    assert str(parse_address("tls://[::1]:80")) == "tls://[::1]:80"
+    with pytest.raises(ValueError, match="unix://"):
+        FillProducer("tls://127.0.0.1:1", "t")
+    for address in ("tls://[::1]:80", "quic://[::1]:80", "quic://host:1"):
+        assert str(parse_address(address, tls=TLS())) == address
 
 
 def test_tls_is_not_loaded_without_need() -> None:

@@ -15,8 +15,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "wire-protocol.md"
 
 
 def example(name: str) -> bytes:
-    """The bytes of a block ```hex NAME``` of the protocol's documentation."""
-    found = re.search(rf"```hex {name}\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    """The bytes of a block ```hex NAME``` or ```hexdump NAME``` of the protocol's documentation."""
+    found = re.search(rf"```hex(?:dump)? {name}\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert found, f"{DOCS} has no example {name!r}"
     data = bytearray()
     for line in found[1].splitlines():
