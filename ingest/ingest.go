@@ -20,7 +20,7 @@ import (
 
 // Transport is a way for samples to come in, as the daemon sees it. How it is started depends on what it listens on and is its own affair.
 type Transport interface {
-	// Shutdown stops accepting, takes the whole samples that are at hand, tells each peer why, and returns when all connections are gone. When
+	// Shutdown stops accepting, takes the whole samples that are at hand (over TLS and QUIC those that were read ahead), tells each peer why, and returns when all connections are gone. When
 	// ctx ends first the rest are cut off and ctx's error is returned.
 	Shutdown(ctx context.Context) error
 	Stats() Stats

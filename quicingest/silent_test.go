@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -66,9 +65,7 @@ func (s *site) initials(t *testing.T, n int) {
 				t.Error("a connection out of one packet")
 			}
 		})
-		for socket.left.Load() > 0 {
-			runtime.Gosched()
-		}
+		until(t, "a first packet", func() bool { return socket.left.Load() <= 0 })
 		cancel()
 		dialing.Wait()
 	}
@@ -104,20 +101,16 @@ func TestRetryUnderLoad(t *testing.T) {
 		t.Error("retried with nobody half-way")
 	}
 	s.initials(t, above-1)
-	for s.connections().HalfOpen < above-1 {
-		runtime.Gosched()
-	}
+	until(t, "handshakes", func() bool { return s.connections().HalfOpen >= above-1 })
 	if s.retried(t) {
 		t.Errorf("retried with %d half-way, want %d", above-1, above)
 	}
 	s.initials(t, 1)
-	for s.connections().HalfOpen < above {
-		runtime.Gosched()
-	}
+	until(t, "one more handshake", func() bool { return s.connections().HalfOpen >= above })
 	if !s.retried(t) {
 		t.Errorf("not retried with %d half-way", above)
 	}
-	s.await(string(wire.CodeHandshakeTimeout), above)
+	s.await(t, string(wire.CodeHandshakeTimeout), above)
 	if n := s.connections().HalfOpen; n != 0 {
 		t.Errorf("%d half-way", n)
 	}
@@ -161,18 +154,15 @@ func TestClientVanishes(t *testing.T) {
 	st, accepted := s.push(t, c)
 	send(t, st, 100, -1, nil)
 	socket.left.Store(0)
-	for s.Stats().Ended[ingest.EndReset] == 0 || s.connections().Ended[ingest.EndReset] == 0 {
-		runtime.Gosched()
-	}
+	until(t, "the end of the stream and its connection", func() bool { return s.Stats().Ended[ingest.EndReset] > 0 && s.connections().Ended[ingest.EndReset] > 0 })
 	if st := s.Stats(); st.Open != 0 {
 		t.Errorf("%d streams are open", st.Open)
 	}
 	var next *quic.Conn
-	for next == nil { // its place is free when its goroutine has ended
-		if next, err = quic.DialAddr(t.Context(), s.addr.String(), s.certs.Client, clientQUIC); err != nil && t.Context().Err() != nil {
-			t.Fatal(err)
-		}
-	}
+	until(t, "its place", func() bool { // which is free when its goroutine has ended
+		next, err = quic.DialAddr(t.Context(), s.addr.String(), s.certs.Client, clientQUIC)
+		return err == nil
+	})
 	again, _ := s.push(t, next)
 	send(t, again, 10, -1, nil)
 	_ = next.CloseWithError(quicconn.CodeDone, "")
@@ -193,9 +183,7 @@ func TestIdleConnection(t *testing.T) {
 	if code := closedWith(t, c); code != quicconn.CodeIdle {
 		t.Errorf("closed with %d", code)
 	}
-	for s.connections().Ended[string(wire.CodeIdleTimeout)] == 0 {
-		runtime.Gosched()
-	}
+	until(t, "the end to be counted", func() bool { return s.connections().Ended[string(wire.CodeIdleTimeout)] > 0 })
 	if got := s.Stats().Refused; got[string(wire.CodeHandshakeTimeout)] != 0 {
 		t.Errorf("refused: %v", got)
 	}
@@ -216,6 +204,6 @@ func TestRefusedWhileStopping(t *testing.T) {
 	if !errors.As(err, &refused) || refused.ErrorCode != quic.ConnectionRefused {
 		t.Errorf("got %v, want CONNECTION_REFUSED", err)
 	}
-	s.await(string(wire.CodeShuttingDown), 1)
+	s.await(t, string(wire.CodeShuttingDown), 1)
 	s.finish(t)
 }

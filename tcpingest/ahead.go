@@ -124,6 +124,8 @@ func (a *ahead) readWait(v *vector) (int, error) {
 	return a.readNow(v)
 }
 
+func (a *ahead) more() bool { return a.err == nil && a.stream.Ready() }
+
 func (a *ahead) hungUp() bool { return a.stream.HungUp() }
 
 func (a *ahead) offer(b []byte) int {

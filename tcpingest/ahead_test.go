@@ -3,6 +3,7 @@ package tcpingest
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"net"
 	"testing"
 
@@ -74,6 +75,12 @@ func TestStraight(t *testing.T) {
 			t.Fatal(err)
 		}
 		done += n
+	}
+	if !a.more() {
+		t.Error("nothing more is said to have come, so that acks go out sample by sample")
+	}
+	if a.err = io.EOF; a.more() {
+		t.Error("more is said to have come after the end")
 	}
 	if got, want := fmt.Sprint(from.asked), fmt.Sprint([]int{straightMin, 65536 - straightMin}); got != want {
 		t.Errorf("read in pieces of %s, want %s", got, want)

@@ -306,8 +306,10 @@ func (s *session) readSome() (int, error) {
 	} else if now.Sub(s.heldSince) > s.server.cfg.StallTimeout+time.Duration(s.to.samples()*s.to.plan.sample)*time.Second/heldRateMin {
 		return 0, errStalled
 	}
-	if err := s.flushAcks(); err != nil {
-		return 0, err
+	if s.unacked > 0 && !s.from.more() {
+		if err := s.flushAcks(); err != nil {
+			return 0, err
+		}
 	}
 	s.unyielded = 0
 	s.setState(stateWaitingForData)

@@ -21,6 +21,8 @@ type source interface {
 	readNow(v *vector) (int, error)
 	// readWait is readNow that waits for the first byte, until the read deadline.
 	readWait(v *vector) (int, error)
+	// more tells whether bytes have come that readNow did not see, so that readWait will not wait for long.
+	more() bool
 
 	// hungUp tells whether the connection is over in both directions, so that no ack would arrive.
 	hungUp() bool
@@ -63,6 +65,8 @@ func (s *socket) readWait(v *vector) (int, error) {
 	s.vec = v
 	return s.result(s.raw.Read(s.readFn))
 }
+
+func (s *socket) more() bool { return false }
 
 func (s *socket) look(fd uintptr) {
 	if s.got, s.errno = queued(int(fd)); s.got == 0 && s.errno == 0 {

@@ -58,7 +58,7 @@ func collector() *Collector {
 			}}
 		},
 		Trainers: func() shm.Stats {
-			return shm.Stats{Attached: 4, Died: 1, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6},
+			return shm.Stats{Attached: 4, Died: 1, Stalled: 2, Failed: 3, Sent: 10, SentInPlace: 7, Refused: map[wire.Code]uint64{wire.CodeUnknownTable: 6},
 				Trainers: []shm.TrainerStats{{Table: "a", Held: make([]shm.LeaseStats, 2)}},
 				Fill:     shm.FillStats{Attached: 8, Taken: 3, Published: 6, Settled: 5, Notes: 7, Fillers: []shm.FillerStats{{Table: "a", Lent: 2}}}}
 		},
@@ -182,6 +182,10 @@ func TestValues(t *testing.T) {
 		"ingestd_trainers a":                                1,
 		"ingestd_trainer_batches_held a":                    2,
 		"ingestd_trainers_ended_total died":                 1,
+		"ingestd_trainers_ended_total stalled":              2,
+		"ingestd_trainers_ended_total failed":               3,
+		"ingestd_trainer_sent_bytes_total in_place":         7,
+		"ingestd_trainer_sent_bytes_total copied":           3,
 		"ingestd_connections_accepted_total tcp":            7,
 		"ingestd_sample_bytes_received_total tcp":           374,
 		"ingestd_table_batches_returned_total a":            1,
