@@ -21,7 +21,7 @@ import (
 )
 
 // overConnections are the clients of tls:// and quic://.
-var overConnections = []string{"Producer", "StepProducer", "Trainer", "Publisher", "Subscription"}
+var overConnections = []string{"Producer", "StepProducer", "Trainer", "GradReader", "Publisher", "Subscription"}
 
 // openSecure opens each kind of client once, with these files.
 func openSecure(ctx context.Context, t *testing.T, addr, what string, files TLS) error {
@@ -35,6 +35,8 @@ func openSecure(ctx context.Context, t *testing.T, addr, what string, files TLS)
 		_, err = DialSteps(ctx, addr, StepsConfig{Table: "t", Name: "n", Manifest: m, TLS: files})
 	case "Trainer":
 		_, err = Attach(ctx, addr, TrainerConfig{Table: "t", TLS: files})
+	case "GradReader":
+		_, err = OpenGrads(ctx, addr, GradConfig{Table: "t", TLS: files})
 	case "Publisher":
 		_, err = OpenPublisher(ctx, addr, PublisherConfig{Table: "t", Manifest: m, TLS: files})
 	case "Subscription":

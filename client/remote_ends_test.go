@@ -308,8 +308,9 @@ func TestRemotePatienceWithBreaks(t *testing.T) {
 		"a loss": wire.AppendBatchHeader(nil, &wire.BatchHeader{LostFirst: 1, LostCount: 1}), "trouble": wire.AppendNotice(nil, &wire.Notice{Code: wire.CodeInternal}),
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			addr, connections := breakingDaemon(t, say)
-			cfg := TrainerConfig{Table: "t", Prefetch: 2, ReconnectFor: 200 * time.Millisecond, ReconnectFrom: time.Millisecond, ReconnectTo: 20 * time.Millisecond}
+			cfg := TrainerConfig{Table: "t", Prefetch: 2, ReconnectFor: time.Second, ReconnectFrom: time.Millisecond, ReconnectTo: 20 * time.Millisecond}
 			tr := must[*Trainer](t)(Attach(t.Context(), addr, cfg))
 			defer tr.Close()
 			var err error

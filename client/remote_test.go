@@ -295,6 +295,7 @@ func FuzzRemoteBatches(f *testing.F) {
 	f.Add(good[:70])
 	f.Add(append(frame(1, 1), wire.AppendNotice(nil, &wire.Notice{Code: wire.CodeEndOfStream})...))
 	f.Add(append(wire.AppendBatchHeader(nil, &wire.BatchHeader{LostFirst: 1, LostCount: 5}), good...))
+	f.Add(bytes.Repeat(wire.AppendBatchHeader(nil, &wire.BatchHeader{LostFirst: 1, LostCount: 1 << 63}), 9))
 	s, err := spec.ParseText("a:U8,b:U16")
 	if err != nil {
 		f.Fatal(err)
@@ -318,6 +319,11 @@ func FuzzRemoteBatches(f *testing.F) {
 			r.broken(r.receiveAll())
 		}()
 		for {
+			r.mu.Lock()
+			if n := len(r.arrived); n > 2*2+1 {
+				t.Errorf("%d arrivals in line", n)
+			}
+			r.mu.Unlock()
 			b, err := r.next(t.Context())
 			if lost := (*LostBatchesError)(nil); errors.As(err, &lost) && lost.N > 0 {
 				continue

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"testing"
 	"time"
 
@@ -114,11 +115,18 @@ func TestGivesUpWaiting(t *testing.T) {
 			noError(t, err)
 			publishAll(t, p, all(2))
 			conn := p.sink.(*streamed).dialog.conn
-			ctx, cancel := cancelSoon(t)
-			_, err = p.Begin(ctx, 0)
-			cancel()
 			var pinned *PinnedError
-			if !errors.As(err, &pinned) || !errors.Is(err, context.Canceled) || len(pinned.Pins) != 1 || pinned.Pins[0].Who.Client != "holder" {
+			for wait := 100 * time.Millisecond; pinned == nil; wait *= 2 { // until the daemon had the time to say who pins
+				ctx, cancel := context.WithCancel(t.Context())
+				timer := time.AfterFunc(wait, cancel)
+				_, err = p.Begin(ctx, 0)
+				timer.Stop()
+				cancel()
+				if errors.As(err, &pinned); !errors.Is(err, context.Canceled) || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatalf("%v", err)
+				}
+			}
+			if len(pinned.Pins) != 1 || pinned.Pins[0].Who.Client != "holder" {
 				t.Errorf("%v", err)
 			}
 			held.Release()

@@ -74,9 +74,8 @@ func FuzzHandshake(f *testing.F) {
 			h.hear(v)
 		}
 		h.check(err)
-		// Whatever is wrong with a hello counts against who said it; of what is refused later, only what a stranger would do.
-		failed := h.refusal != nil && (err != nil || bans.Failure(h.refusal.Code))
-		if wait := d.bans.Check(v.from).Wait; len(said) > 0 && (wait > 0) != failed {
+		failed := err != nil || h.refusal != nil && bans.Failure(h.refusal.Code) // whatever the hello's fault is: nothing is known of its peer
+		if wait := d.bans.Check(v.from).Wait; !h.nothing && (wait > 0) != failed {
 			t.Fatalf("told %v, and its address waits %v next time", h.refusal, wait)
 		}
 		v.leave()

@@ -20,7 +20,7 @@ import (
 
 // Transport is a way for samples to come in, as the daemon sees it. How it is started depends on what it listens on and is its own affair.
 type Transport interface {
-	// Shutdown stops accepting, takes the whole samples that are at hand, tells each peer why, and returns when all connections are gone. When
+	// Shutdown stops accepting, takes the whole samples that are at hand (over TLS and QUIC those that were read ahead), tells each peer why, and returns when all connections are gone. When
 	// ctx ends first the rest are cut off and ctx's error is returned.
 	Shutdown(ctx context.Context) error
 	Stats() Stats
@@ -188,6 +188,16 @@ type Stats struct {
 	Refused      map[string]uint64
 	AcceptErrors uint64
 	Connections  []Connection
+	Carriers     *Carriers // nil if each connection is alone
+}
+
+// Carriers are connections that each carry some of the others: those of QUIC, whose streams count as connections.
+type Carriers struct {
+	Open      int               `json:"open"`      // now; their handshake is done
+	Strangers int               `json:"strangers"` // of those; nobody was let in on one of their streams yet
+	HalfOpen  int               `json:"half_open"` // now; their handshake is under way
+	Max       int               `json:"max"`       // open and half open, at once
+	Ended     map[string]uint64 `json:"ended"`     // by reason; of whom nobody had any use is refused
 }
 
 // Connection is the state of one producer's connection.

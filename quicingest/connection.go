@@ -163,8 +163,8 @@ func (c *conn) run() {
 	delete(c.server.conns, c)
 }
 
-// due returns when the connection is closed if nothing happens until then; the zero time: never. A stranger has the time of a handshake for its first stream, and no more than twice
-// that, and what its address has to wait, until it was let in on one; what others have on it is as long as a stream may be without a sample. c.mu is held.
+// due returns when the connection is closed if nothing happens until then; the zero time: never. A stranger has the time of a handshake for its first stream, and no
+// more than twice that, and what its address has to wait, until it was let in on one. Others have as long as a stream may be without a sample. c.mu is held.
 func (c *conn) due() time.Time {
 	cfg := &c.server.cfg.Streams
 	switch {
@@ -218,8 +218,8 @@ func (c *conn) use(n int) {
 	c.wait()
 }
 
-// dismiss ends a stranger's connection of which a stream was closed without a word: its address is banned, or has its hands full. What was sent on that stream would stay in memory as long as
-// the connection.
+// dismiss ends a stranger's connection of which a stream was closed without a word: its address is banned, or has its hands full. What was sent on that stream would
+// stay in memory as long as the connection.
 func (c *conn) dismiss() {
 	c.mu.Lock()
 	known := c.known
@@ -341,8 +341,8 @@ func certificateAlert(alert int) bool {
 	return alert >= alertBadCertificate && alert <= alertUnknownCertificate || alert == alertUnknownAuthority || alert == alertAccessDenied
 }
 
-// verifies tells whether a handshake failed at something that only a client can have sent that has received what the daemon sent first, so that it is at its address (RFC 9000, 8.1): its
-// certificate, that there is none, or a proof.
+// verifies tells whether a handshake failed at something that only a client can have sent that has received what the daemon sent first, so that it is at its address
+// (RFC 9000, 8.1): its certificate, that there is none, or a proof.
 func verifies(why error) bool {
 	var failed *quic.TransportError
 	if !errors.As(why, &failed) {

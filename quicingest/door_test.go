@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"runtime"
 	"testing"
 	"time"
 
@@ -111,7 +110,7 @@ func TestDoor(t *testing.T) {
 		_ = c.CloseWithError(quicconn.CodeDone, "")
 		t.Error("a connection of a banned address is begun")
 	}
-	s.await(string(wire.CodeBanned), 4) // two streams, two connections
+	s.await(t, string(wire.CodeBanned), 4) // two streams, two connections
 	send(t, st, 20, -1, nil)
 	_ = st.Close()
 	finish()
@@ -135,9 +134,7 @@ func TestStrangersPerAddress(t *testing.T) {
 				}
 				strangers = append(strangers, c)
 			}
-			for s.Connections().Strangers < most {
-				runtime.Gosched()
-			}
+			until(t, "strangers", func() bool { return s.connections().Strangers >= most })
 			c, err := s.dialFrom(t, "127.0.0.1", s.certs.Client)
 			var refused *quic.TransportError
 			switch {
@@ -150,7 +147,7 @@ func TestStrangersPerAddress(t *testing.T) {
 					t.Errorf("one more is closed with %d", code)
 				}
 			}
-			s.await(string(wire.CodeTooManyConnections), 1)
+			s.await(t, string(wire.CodeTooManyConnections), 1)
 			other, err := s.dialFrom(t, "127.0.0.2", s.certs.Client)
 			if err != nil {
 				t.Fatalf("another address: %v", err)
@@ -170,7 +167,7 @@ func TestStrangersPerAddress(t *testing.T) {
 			} else {
 				_ = st.Close()
 			}
-			if n := s.Connections().Strangers; n != most-1 {
+			if n := s.connections().Strangers; n != most-1 {
 				t.Errorf("%d strangers, want %d", n, most-1)
 			}
 			_ = st.Close()
@@ -212,10 +209,8 @@ func TestStrangersLeave(t *testing.T) {
 			if code := closedWith(t, c); code != quicconn.CodeIdle {
 				t.Errorf("closed with %d", code)
 			}
-			s.await(string(wire.CodeHandshakeTimeout), 1)
-			for s.Connections().Open > 0 {
-				runtime.Gosched()
-			}
+			s.await(t, string(wire.CodeHandshakeTimeout), 1)
+			until(t, "the end of the connection", func() bool { return s.connections().Open == 0 })
 			if n := s.door.Table.Stats().Failures; tc.failed && n != 1 {
 				t.Errorf("%d failures, want 1", n)
 			}
@@ -229,9 +224,7 @@ func TestStrangersLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = c.CloseWithError(quicconn.CodeDone, "")
-		for s.Connections().Ended[ingest.EndClean] == 0 {
-			runtime.Gosched()
-		}
+		until(t, "the end to be counted", func() bool { return s.connections().Ended[ingest.EndClean] > 0 })
 		if n := s.door.Table.Stats().Failures; n != 1 {
 			t.Errorf("%d failures, want 1", n)
 		}
@@ -239,7 +232,8 @@ func TestStrangersLeave(t *testing.T) {
 	})
 }
 
-// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address that was verified.
+// TestFailedHandshakes: a handshake that failed at something only the owner of the address can have sent is held against the address, and so is every one of an address
+// that was verified.
 func TestFailedHandshakes(t *testing.T) {
 	strangers := ingesttest.NewCertificates(t)
 	for name, tc := range map[string]struct {
@@ -270,11 +264,9 @@ func TestFailedHandshakes(t *testing.T) {
 				if c, err := s.dialFrom(t, "127.0.0.1", secure); err == nil { // the client is done before the daemon has looked
 					<-c.Context().Done()
 				}
-				s.await(tc.reason, n+1)
+				s.await(t, tc.reason, n+1)
 			}
-			for s.Connections().HalfOpen > 0 {
-				runtime.Gosched()
-			}
+			until(t, "the handshakes to end", func() bool { return s.connections().HalfOpen == 0 })
 			if n := s.door.Table.Stats().Failures; n != tc.failures {
 				t.Errorf("%d failures, want %d", n, tc.failures)
 			}
@@ -292,7 +284,7 @@ func TestFailedHandshakes(t *testing.T) {
 			if !errors.As(err, &refused) || refused.ErrorCode != quic.ConnectionRefused {
 				t.Errorf("got %v, want CONNECTION_REFUSED", err)
 			}
-			s.await(string(wire.CodeBanned), 1)
+			s.await(t, string(wire.CodeBanned), 1)
 			s.finish(t)
 		})
 	}

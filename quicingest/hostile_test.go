@@ -57,9 +57,8 @@ func (s *site) honest(t *testing.T) (finish func()) {
 	})
 	return func() {
 		t.Helper()
-		for from := acked.Load(); acked.Load() < from+100 && !t.Failed(); {
-			runtime.Gosched()
-		}
+		from := acked.Load()
+		until(t, "acks of an honest client", func() bool { return acked.Load() >= from+100 || t.Failed() })
 		enough.Store(true)
 		pushing.Wait()
 		_ = st.Close()
@@ -67,10 +66,9 @@ func (s *site) honest(t *testing.T) (finish func()) {
 }
 
 // await waits until a reason was counted so often.
-func (s *site) await(reason string, n uint64) {
-	for s.Stats().Refused[reason] < n {
-		runtime.Gosched()
-	}
+func (s *site) await(t *testing.T, reason string, n uint64) {
+	t.Helper()
+	until(t, reason, func() bool { return s.Stats().Refused[reason] >= n })
 }
 
 // TestBadTLS: whoever does not shake hands as it must is ended alone, and counted; the others go on.
@@ -117,7 +115,7 @@ func TestBadTLS(t *testing.T) {
 			if tc.target != nil && !errors.As(err, tc.target) {
 				t.Errorf("got %v, want a %T", err, tc.target)
 			}
-			s.await(tc.reason, before+1)
+			s.await(t, tc.reason, before+1)
 		})
 	}
 	finish()
@@ -223,13 +221,13 @@ func TestStrayDatagrams(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			s.await(ingest.RefusedDatagram, before+n)
+			s.await(t, ingest.RefusedDatagram, before+n)
 		})
 	}
 	if got := s.Stats().Refused[ingest.RefusedDatagram]; got != uint64(len(kinds)*n) {
 		t.Errorf("%d datagrams counted, want %d", got, len(kinds)*n)
 	}
-	if st := s.Connections(); st.HalfOpen != 0 || st.Open != 1 {
+	if st := s.connections(); st.HalfOpen != 0 || st.Open != 1 {
 		t.Errorf("%+v", st)
 	}
 	finish()
@@ -257,9 +255,9 @@ func TestRandomDatagrams(t *testing.T) {
 		}
 		_, _ = socket.Write(b)
 	}
-	s.await(ingest.RefusedDatagram, 1)
+	s.await(t, ingest.RefusedDatagram, 1)
 	finish()
-	if n := s.Connections().HalfOpen; n > 5 {
+	if n := s.connections().HalfOpen; n > 5 {
 		t.Errorf("seed %#x: %d handshakes are half open", seed, n)
 	}
 	s.finish(t)
@@ -285,9 +283,7 @@ func TestResets(t *testing.T) {
 				t.Fatal(err)
 			}
 			reset(st)
-			for s.Stats().Ended[ingest.EndReset] == 0 {
-				runtime.Gosched()
-			}
+			until(t, "the end of the stream", func() bool { return s.Stats().Ended[ingest.EndReset] > 0 })
 			finish()
 			if st := s.Stats(); st.CutShort != 1 {
 				t.Errorf("%d samples cut short, want 1", st.CutShort)
@@ -303,9 +299,7 @@ func TestResets(t *testing.T) {
 		if _, err := st.Write(make([]byte, 3*8+4)); err != nil {
 			t.Fatal(err)
 		}
-		for s.Stats().Samples < 3 {
-			runtime.Gosched()
-		}
+		until(t, "three samples", func() bool { return s.Stats().Samples >= 3 })
 		st.CancelWrite(7)
 		if acks, err := io.ReadAll(st); err != nil || len(acks) != 3 {
 			t.Errorf("got acks % x, %v, want 3 and the end", acks, err)

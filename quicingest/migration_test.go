@@ -145,6 +145,8 @@ func TestClientMoves(t *testing.T) {
 	})
 	if to := transports[1].Conn.LocalAddr().String(); !s.peers()[to] {
 		t.Errorf("the daemon sees the client at %v, not at %s", s.peers(), to)
+	} else if all := s.Stats().Connections; len(all) != 1 || all[0].Peer != to {
+		t.Errorf("the daemon says that its clients are %+v, not at %s", all, to)
 	}
 	_ = st.CloseWrite()
 	if taken := s.finish(t); taken[accepted.Stream] != movingSamples {

@@ -18,6 +18,19 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// until waits until something is so.
+func until(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	late := time.After(time.Minute)
+	for !so() {
+		select {
+		case <-late:
+			t.Fatalf("waited in vain for %s", what)
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 // serve starts a server with one socket, until the test ends.
 func serve(t *testing.T, cfg Config) (*Server, net.Addr) {
 	t.Helper()

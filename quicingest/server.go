@@ -202,23 +202,14 @@ func (s *Server) Stats() ingest.Stats {
 		st.Refused[reason] += n
 	}
 	st.Refused[ingest.RefusedDatagram] += s.stray.Load()
+	st.Carriers = s.connections()
 	return st
 }
 
-// Connections counts connections of QUIC.
-type Connections struct {
-	Open      int               // now; their handshake is done
-	Strangers int               // of those; nobody was let in on a stream of theirs yet
-	HalfOpen  int               // now; their handshake is under way
-	Max       int               // of all at once
-	Ended     map[string]uint64 // by reason, but for those that came to nothing: Stats().Refused has them
-}
-
-// Connections returns a snapshot.
-func (s *Server) Connections() Connections {
+func (s *Server) connections() *ingest.Carriers {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st := Connections{Open: len(s.conns), HalfOpen: int(s.halfOpen.Load()), Max: s.cfg.MaxConnections, Ended: s.ended.Snapshot()}
+	st := &ingest.Carriers{Open: len(s.conns), HalfOpen: int(s.halfOpen.Load()), Max: s.cfg.MaxConnections, Ended: s.ended.Snapshot()}
 	for c := range s.conns {
 		c.mu.Lock()
 		if !c.known {

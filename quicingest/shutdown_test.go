@@ -83,9 +83,7 @@ func TestShutdownInAStorm(t *testing.T) {
 				}
 			})
 		}
-		for dialed.Load() < 8 {
-			runtime.Gosched()
-		}
+		until(t, "clients", func() bool { return dialed.Load() >= 8 })
 		s.finish(t)
 		cancel()
 		dialing.Wait()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -66,9 +65,7 @@ func (s *site) initials(t *testing.T, n int) {
 				t.Error("a connection out of one packet")
 			}
 		})
-		for socket.left.Load() > 0 {
-			runtime.Gosched()
-		}
+		until(t, "a first packet", func() bool { return socket.left.Load() <= 0 })
 		cancel()
 		dialing.Wait()
 	}
@@ -95,7 +92,8 @@ func (s *site) retried(t *testing.T) bool {
 	return sniff.retries.Load() > 0
 }
 
-// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are ended and counted.
+// TestRetryUnderLoad: as long as RetryAbove clients are half-way through their handshakes, others show their address first, and get in; those who say nothing more are
+// ended and counted.
 func TestRetryUnderLoad(t *testing.T) {
 	const above = 5
 	s := newSite(t, func(c *Config) { c.RetryAbove = above })
@@ -103,21 +101,17 @@ func TestRetryUnderLoad(t *testing.T) {
 		t.Error("retried with nobody half-way")
 	}
 	s.initials(t, above-1)
-	for s.Connections().HalfOpen < above-1 {
-		runtime.Gosched()
-	}
+	until(t, "handshakes", func() bool { return s.connections().HalfOpen >= above-1 })
 	if s.retried(t) {
 		t.Errorf("retried with %d half-way, want %d", above-1, above)
 	}
 	s.initials(t, 1)
-	for s.Connections().HalfOpen < above {
-		runtime.Gosched()
-	}
+	until(t, "one more handshake", func() bool { return s.connections().HalfOpen >= above })
 	if !s.retried(t) {
 		t.Errorf("not retried with %d half-way", above)
 	}
-	s.await(string(wire.CodeHandshakeTimeout), above)
-	if n := s.Connections().HalfOpen; n != 0 {
+	s.await(t, string(wire.CodeHandshakeTimeout), above)
+	if n := s.connections().HalfOpen; n != 0 {
 		t.Errorf("%d half-way", n)
 	}
 	if s.retried(t) {
@@ -132,7 +126,7 @@ func TestFloodOfInitials(t *testing.T) {
 	s := newSite(t, func(c *Config) { c.RetryAbove = above })
 	finish := s.honest(t)
 	s.initials(t, 300)
-	if n := s.Connections().HalfOpen; n > above || n == 0 {
+	if n := s.connections().HalfOpen; n > above || n == 0 {
 		t.Errorf("%d half-way, want 1 to %d", n, above)
 	}
 	st, accepted := s.push(t, s.dial(t))
@@ -160,18 +154,15 @@ func TestClientVanishes(t *testing.T) {
 	st, accepted := s.push(t, c)
 	send(t, st, 100, -1, nil)
 	socket.left.Store(0)
-	for s.Stats().Ended[ingest.EndReset] == 0 || s.Connections().Ended[ingest.EndReset] == 0 {
-		runtime.Gosched()
-	}
+	until(t, "the end of the stream and its connection", func() bool { return s.Stats().Ended[ingest.EndReset] > 0 && s.connections().Ended[ingest.EndReset] > 0 })
 	if st := s.Stats(); st.Open != 0 {
 		t.Errorf("%d streams are open", st.Open)
 	}
 	var next *quic.Conn
-	for next == nil { // its place is free when its goroutine has ended
-		if next, err = quic.DialAddr(t.Context(), s.addr.String(), s.certs.Client, clientQUIC); err != nil && t.Context().Err() != nil {
-			t.Fatal(err)
-		}
-	}
+	until(t, "its place", func() bool { // which is free when its goroutine has ended
+		next, err = quic.DialAddr(t.Context(), s.addr.String(), s.certs.Client, clientQUIC)
+		return err == nil
+	})
 	again, _ := s.push(t, next)
 	send(t, again, 10, -1, nil)
 	_ = next.CloseWithError(quicconn.CodeDone, "")
@@ -192,9 +183,7 @@ func TestIdleConnection(t *testing.T) {
 	if code := closedWith(t, c); code != quicconn.CodeIdle {
 		t.Errorf("closed with %d", code)
 	}
-	for s.Connections().Ended[string(wire.CodeIdleTimeout)] == 0 {
-		runtime.Gosched()
-	}
+	until(t, "the end to be counted", func() bool { return s.connections().Ended[string(wire.CodeIdleTimeout)] > 0 })
 	if got := s.Stats().Refused; got[string(wire.CodeHandshakeTimeout)] != 0 {
 		t.Errorf("refused: %v", got)
 	}
@@ -215,6 +204,6 @@ func TestRefusedWhileStopping(t *testing.T) {
 	if !errors.As(err, &refused) || refused.ErrorCode != quic.ConnectionRefused {
 		t.Errorf("got %v, want CONNECTION_REFUSED", err)
 	}
-	s.await(string(wire.CodeShuttingDown), 1)
+	s.await(t, string(wire.CodeShuttingDown), 1)
 	s.finish(t)
 }

@@ -8,8 +8,8 @@ import (
 	"github.com/quic-go/quic-go/qlogwriter"
 )
 
-// strays counts datagrams that belong to no connection and begin none: quic-go tells of those that look like QUIC on its trace. Not counted are empty ones, clients' that are asked to show their
-// address (Retry) or could not be answered at once, and what belongs to a connection and cannot be read there.
+// strays counts datagrams that belong to no connection and begin none: quic-go tells of those that look like QUIC on its trace. Not counted are empty ones, first packets
+// that are answered with Retry or not at once, and what belongs to a connection and cannot be read there.
 type strays Server
 
 // RecordEvent implements qlogwriter.Recorder.

@@ -16,5 +16,5 @@
 //
 // Cost: per batch one write for its header and small columns, and a sendfile for each run of columns of 16 KiB and more that touch; a short hold of one lock per batch and
 // answer; no allocation. Proof: remote_test.go (bytes, peers of every kind, limits), ends_test.go (who gets what when a trainer ends),
-// process_test.go (a daemon that is killed), client/remote_test.go and remote_ends_test.go (with the client, cut anywhere), internal/killtest.
+// process_test.go (a daemon that is killed; internal/e2e does it to the real one), client/remote_test.go and remote_ends_test.go (with the client, cut anywhere), internal/killtest.
 package remote

@@ -143,15 +143,16 @@ func TestLastAnswers(t *testing.T) {
 	}
 	d.push(3)
 	check(t, d.server.Serve(t.Context(), conn, &hello))
-	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Detached != 1 || g.Dropped != 0 || g.Unread != 1 {
-		t.Errorf("given back %d, detached %d; %+v", st.GivenBack, st.Detached, g)
+	if st, g := d.seats.Stats(), d.group(); st.GivenBack != 2 || st.Died != 1 || g.Dropped != 0 || g.Unread != 1 {
+		t.Errorf("given back %d, died %d; %+v", st.GivenBack, st.Died, g)
 	}
 }
 
 // TestStopTakesAnswers: answers of a trainer that is told of the stop count until it closes.
 func TestStopTakesAnswers(t *testing.T) {
 	for _, network := range []string{"tcp", "tls", "unix"} {
-		d := start(t, network, "a:U8[9]", false, Config{LingerTimeout: time.Minute})
+		d := start(t, network, "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+		d.server.lastWords = time.Hour
 		p := d.attach(wire.Hello{Prefetch: 2})
 		d.push(2)
 		p.take()
@@ -204,7 +205,8 @@ func (p *peer) vanish() {
 // TestRefusedThatStay: only so many are told why they are refused at a time; the others are closed without a word, and counted like them.
 func TestRefusedThatStay(t *testing.T) {
 	const all, most = 90, 64
-	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Minute})
+	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+	d.server.lastWords = time.Millisecond
 	told := 0
 	for range all {
 		_, err := d.dial(wire.Hello{Table: "u"})
@@ -221,6 +223,20 @@ func TestRefusedThatStay(t *testing.T) {
 		t.Errorf("%d of %d were told; %+v", told, all, st.Refused)
 	}
 	d.stop() // which waits for none of them for long
+	for range most {
+		<-d.served
+	}
+}
+
+// TestStopWaitsForNobody: a trainer that is told of the stop and does not close is ended.
+func TestStopWaitsForNobody(t *testing.T) {
+	d := start(t, "tcp", "a:U8[9]", false, Config{LingerTimeout: time.Hour})
+	d.server.lastWords = time.Millisecond
+	d.attach(wire.Hello{})
+	d.stop()
+	if n := (*wire.Notice)(nil); !errors.As(<-d.served, &n) || n.Code != wire.CodeShuttingDown {
+		t.Errorf("Serve returned %v", n)
+	}
 }
 
 // TestRefusedHere: what this side refuses by itself is counted, too.

@@ -501,6 +501,8 @@ func FuzzAnswers(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0})
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Add([]byte{0, 0, 0})
+	f.Add([]byte{0, 0, 0, 0, 0, 0, 0, 0x80})
+	f.Add([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0x80, 1, 0, 0, 0, 0, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, say []byte) {
 		d := start(t, "unix", "a:U8[9]", false, Config{LingerTimeout: time.Millisecond})
 		p := d.attach(wire.Hello{Prefetch: 2})

@@ -57,8 +57,9 @@ func (c Config) check() error {
 
 // Server serves trainers over connections.
 type Server struct {
-	cfg   Config
-	known identities
+	cfg       Config
+	lastWords time.Duration // that of the constant
+	known     identities
 }
 
 // NewServer returns a server, or an error for a configuration that cannot be.
@@ -67,7 +68,7 @@ func NewServer(cfg Config) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg}, nil
+	return &Server{cfg: cfg, lastWords: lastWords}, nil
 }
 
 // Serve answers a hello of role train and sends batches, until the trainer or ctx ends. It owns conn and closes it. When it returns the trainer holds nothing any
@@ -138,7 +139,7 @@ func (s *Server) say(ctx context.Context, conn net.Conn, words []byte) (stop fun
 	if !ok || half.CloseWrite() != nil {
 		return nil, false
 	}
-	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(lastWords, s.cfg.LingerTimeout))) }), true
+	return context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(min(s.lastWords, s.cfg.LingerTimeout))) }), true
 }
 
 // dismiss is say, and drops what the peer still sends. The connection is closed by the caller.

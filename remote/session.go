@@ -59,6 +59,9 @@ type lent struct {
 	answered bool   // before that: then it is given back once it is whole
 }
 
+// begunAll stands for all that a trainer was sent, as long as it does not say how many it has begun.
+const begunAll = math.MaxUint64
+
 // ownError is why there is no next batch, or why it cannot be read: nothing that the trainer did.
 type ownError struct {
 	what string
@@ -75,7 +78,7 @@ var errLeft = errors.New("the trainer's connection ended")
 func newSession(s *Server, conn net.Conn, seat *shm.Seat, log *slog.Logger) *session {
 	x := &session{
 		server: s, conn: conn, seat: seat, log: log, room: make(chan struct{}, 1), fd: -1,
-		out: sendfile.Sender{Conn: conn, Stall: s.cfg.StallTimeout}, held: make([]lent, 0, seat.Prefetch), begun: math.MaxUint64,
+		out: sendfile.Sender{Conn: conn, Stall: s.cfg.StallTimeout}, held: make([]lent, 0, seat.Prefetch), begun: begunAll,
 	}
 	sendfile.SetPatience(conn, s.cfg.StallTimeout)
 	sendfile.ResetAtEnd(conn) // if this process dies, too: a successor may give the memory of a segment that is kept to others
@@ -419,7 +422,7 @@ func (x *session) end(ctx context.Context, cause error, listening *sync.WaitGrou
 			begun++
 		}
 	}
-	if how == shm.OutcomeDied && begun == 0 {
+	if left := x.begun != begunAll; how == shm.OutcomeDied && (len(held) == 0 || left && begun == 0) {
 		how = shm.OutcomeDetached
 	}
 	for _, h := range held {

@@ -370,3 +370,24 @@ func TestServerConfig(t *testing.T) {
 		t.Errorf("defaulting changed what was set: %+v", again)
 	}
 }
+
+// TestRefusedThatStay: only so many are told why they are refused at a time; the others are closed without a word, and counted like them.
+func TestRefusedThatStay(t *testing.T) {
+	const all, most = 90, 64
+	d := startDaemon(t, 4, ServerConfig{WriteTimeout: time.Hour})
+	told := 0
+	for range all {
+		conn, err := net.Dial("unix", d.path)
+		check(t, err)
+		defer conn.Close()
+		err = wire.Greet(conn, conn, &wire.Hello{Role: wire.RoleTrain, Table: "no such"}, nil, new(wire.AcceptedTrain))
+		if refusal := (*wire.Refusal)(nil); errors.As(err, &refusal) && refusal.Code == wire.CodeUnknownTable {
+			told++
+		} else {
+			<-d.served // it is gone
+		}
+	}
+	if st := d.server.Stats(); told != most || st.Refused[wire.CodeUnknownTable] != all {
+		t.Errorf("%d of %d were told; %v", told, all, st.Refused)
+	}
+}

@@ -29,7 +29,6 @@ type conn struct {
 	server *Server
 	from   source
 	id     uint64
-	peer   string
 	opened time.Time
 	visit  *bans.Visit // its handshake
 	large  bool        // it has a place of largeHellos
@@ -80,10 +79,7 @@ var stateNames = [...]string{"handshake", "receiving", "waiting-for-data", "wait
 const stateShift = 56
 
 func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
-	c := &conn{netConn: nc, server: s, id: id, peer: nc.RemoteAddr().String(), opened: time.Now()}
-	if c.peer == "" || c.peer == "@" {
-		c.peer = nc.LocalAddr().Network()
-	}
+	c := &conn{netConn: nc, server: s, id: id, opened: time.Now()}
 	switch nc := nc.(type) {
 	case Stream:
 		c.from = newAhead(nc, c)
@@ -100,6 +96,14 @@ func newConn(s *Server, nc netConn, id uint64) (*conn, error) {
 	return c, nil
 }
 
+// peer is where the connection's other side is just now: over QUIC it may move. Of unix sockets, which have no name there, it is what they are.
+func (c *conn) peer() string {
+	if name := c.netConn.RemoteAddr().String(); name != "" && name != "@" {
+		return name
+	}
+	return c.netConn.LocalAddr().Network()
+}
+
 func (c *conn) setState(state int) {
 	c.state.Store(int64(state)<<stateShift | int64(time.Since(c.opened)))
 }
@@ -109,7 +113,7 @@ func (c *conn) status() ingest.Connection {
 	state := c.state.Load()
 	st := ingest.Connection{
 		ID:      c.id,
-		Peer:    c.peer,
+		Peer:    c.peer(),
 		State:   stateNames[state>>stateShift],
 		Since:   c.opened.Add(time.Duration(state & (1<<stateShift - 1))),
 		Opened:  c.opened,

@@ -369,7 +369,7 @@ func (s *Server) attach(c *conn, hello *wire.Hello) {
 	s.mu.Unlock()
 	s.running.Done()
 	if err := s.cfg.Attach(c.netConn, hello); err != nil {
-		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer, "token", c.token, "err", err)
+		s.cfg.Log.Info("attachment ended", "component", "tcpingest", "table", hello.Table, "peer", c.peer(), "token", c.token, "err", err)
 	}
 }
 
@@ -378,7 +378,7 @@ func (s *Server) refuse(c *conn, r *wire.Refusal) {
 	c.readLarge(false)
 	c.visit.Refused(r.Code)
 	s.counters.Refused.Add(string(r.Code))
-	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer, "code", r.Code, "err", r.Reason)
+	s.cfg.Log.Info("refused", "component", "tcpingest", "peer", c.peer(), "code", r.Code, "err", r.Reason)
 	s.mu.Lock()
 	linger := s.mayLinger(c)
 	s.mu.Unlock()
@@ -392,7 +392,7 @@ func (s *Server) refuse(c *conn, r *wire.Refusal) {
 func (s *Server) ended(c *conn, reason string) {
 	s.counters.Ended.Add(reason)
 	a := c.agreed.Load()
-	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer, "token", a.token,
+	s.cfg.Log.Info("stream ended", "component", "tcpingest", "table", a.table, "stream", a.stream, "session", a.session, "peer", c.peer(), "token", a.token,
 		"reason", reason, "samples", c.samples.Load(), "bytes", c.bytes.Load(), "dur", time.Since(c.opened))
 }
 

@@ -110,7 +110,7 @@ func (s *Server) secure(c *conn, t *tlsConn, began time.Time) bool {
 		c.visit.Failed()
 	}
 	s.counters.Refused.Add(reason)
-	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer, "reason", reason, "err", err)
+	s.cfg.Log.Info("no TLS", "component", "tcpingest", "peer", c.peer(), "reason", reason, "err", err)
 	return false
 }
 

@@ -70,6 +70,9 @@ func statusText(s *daemon.Status) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "ingestd %s, %s for %v\n", s.Version, s.State, since(s, s.Started))
 	accessText(&b, &s.Access)
+	if q := s.Producers.QUIC; q != nil {
+		fmt.Fprintf(&b, "%d of %d QUIC connections; of them, nobody was let in yet on %d, and %d are shaking hands\n", q.Open+q.HalfOpen, q.Max, q.Strangers, q.HalfOpen)
+	}
 	for _, t := range s.Tables {
 		tableText(&b, s, &t)
 	}

@@ -135,6 +135,7 @@ type ProducerStatus struct {
 	Ended        map[string]uint64  `json:"ended"`
 	Refused      map[string]uint64  `json:"refused"`
 	Notes        uint64             `json:"notes"`
+	QUIC         *ingest.Carriers   `json:"quic,omitempty"` // its connections, on which streams count as connections; none: no such listener
 	Connections  []ConnectionStatus `json:"connections"`
 }
 

@@ -147,6 +147,9 @@ func (s *ProducerStatus) addTransport(in *ingest.Stats) {
 	s.CutShort += in.CutShort
 	s.AcceptErrors += in.AcceptErrors
 	s.Notes += in.Notes
+	if in.Carriers != nil {
+		s.QUIC = in.Carriers
+	}
 	for reason, n := range in.Ended {
 		s.Ended[reason] += n
 	}

@@ -76,6 +76,11 @@ var (
 	ended        = desc("streams_ended_total", "Streams that ended, by reason.", "transport", "reason")
 	refused      = desc("refused_total", "Connections refused, by reason.", "transport", "reason")
 
+	quic        = desc("quic_connections", "Connections of QUIC, which carry streams, by state; strangers' are those on which nobody was let in yet.", "state")
+	quicMax     = desc("quic_connections_max", "How many there may be at once.")
+	quicEnded   = desc("quic_connections_ended_total", "Connections of QUIC that ended, by reason; of whom nobody had any use is refused.", "reason")
+	quicReasons = []string{ingest.EndClean, ingest.EndReset, string(wire.CodeIdleTimeout), string(wire.CodeBadPeer), string(wire.CodeShuttingDown)}
+
 	notes = desc("notes_total", "Notes to producers that waited for the ring.", "transport")
 
 	fillers        = desc("local_producers", "Attached producers that write in place.", "table")
@@ -100,7 +105,7 @@ var (
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		build, ready, segmentBytes, batchSize, capacity, places, pushed, committed, abandoned, published, delivered, released, returned, lingered,
-		streams, opened, waiting, longest, connections, accepted, acceptErrors, samples, bytes, cutShort, ended, refused,
+		streams, opened, waiting, longest, connections, accepted, acceptErrors, samples, bytes, cutShort, ended, refused, quic, quicMax, quicEnded,
 		trainers, held, attached, observed, trainersEnded, sentBytes, sessions, taken, notes,
 		groupTrainers, groupUnread, groupReleased, groupReturned, groupDropped, groupLost, fillers, lent, filling, fillersEnded, inPlace, settled, stranded,
 	} {
@@ -247,6 +252,17 @@ func transport(ch out, st *ingest.Stats) {
 	}
 	for _, reason := range ingest.RefusedUntold() {
 		ch.counter(refused, st.Refused[reason], t, reason)
+	}
+	c := st.Carriers
+	if c == nil {
+		return
+	}
+	ch.gauge(quic, float64(c.Open-c.Strangers), "used")
+	ch.gauge(quic, float64(c.Strangers), "stranger")
+	ch.gauge(quic, float64(c.HalfOpen), "half_open")
+	ch.gauge(quicMax, float64(c.Max))
+	for _, reason := range quicReasons {
+		ch.counter(quicEnded, c.Ended[reason], reason)
 	}
 }
 

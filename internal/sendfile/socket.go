@@ -38,7 +38,7 @@ func SetPatience(conn net.Conn, d time.Duration) {
 }
 
 // ResetAtEnd makes every end of a TCP connection that Abort's is, also the one that the kernel makes when this process dies: without it the kernel goes on sending what the socket has
-// taken, from memory that may belong to others by then.
+// taken, from memory that may belong to others by then. What the network card's queue has by then, some packets, goes out before the reset.
 func ResetAtEnd(conn net.Conn) {
 	if tcp := tcpBelow(conn); tcp != nil {
 		_ = tcp.SetLinger(0)

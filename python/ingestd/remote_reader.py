@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import weakref
 from collections import deque
@@ -66,7 +67,16 @@ class RemoteReader(Reader):
         self.lost = 0
         self._held: weakref.WeakValueDictionary[int, Batch] = weakref.WeakValueDictionary()
         self._leased = 0
-        body = hello("train", table, want, group=group, prefetch=prefetch or 0, token=self.address.token, client=client)
+        body = hello(
+            "train",
+            table,
+            want,
+            group=group,
+            prefetch=prefetch or 0,
+            session=secrets.token_hex(16),  # the daemon takes back what an earlier connection of this reader holds
+            token=self.address.token,
+            client=client,
+        )
         if self.address.kind == "unix":
             body["stream"] = True
         self._receiver = Receiver(self.address, body, _io.deadline_of(deadline), reconnect, memory)

@@ -99,10 +99,13 @@ class Stream(Peer):
 
 
 class QuicListener(Listener):
-    """Runs one script for each stream. ``asks``: for the client's certificate, of which aioquic knows but half."""
+    """Runs one script for each stream.
 
-    def __init__(self, configuration: QuicConfiguration, asks: bool = False) -> None:
-        self.configuration, self.asks = configuration, asks
+    ``asks``: for the client's certificate, of which aioquic knows but half. ``retry``: has the client's address proved.
+    """
+
+    def __init__(self, configuration: QuicConfiguration, asks: bool = False, retry: bool = False) -> None:
+        self.configuration, self.asks, self.retry = configuration, asks, retry
         self.loop = asyncio.new_event_loop()
         self.waiting: list[Future[Stream]] = []
         self.cancelled = threading.Event()
@@ -134,7 +137,9 @@ class QuicListener(Listener):
                 listener.tasks.add(task)
                 task.add_done_callback(listener.tasks.discard)
 
-        server = await serve("127.0.0.1", 0, configuration=self.configuration, create_protocol=Protocol)
+        server = await serve(
+            "127.0.0.1", 0, configuration=self.configuration, create_protocol=Protocol, retry=self.retry
+        )
         started.set_result(server._transport.get_extra_info("sockname")[1])  # type: ignore[union-attr]
         await self.over.wait()
         for task in list(self.tasks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import select
 import socket
 import subprocess
@@ -24,7 +25,8 @@ from fakes import BIG, PATIENCE, SPEC, Steps, big, big_encoded, encoded, sample
 
 pytest.importorskip("aioquic", reason="quic:// needs the extra: pip install 'ingestd[quic]'")
 
-from ingestd.quic_connection import ROOM_BYTES, Connection
+from aioquic.quic.events import PingAcknowledged
+from ingestd.quic_connection import IDLE_S, ROOM_BYTES, Connection
 from ingestd.quic_socket import _KEPT_MAX, _TAKEN, QuicSocket
 from quic_fakes import QuicListener, Stream, Wire, of_the_daemon
 
@@ -301,6 +303,24 @@ def test_a_daemon_that_does_not_answer(listener: QuicListener, tls: TLS) -> None
     assert not sock._carrier.is_alive()
 
 
+def test_a_client_that_has_nothing_to_say(listener: QuicListener, tls: TLS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for an answer now and then, or the daemon would take it for dead."""
+    pings, handle = queue.Queue[Any](), Connection._handle
+
+    def counted(self: Connection, event: Any) -> list[bytes]:
+        if isinstance(event, PingAcknowledged):
+            pings.put(event)
+        return handle(self, event)
+
+    monkeypatch.setattr(Connection, "_handle", counted)
+    monkeypatch.setattr("ingestd.quic_socket.PING_S", 0.01)
+    listener.script(lambda peer: peer.end() and None)
+    sock = raw(listener, tls)
+    for _ in range(3):
+        pings.get(timeout=PATIENCE)
+    sock.close()
+
+
 def test_datagrams_of_others_do_no_harm(listener: QuicListener, tls: TLS, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     genuine = Connection.receive_datagram
@@ -378,8 +398,6 @@ def test_nobody_listens(tls: TLS) -> None:
     with pytest.raises(PeerClosed, match="refused; is ingestd running there") as error:
         Producer(address, "t", SPEC, tls=tls, deadline=PATIENCE)
     assert retried(error.value)
-    with pytest.raises(PeerClosed, match=r"no\.such\.name\.invalid"):
-        Producer("quic://no.such.name.invalid:1", "t", SPEC, tls=tls, deadline=PATIENCE)
 
 
 def test_without_aioquic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +429,23 @@ def test_names_and_no_names(listener: QuicListener, certs: Certificates) -> None
     listener.script(lambda peer: peer.accept() and peer.end() and None)
     by_name = listener.address.replace("127.0.0.1", "localhost")  # of which ::1 comes first, where nobody listens
     Producer(by_name, "t", SPEC, tls=TLS(ca=certs.ca), deadline=PATIENCE).close(deadline=PATIENCE)
+
+
+def test_an_address_that_must_be_proved_first(certs: Certificates, tls: TLS) -> None:
+    """A daemon under load answers with a Retry, and the handshake begins anew."""
+    listener = QuicListener(of_the_daemon(certs.server), retry=True)
+
+    def script(peer: Stream) -> None:
+        peer.accept()
+        assert peer.protocol._quic._retry_source_connection_id is not None
+        assert peer.end() == encoded(0)
+        peer.ack(1)
+
+    listener.script(script)
+    with Producer(listener.address, "t", SPEC, tls=tls, deadline=PATIENCE) as p:
+        p.push(sample(0))
+        p.close(deadline=PATIENCE)
+    listener.finish()
 
 
 def test_client_certificates(certs: Certificates, tmp_path: Path) -> None:
@@ -538,6 +573,15 @@ def test_another_protocol(certs: Certificates) -> None:
     wire.client._trust(Done())  # type: ignore[arg-type]
     ending = wire.client.ending()
     assert not wire.client.trusted and ending is not None and ending.final and "ingestd/1" in ending.words
+
+
+def test_a_daemon_that_vanished(certs: Certificates) -> None:
+    for seconds, over in ((IDLE_S - 1, False), (IDLE_S + 1, True)):
+        wire = Wire(certs)
+        wire.client.handle_timer(wire.now + seconds)
+        ending = wire.client.ending()
+        assert (ending is not None) == over
+        assert ending is None or (ending.words == "idle timeout" and not ending.final and not ending.in_order)
 
 
 def test_alerts_of_the_daemon(certs: Certificates) -> None:

@@ -103,6 +103,25 @@ def test_nothing_is_lost_when_the_daemon_is_killed(serve: Serve, tmp_path: Path)
         held.release()
 
 
+def test_who_comes_again_is_not_served_beside_itself(serve: Serve) -> None:
+    """A daemon that has not heard of the end of a connection yet takes back what it held all the same."""
+    d = serve(batch_size=16, batches=8)
+    with Reader(d.tcp, "t", prefetch=2) as r, Reader(d.tcp, "t", group="other"), Producer(d.unix, "t", POINT) as p:
+        p.push_batch(points(1, 0, 64), deadline=PATIENCE)
+        first = r.next(PATIENCE)
+        assert first.seq == 0
+        with r._receiver.sock.dup() as kept:  # type: ignore[attr-defined]
+            kept.shutdown(socket.SHUT_RD)  # of which the daemon learns nothing
+            seen: list[int] = []
+            while seen[-1:] != [3]:
+                with r.next(PATIENCE) as b:
+                    seen.append(b.seq)
+                    assert verify(b.tree, 0) == (1, 16 * b.seq)
+        first.release()
+        assert [seq for seq in seen if seq != 1] == [0, 2, 3]  # batch 1 had come already, before the end was seen
+        assert r.reconnects == 1  # type: ignore[attr-defined]
+
+
 def test_a_reader_that_dies_loses_nothing(serve: Serve) -> None:
     d = serve(batch_size=16, batches=8)
     with Producer(d.unix, "t", POINT) as p:
@@ -134,17 +153,25 @@ def speak() -> Iterator[object]:
     """speak(data): the address of a daemon of a table of SPEC in batches of 4 that accepts and says data.
 
     ``then_end``: it ends each connection then. ``more`` is said once the reader has said its last word, which is put
-    into ``heard``.
+    into ``heard``, and its hellos into ``hellos``.
     """
     listeners = []
 
-    def start(data: bytes, then_end: bool = False, more: bytes = b"", heard: list[bytes] | None = None) -> str:
+    def start(
+        data: bytes,
+        then_end: bool = False,
+        more: bytes = b"",
+        heard: list[bytes] | None = None,
+        hellos: list[dict[str, object]] | None = None,
+    ) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
         listeners.append(listener)
 
         def answer(conn: socket.socket) -> None:
             head = conn.recv(16, socket.MSG_WAITALL)
-            conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            said = conn.recv(int.from_bytes(head[12:], "little"), socket.MSG_WAITALL)
+            if hellos is not None:
+                hellos.append(json.loads(said))
             fields = {"table": "t", "spec": SPEC.to_dict(), "fingerprint": SPEC.fingerprint, "trainer": 1}
             body = json.dumps({**fields, "group": "default", "batch_size": 4, "prefetch": 2}).encode()
             conn.sendall(struct.pack("<8sHHI", b"INGESTD\n", 1, 0, len(body)) + body + data)
@@ -220,10 +247,12 @@ def test_patience_ends(speak) -> None:  # type: ignore[no-untyped-def]
 )
 def test_patience_with_breaks(speak, data: bytes) -> None:  # type: ignore[no-untyped-def]
     """A daemon that accepts and ends each connection is given up as one that is gone is, and costs no memory."""
-    with Reader(speak(data, then_end=True), "t", prefetch=2, reconnect=0.3, on_lost="count") as r:
+    hellos: list[dict[str, object]] = []
+    with Reader(speak(data, True, hellos=hellos), "t", prefetch=2, reconnect=0.5, on_lost="count") as r:
         with pytest.raises(PeerClosed):
             r.next(PATIENCE)
-        assert r.reconnects > 2 and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
+        assert hellos[0]["session"] and all(h == hellos[0] for h in hellos)
+        assert r.reconnects > 0 and len(r._receiver.places.memory) <= 1 and len(r._receiver._arrived) <= 1
 
 
 def test_each_batch_begins_patience_anew(speak) -> None:  # type: ignore[no-untyped-def]
