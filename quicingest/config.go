@@ -18,6 +18,9 @@ type Config struct {
 	Streams tcpingest.Config
 	// TLS has the certificates, and the authorities of clients' if they must have some; required. Its versions and protocols are set here.
 	TLS *tls.Config
+	// ResetKey, where a daemon and the one after it have the same, lets the second tell clients of the first that their connections are gone, with the first packet that they
+	// send it: otherwise they wait until they give up. Nobody else may know it. nil: they are told nothing.
+	ResetKey *[32]byte
 
 	MaxConnections       int           // of QUIC at once, in any state; default 1024
 	StreamsPerConnection int           // at once; default 64

@@ -8,11 +8,11 @@ import (
 
 // router is between clients and a daemon: it forwards datagrams, each client's from an address of its own, which it may forget.
 type router struct {
-	t      *testing.T
-	front  *net.UDPConn // clients send here
-	daemon *net.UDPAddr
+	t     *testing.T
+	front *net.UDPConn // clients send here
 
 	mu      sync.Mutex
+	daemon  *net.UDPAddr
 	closed  bool
 	paths   map[string]*path // by client
 	running sync.WaitGroup
@@ -57,28 +57,28 @@ func (r *router) forward() {
 		if err != nil {
 			return
 		}
-		if p := r.path(from); p != nil {
-			_, _ = p.out.WriteToUDP(b[:size], r.daemon)
+		if p, daemon := r.path(from); p != nil {
+			_, _ = p.out.WriteToUDP(b[:size], daemon)
 		}
 	}
 }
 
-// path finds a client's way, or opens one.
-func (r *router) path(from *net.UDPAddr) *path {
+// path finds a client's way, or opens one, and says where it leads.
+func (r *router) path(from *net.UDPAddr) (*path, *net.UDPAddr) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if p := r.paths[from.String()]; p != nil || r.closed {
-		return p
+		return p, r.daemon
 	}
 	out, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		r.t.Error(err)
-		return nil
+		return nil, nil
 	}
 	p := &path{client: from, out: out}
 	r.paths[from.String()] = p
 	r.running.Go(func() { r.backward(p, out) })
-	return p
+	return p, r.daemon
 }
 
 // backward takes what the daemon sends to a client's address.
@@ -101,4 +101,12 @@ func (r *router) move() {
 		_ = p.out.Close()
 	}
 	r.paths = map[string]*path{}
+}
+
+// lead sends what clients send to another daemon from now on. The one before hears nothing more and is not heard.
+func (r *router) lead(daemon net.Addr) {
+	r.mu.Lock()
+	r.daemon = daemon.(*net.UDPAddr)
+	r.mu.Unlock()
+	r.move()
 }

@@ -63,6 +63,7 @@ func (s *Server) Serve(ctx context.Context, socket net.PacketConn) error {
 		Conn:                socket,
 		VerifySourceAddress: func(net.Addr) bool { return s.halfOpen.Load() >= int64(s.cfg.RetryAbove) },
 		ConnContext:         s.begin,
+		StatelessResetKey:   (*quic.StatelessResetKey)(s.cfg.ResetKey),
 		Tracer:              (*strays)(s),
 	}
 	l, err := tr.Listen(s.tls, s.quic)

@@ -12,6 +12,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"github.com/ingestd/ingestd/ingest"
+	"github.com/ingestd/ingestd/ingest/ingesttest"
 	"github.com/ingestd/ingestd/internal/quicconn"
 	"github.com/ingestd/ingestd/wire"
 )
@@ -169,6 +170,32 @@ func TestClientVanishes(t *testing.T) {
 	if taken := s.finish(t); taken[accepted.Stream] != 100 {
 		t.Errorf("%d samples taken, want 100", taken[accepted.Stream])
 	}
+}
+
+// TestClientsOfTheDaemonBefore: a daemon in the place of one that was killed tells clients with the first packet that their connections are gone.
+func TestClientsOfTheDaemonBefore(t *testing.T) {
+	key := [32]byte{1, 2, 3}
+	certs := ingesttest.NewCertificates(t)
+	both := func(c *Config) { c.ResetKey, c.TLS = &key, certs.Server }
+	before, after := newSite(t, both), newSite(t, both)
+	between := newRouter(t, before.addr)
+	c, err := quic.DialAddr(t.Context(), between.addr().String(), certs.Client, clientQUIC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, _ := before.push(t, c)
+	send(t, st, 10, -1, nil)
+	between.lead(after.addr)
+	if _, err := st.Write(make([]byte, 80)); err != nil {
+		t.Fatal(err)
+	}
+	<-c.Context().Done()
+	var reset *quic.StatelessResetError
+	if why := context.Cause(c.Context()); !errors.As(why, &reset) {
+		t.Errorf("the client's connection ended with %v", why)
+	}
+	before.finish(t)
+	after.finish(t)
 }
 
 // TestIdleConnection: an idle peer that answers stays, and is closed when nobody has used its connection for as long as a stream may be without a sample.

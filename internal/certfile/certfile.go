@@ -1,6 +1,8 @@
 package certfile
 
 import (
+	"crypto/hkdf"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -47,6 +49,19 @@ func Open(files Files, log *slog.Logger) (*Source, error) {
 // Expires returns until when the certificate is good that is shown now.
 func (s *Source) Expires() time.Time {
 	return s.now().Certificates[0].Leaf.NotAfter
+}
+
+// Secret returns 32 bytes for a use, which stay the same as long as the private key does, over restarts too, and which only who has that key can know.
+func (s *Source) Secret(use string) ([32]byte, error) {
+	key, err := x509.MarshalPKCS8PrivateKey(s.now().Certificates[0].PrivateKey)
+	if err != nil {
+		return [32]byte{}, fmt.Errorf("certfile: a key of which no secret can be made: %w", err)
+	}
+	secret, err := hkdf.Key(sha256.New, key, nil, "ingestd "+use, 32)
+	if err != nil {
+		return [32]byte{}, fmt.Errorf("certfile: make a secret: %w", err)
+	}
+	return [32]byte(secret), nil
 }
 
 // judge says if clients will not take the certificate.

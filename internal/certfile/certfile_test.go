@@ -126,6 +126,33 @@ func TestExpired(t *testing.T) {
 	}
 }
 
+// TestSecret: it is the key's, each use's, and the next daemon's too.
+func TestSecret(t *testing.T) {
+	w := newWorld(t)
+	secret := func(use string) [32]byte {
+		s, err := Open(w.files, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := s.Secret(use)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	first := secret("a")
+	if secret("a") != first {
+		t.Error("another daemon with the same key has another secret")
+	}
+	if secret("b") == first {
+		t.Error("two uses have the same secret")
+	}
+	w.renew("one.test")
+	if secret("a") == first {
+		t.Error("two keys have the same secret")
+	}
+}
+
 // TestReload: each handshake gets what is in the files, and what was there before while they are not in order.
 func TestReload(t *testing.T) {
 	w := newWorld(t)

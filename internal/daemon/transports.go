@@ -86,8 +86,12 @@ func (d *Daemon) openTransports(log *slog.Logger) error {
 		if a.scheme != "quic" || d.quic != nil {
 			continue
 		}
+		key, err := d.certs.Secret("QUIC stateless reset")
+		if err != nil {
+			return err
+		}
 		d.quic, err = quicingest.New(quicingest.Config{
-			Streams: cfg, TLS: d.certs.Config(), MaxConnections: l.MaxConnections, RetryAbove: min(l.HalfOpen, 64), HandshakeTimeout: time.Duration(l.HandshakeTimeout) / 2,
+			Streams: cfg, TLS: d.certs.Config(), ResetKey: &key, MaxConnections: l.MaxConnections, RetryAbove: min(l.HalfOpen, 64), HandshakeTimeout: time.Duration(l.HandshakeTimeout) / 2,
 		})
 		if err != nil {
 			return err
