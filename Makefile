@@ -25,7 +25,7 @@ RUFF_RULES := --config $(CURDIR)/python/pyproject.toml
 # What runs twice, and why. The race detector follows Go's heap. On mapped memory it misses real races and reports correct code, so the algorithms take
 # plain bytes: `go test ./...` runs everything once without it, mappings and processes included, and then the packages below run
 # again with it, on heap memory. A test in one of them that touches a mapping has `//go:build !race` in its file.
-RACE_PACKAGES := ./spec ./wire ./auth ./bans ./tensor ./reduce ./internal/park ./spsc ./ring ./drainer ./sampler ./steps ./engine ./tcpingest ./weights ./remote ./client ./fuzz
+RACE_PACKAGES := ./spec ./wire ./auth ./bans/... ./tensor ./reduce ./internal/park ./spsc ./ring ./drainer ./sampler ./steps ./engine ./tcpingest ./quicingest ./internal/quicconn ./weights ./remote ./client ./fuzz
 
 # What must build where the daemon does not run: producers.
 PORTABLE_PACKAGES := ./spec ./wire ./tensor ./internal/crc32c ./reduce ./client

@@ -6,9 +6,10 @@
 // those with a long header); what belongs to connections that are there passes. While nobody is banned there is no program.
 //
 // It takes work away from package bans and decides nothing: what the kernel lets pass, because there were more bans than a program has room for, or because it would take no
-// program, is turned away by bans.Door as ever. A program is behind the table by no more than the time between two of them, 100 ms.
+// program, is turned away by bans.Door as ever. A program is behind the table by no more than the time between two of them, 100 ms. A handshake whose last packet comes in the
+// very moment in which one replaces another waits a second, until the kernel sends its own part again: it cannot give the new socket a program that is going.
 //
-// The kernel counts what it drops for each socket (SO_MEMINFO), together with what found the socket's queue full; by address it does not.
+// The kernel counts what it drops for each socket (SO_MEMINFO), together with what found the socket's queue full or belonged to no connection any more; by address it does not.
 //
 // Ownership: sockets belong to their servers; a closed one is forgotten when the next program is attached.
 //

@@ -56,7 +56,7 @@ type guarded struct {
 type Stats struct {
 	Addresses int    // banned ones whose packets the kernel drops: the newest, as many as there is room for
 	Failures  uint64 // programs that the kernel would not take
-	// Dropped counts what the kernel dropped at the sockets: what banned addresses sent, and what found the socket's queue full.
+	// Dropped counts what the kernel dropped at the sockets: what banned addresses sent, and what found the socket's queue full or belonged to no connection any more.
 	DroppedTCP, DroppedQUIC uint64
 }
 
