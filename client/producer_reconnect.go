@@ -21,6 +21,15 @@ type outage struct {
 	over  bool  // an ack came since: the next outage is one of its own
 }
 
+// begin notes that a connection ended, and why; anew says whether patience begins anew, too. Otherwise what was spent before counts on: a daemon that accepts and ends every
+// connection is given up as one that is gone is.
+func (o *outage) begin(why error, anew bool) {
+	if o.over || anew {
+		o.spent, o.tries = 0, 0
+	}
+	o.began, o.last, o.over = time.Now(), why, false
+}
+
 // upTo says how long the pause before the next try may be: a sixteenth of the outage so far, so that it adds little to it, but
 // neither less than from nor more than to. The pause is a random part of that, so that producers who lost their daemon together do
 // not come back together.

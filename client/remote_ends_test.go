@@ -273,10 +273,24 @@ func TestRemoteEndlessLosses(t *testing.T) {
 	}
 }
 
-// breakingDaemon accepts every trainer, says the same to each, and ends the connection. It counts them.
+// breakingDaemon lets in every trainer, says the same to each, and ends the connection. It counts them.
 func breakingDaemon(t *testing.T, say []byte) (addr string, connections func() int) {
 	t.Helper()
 	s := specOf(t, "a:U8,b:U16")
+	return breaking(t, func(conn net.Conn) {
+		if _, err := wire.ReadHello(conn); err != nil {
+			return
+		}
+		accepted := &wire.AcceptedRemoteTrain{Table: "t", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 1, Group: "default", BatchSize: 4, Prefetch: 2}
+		if err := wire.WriteAccepted(conn, accepted); err == nil {
+			_, _ = conn.Write(say)
+		}
+	})
+}
+
+// breaking serves every connection, one after another, ends it, and counts them.
+func breaking(t *testing.T, serve func(net.Conn)) (addr string, connections func() int) {
+	t.Helper()
 	l := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
 	var n atomic.Int64
 	var all sync.WaitGroup
@@ -287,12 +301,7 @@ func breakingDaemon(t *testing.T, say []byte) (addr string, connections func() i
 				return
 			}
 			n.Add(1)
-			if _, err = wire.ReadHello(conn); err == nil {
-				err = wire.WriteAccepted(conn, &wire.AcceptedRemoteTrain{Table: "t", Spec: s, Fingerprint: s.Fingerprint(), Trainer: 1, Group: "default", BatchSize: 4, Prefetch: 2})
-			}
-			if err == nil {
-				_, _ = conn.Write(say)
-			}
+			serve(conn)
 			conn.Close()
 		}
 	})

@@ -312,11 +312,7 @@ func (r *remoteTrainer) broken(err error) bool {
 		return r.finish(err)
 	}
 	r.down = true
-	o := &r.outage
-	if o.over || time.Since(r.stoodFrom) >= r.cfg.ReconnectFor {
-		o.spent, o.tries = 0, 0
-	}
-	o.began, o.last, o.over = time.Now(), err, false
+	r.outage.begin(err, time.Since(r.stoodFrom) >= r.cfg.ReconnectFor)
 	return true
 }
 

@@ -47,20 +47,21 @@ type remoteWeights struct {
 
 	answering sync.Mutex // held from when a generation is shown until the daemon is told
 
-	mu      sync.Mutex
-	conn    net.Conn // that is being read; nil: there is none
-	newest  *received
-	before  uint64        // generations up to this one are of a daemon's life before this one: their numbers say nothing; 0: none
-	spare   *received     // memory that nobody uses
-	buffers int           // memory there is: newest, spare, what is received into, and what callers hold
-	changed chan struct{} // closed, and made anew, when newest or err changes
-	outage  outage
-	down    bool  // there is no connection
-	blocked bool  // there is none because callers hold all memory
-	damage  error // why the last generation that came was not shown; nil: it was
-	err     error // why the subscription has ended
-	closed  bool
-	stats   RemoteStats
+	mu        sync.Mutex
+	conn      net.Conn // that is being read; nil: there is none
+	newest    *received
+	before    uint64        // generations up to this one are of a daemon's life before this one: their numbers say nothing; 0: none
+	spare     *received     // memory that nobody uses
+	buffers   int           // memory there is: newest, spare, what is received into, and what callers hold
+	changed   chan struct{} // closed, and made anew, when newest or err changes
+	outage    outage
+	down      bool      // there is no connection
+	stoodFrom time.Time // when the newest connection was made
+	blocked   bool      // there is none because callers hold all memory
+	damage    error     // why the last generation that came was not shown; nil: it was
+	err       error     // why the subscription has ended
+	closed    bool
+	stats     RemoteStats
 }
 
 // openRemoteSource subscribes over a connection. ctx bounds the subscribing only; with cfg.Wait that lasts until something was published.
@@ -78,7 +79,7 @@ func openRemoteSource(ctx context.Context, addr string, cfg SubscribeConfig) (so
 		return nil, fmt.Errorf("client: %w", err)
 	}
 	r.life, r.die = context.WithCancel(context.WithoutCancel(ctx)) // what a Dialer may look up in ctx, but not its end
-	r.conn = conn
+	r.conn, r.stoodFrom = conn, time.Now()
 	go r.run(conn)
 	return r, nil
 }
@@ -188,7 +189,8 @@ func (r *remoteWeights) broken(err error) bool {
 		r.finish(err)
 		return false
 	}
-	r.down, r.outage = true, outage{began: time.Now(), last: err}
+	r.down = true
+	r.outage.begin(err, time.Since(r.stoodFrom) >= r.cfg.ReconnectFor)
 	return true
 }
 
@@ -235,7 +237,10 @@ func (r *remoteWeights) reconnect(atOnce bool) net.Conn {
 		conn, err := r.connect(r.life)
 		r.mu.Lock()
 		if err == nil && !r.closed {
-			r.conn, r.down = conn, false
+			if r.down {
+				r.outage.spent += time.Since(r.outage.began)
+			}
+			r.conn, r.down, r.stoodFrom = conn, false, time.Now()
 			r.stats.Reconnects++
 			r.mu.Unlock()
 			return conn
@@ -244,7 +249,8 @@ func (r *remoteWeights) reconnect(atOnce bool) net.Conn {
 			conn.Close()
 		}
 		if !r.down {
-			r.down, r.outage = true, outage{began: time.Now()}
+			r.down = true
+			r.outage.begin(nil, false)
 		}
 		r.outage.tries++
 		r.outage.last = err

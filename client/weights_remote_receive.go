@@ -155,7 +155,7 @@ func (r *remoteWeights) receive(in *stallReader, g *incoming) error {
 	if !g.setSums(text, r.tensors) {
 		return fmt.Errorf("%w: the digest of generation %d is not that of its sums", wire.ErrProtocol, g.announced.Generation)
 	}
-	copied := int64(0)
+	came, copied := int64(0), int64(0)
 	if g.base != nil {
 		copied = g.copyBase()
 	}
@@ -169,6 +169,9 @@ func (r *remoteWeights) receive(in *stallReader, g *incoming) error {
 		r.mu.Lock()
 		r.stats.Bytes += uint64(n)
 		r.stats.ReceivingBytes = g.at
+		if came += int64(n); came >= receiveBytes {
+			r.outage.over = true // a connection that brings so much is worth another
+		}
 		r.mu.Unlock()
 		if err != nil {
 			return err
@@ -207,6 +210,7 @@ func (r *remoteWeights) show(g *incoming) {
 	defer r.mu.Unlock()
 	a, old := &g.announced, r.newest
 	g.generation, g.digest, g.published = a.Generation, a.Digest, time.Unix(0, a.Published)
+	r.outage.over = true
 	r.stats.Generations++
 	r.stats.Receiving = 0
 	if g.base != nil {

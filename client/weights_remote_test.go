@@ -397,3 +397,44 @@ func TestRemoteHostile(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestWeightsPatienceWithBreaks: a daemon that accepts and ends each connection is given up as one that is gone is.
+func TestWeightsPatienceWithBreaks(t *testing.T) {
+	m := vectors(t, 300)
+	addr, connections := breaking(t, func(conn net.Conn) {
+		if _, err := wire.ReadHello(conn); err == nil {
+			_ = wire.WriteAccepted(conn, &wire.AcceptedSubscribe{Table: "w", Reader: 1, Newest: 1, Manifest: m.JSON()})
+		}
+	})
+	s, err := Subscribe(patient(t), addr, SubscribeConfig{Table: "w", ReconnectFor: 300 * time.Millisecond, ReconnectFrom: time.Millisecond, ReconnectTo: 10 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.Wait(patient(t), 0); !errors.Is(err, ErrDaemonGone) {
+		t.Errorf("got %v", err)
+	}
+	if st, _ := s.RemoteStats(); st.Reconnects == 0 || int(st.Reconnects)+1 != connections() {
+		t.Errorf("%d reconnects, %d connections", st.Reconnects, connections())
+	}
+}
+
+// TestWhatPatienceCounts: time without a connection, since one brought something or stood for long; not time with one.
+func TestWhatPatienceCounts(t *testing.T) {
+	for name, test := range map[string]struct {
+		stood time.Duration
+		over  bool
+		want  time.Duration
+	}{
+		"nothing came":       {59 * time.Minute, false, time.Minute},
+		"something came":     {0, true, 0},
+		"it stood for long":  {61 * time.Minute, false, 0},
+		"both of these were": {61 * time.Minute, true, 0},
+	} {
+		r := &remoteWeights{cfg: SubscribeConfig{ReconnectFor: time.Hour}, changed: make(chan struct{}), stoodFrom: time.Now().Add(-test.stood)}
+		r.outage.spent, r.outage.over = time.Minute, test.over
+		if !r.broken(io.EOF) || r.outage.spent != test.want || r.outage.over {
+			t.Errorf("%s: %v were spent, %v; want %v", name, r.outage.spent, r.err, test.want)
+		}
+	}
+}

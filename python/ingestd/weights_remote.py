@@ -106,7 +106,10 @@ class RemoteSource:
         self._sock: _io.Conn | None = None
         # Of the thread alone.
         self._partial: Transfer | None = None  # a whole generation of which a part is here
-        self._outage: float | None = None  # when the connection was lost that has brought nothing since
+        self._since = time.monotonic()  # when the newest connection was made
+        self._down: float | None = None  # when it ended; None: there is one
+        self._spent = 0.0  # without a connection before, since one brought something
+        self._damaged: float | None = None  # since when generations come damaged
         try:
             self._connect(False, until, until)
         except Refused as e:
@@ -275,13 +278,17 @@ class RemoteSource:
         if self._closed:
             raise _Stopped
         if isinstance(error, Refused) and error.code == "no_generation":
+            self._down, self._spent = None, 0.0
             with self._locked():
                 self._none_yet = True
             return
         now = time.monotonic()
-        if self._outage is None:
-            self._outage = now
-        outage = now - self._outage
+        if self._down is None:
+            self._down = now
+            # A connection over which nothing comes is no end of an outage, unless it stands for long.
+            if self._patience is not None and now - self._since >= self._patience:
+                self._spent = 0.0
+        outage = self._spent + now - self._down
         if not retried(error):
             raise error
         if self._patience is not None and outage >= self._patience:
@@ -297,7 +304,11 @@ class RemoteSource:
         try:
             self._connect(True, Deadline(TRY_S), Deadline(FIRST_S))
         except _NoAnswer:
+            self._down, self._spent = None, 0.0
             return  # there is a daemon, and nothing was published yet
+        self._since = time.monotonic()
+        if self._down is not None:
+            self._spent, self._down = self._spent + self._since - self._down, None
         with self._locked():
             self._none_yet, self._trouble = False, None
             self.stats = self.stats._replace(reconnects=self.stats.reconnects + 1)
@@ -376,10 +387,10 @@ class RemoteSource:
             with self._locked():
                 self._trouble = error
                 self._recycle(transfer.buffer)
-            if self._outage is None:
-                self._outage = time.monotonic()
+            if self._damaged is None:
+                self._damaged = time.monotonic()
             self._send(_DAMAGED)
-            self._pause(random.uniform(0, longest_pause(time.monotonic() - self._outage)))
+            self._pause(random.uniform(0, longest_pause(time.monotonic() - self._damaged)))
             return
         try:
             self._send(_SHOWN)
@@ -453,7 +464,7 @@ class RemoteSource:
             transfer.take(n)
             moved += n
             if moved >= RECEIVE_BYTES:
-                self._outage = None
+                self._spent = 0.0
 
     def _keep(self, transfer: Transfer, base: Buffer | None) -> None:
         """Keeps what came of a whole generation for the next connection. A difference is sent again: it is little."""
@@ -472,7 +483,7 @@ class RemoteSource:
     def _show(self, transfer: Transfer, delta: bool) -> None:
         of, buffer = transfer.announced, transfer.buffer
         buffer.generation, buffer.published, buffer.digest = of.generation, of.published, of.digest
-        self._outage = None
+        self._spent, self._damaged = 0.0, None
         with self._locked():
             old, self._latest = self._latest, buffer
             self._none_yet, self._trouble = False, None
