@@ -30,6 +30,14 @@ def listener(request: pytest.FixtureRequest, socket_path: str) -> Iterator[Liste
 
 
 @pytest.fixture
+def tcp() -> Iterator[Listener]:
+    """A fake daemon that serves over TCP."""
+    made = Listener.tcp()
+    yield made
+    made.finish()
+
+
+@pytest.fixture
 def daemon(socket_path: str) -> Iterator[Callable[..., FakeDaemon]]:
     """Makes a fake daemon that serves one trainer."""
     made: list[FakeDaemon] = []

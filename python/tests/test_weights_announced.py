@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ingestd import FormatError, Subscription
+from ingestd import FormatError
 
 from fakes import PATIENCE, Listener, Peer
-from weights_fakes import MANIFEST, accept_reader, announce, give, gone, say, tensors
-
-
-@pytest.fixture
-def tcp() -> Iterator[Listener]:
-    made = Listener.tcp()
-    yield made
-    made.finish()
-
-
-def subscribe(listener: Listener) -> Subscription:
-    return Subscription(listener.address, "w")
-
+from weights_fakes import MANIFEST, accept_reader, announce, give, gone, say, subscribe, tensors
 
 FIRST = MANIFEST.tensors[0].encoded_bytes
 ODD: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ingestd import Manifest
+from ingestd import Manifest, Subscription
 from ingestd.segment import crc32c
 
 from fakes import PATIENCE, Listener, Peer, align
@@ -277,3 +277,7 @@ def give(peer: Peer, generation: int, answer: bytes = SHOWN) -> None:
     """A whole generation, and the answer to it."""
     peer.sock.sendall(announce(peer, generation, tensors(generation)))
     assert peer.exactly(1) == answer
+
+
+def subscribe(listener: Listener, **options: Any) -> Subscription:
+    return Subscription(listener.address, "w", stream=True, **options)
