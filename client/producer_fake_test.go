@@ -7,6 +7,8 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,6 +34,30 @@ type options struct {
 	windowBytes   int64  // default 1<<40
 	held          int    // samples of the session
 	tight         bool   // the sockets hold little, so that writes block early
+}
+
+// breaking serves every connection, one after another, ends it, and counts them.
+func breaking(t *testing.T, serve func(net.Conn)) (addr string, connections func() int) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var n atomic.Int64
+	var all sync.WaitGroup
+	all.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			n.Add(1)
+			serve(conn)
+			conn.Close()
+		}
+	})
+	t.Cleanup(func() { l.Close(); all.Wait() })
+	return "tcp://" + l.Addr().String(), func() int { return int(n.Load()) }
 }
 
 // listen starts a listener for one connection, which serve handles, and returns its address. The test waits for serve.

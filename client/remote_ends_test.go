@@ -11,7 +11,6 @@ import (
 	"math"
 	"net"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -286,27 +285,6 @@ func breakingDaemon(t *testing.T, say []byte) (addr string, connections func() i
 			_, _ = conn.Write(say)
 		}
 	})
-}
-
-// breaking serves every connection, one after another, ends it, and counts them.
-func breaking(t *testing.T, serve func(net.Conn)) (addr string, connections func() int) {
-	t.Helper()
-	l := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
-	var n atomic.Int64
-	var all sync.WaitGroup
-	all.Go(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			n.Add(1)
-			serve(conn)
-			conn.Close()
-		}
-	})
-	t.Cleanup(func() { l.Close(); all.Wait() })
-	return "tcp://" + l.Addr().String(), func() int { return int(n.Load()) }
 }
 
 // TestRemotePatienceWithBreaks: a daemon that accepts and ends each connection, whatever it says before but whole batches, is given up as one that is gone is; the memory of what was cut is

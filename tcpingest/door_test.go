@@ -228,7 +228,7 @@ func TestStopWhileWaiting(t *testing.T) {
 		}
 		s, l := serveOn(t, "tcp", Config{Tables: tables, Door: door}, nil)
 		c := connect(t, l)
-		for door.Table.Stats().Slowed == 0 {
+		for s.Stats().Open == 0 {
 			runtime.Gosched()
 		}
 		stops(t, s, c, door)
